@@ -1,0 +1,1 @@
+"""A LightningDataModule whose batches are a language model's activations."""

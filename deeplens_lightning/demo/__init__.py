@@ -1,0 +1,1 @@
+"""The embedded model and its text: everything a newcomer needs, without a hub."""
