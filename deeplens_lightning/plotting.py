@@ -168,6 +168,24 @@ def plot_firing_histogram(
     return _finish(figure, path)
 
 
+def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
+    """The figure as `(height, width, 4)` uint8 RGBA: one rendering for loggers and file alike."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    return np.asarray(canvas.buffer_rgba()).copy()  # type: ignore[no-untyped-call]
+
+
+def save_pixels(pixels: NDArray[np.uint8], path: str | PathLike[str]) -> None:
+    """Write what `figure_pixels` gave as a PNG file; missing folders are made."""
+    from matplotlib.image import imsave
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    imsave(target, pixels, format="png")
+
+
 def _strongest(values: NDArray[np.float32], n: int) -> NDArray[np.int64]:
     finite = np.where(np.isfinite(values), values, 0.0)
     peaks = finite.max(axis=0, initial=0.0)
