@@ -1,0 +1,174 @@
+"""The sparse step: decode and weight gradients that touch only the active latents.
+
+In: the active entries of a batch as a `Code`. Out: reconstructions whose backward pass never builds
+the `(batch, d_sae)` latents or their gradient. Everything is `embedding_bag`, which torch brings for
+every device: a decode sums rows of `W_dec` over the entries of a row of the batch, and a weight
+gradient sums rows of the batch over the entries of a latent, so both are the same gather-and-sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ENCODE_CHUNK_BYTES = 8 * 2**20  # pre-activations that stay in a CPU's cache between matmul and top-k
+ENCODE_CHUNK_BYTES_GPU = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """Active entries of a batch, listed by row, and the same entries listed by latent.
+
+    Attributes:
+        rows: int64 `(n,)`, the batch row of each entry, ascending.
+        latents: int64 `(n,)`, the latent of each entry.
+        bags: int64 `(n,)`, where each entry is summed, ascending: its row, or (row, prefix level).
+        bag_starts: int64 `(bags + 1,)`, first entry of each bag.
+        by_latent: int64 `(n,)`, the entries' order when listed by latent.
+        latent_starts: int64 `(d_sae + 1,)`, first place in `by_latent` of each latent.
+    """
+
+    rows: Tensor
+    latents: Tensor
+    bags: Tensor
+    bag_starts: Tensor
+    by_latent: Tensor
+    latent_starts: Tensor
+
+
+def make_code(rows: Tensor, latents: Tensor, n_rows: int, d_sae: int, widths: tuple[int, ...] = ()) -> Code:
+    """List entries both ways.
+
+    Args:
+        rows: int64 `(n,)` ascending.
+        latents: int64 `(n,)`; ascending inside a row when there are prefixes.
+        n_rows: rows in the batch.
+        d_sae: latents in the dictionary.
+        widths: ascending prefix widths, the last one `d_sae`; empty means no prefixes.
+    """
+    bags, n_bags = rows, n_rows
+    if widths:
+        inner = torch.tensor(widths[:-1], device=rows.device)
+        bags, n_bags = rows * len(widths) + torch.bucketize(latents, inner, right=True), n_rows * len(widths)
+    ordered, by_latent = latents.sort(stable=True)
+    return Code(rows, latents, bags, _starts(bags, n_bags), by_latent, _starts(ordered, d_sae))
+
+
+def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Pre-activations of x `(batch, d_in)`, a chunk of rows at a time: (first row, `(rows, d_sae)`).
+
+    A chunk fits the cache, so that the selection that follows reads it from there, and the whole
+    `(batch, d_sae)` matrix never exists.
+    """
+    budget = ENCODE_CHUNK_BYTES if x.device.type == "cpu" else ENCODE_CHUNK_BYTES_GPU
+    step = max(16, budget // (4 * len(weight)))
+    for first in range(0, len(x), step):
+        yield first, F.linear(x[first : first + step], weight, bias)
+
+
+def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of pre `(rows, d_sae)`: values and latents `(rows, k)`, in no order.
+
+    Exact (ties aside): the k largest lie in the k strided groups that have the largest maxima, so the
+    slow selection runs on a small part of the row.
+    """
+    groups = 32
+    rows, d_sae = pre.shape
+    if d_sae % groups or d_sae // groups < 4 * k or pre.device.type != "cpu":
+        return pre.topk(k, dim=1, sorted=False)
+    grouped = pre.view(rows, groups, d_sae // groups)
+    best = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, best[:, None, :].expand(-1, groups, -1)).flatten(1)
+    values, places = candidates.topk(k, dim=1, sorted=False)
+    return values, best.gather(1, places % k) + places.div(k, rounding_mode="floor") * (d_sae // groups)
+
+
+def encode_entries(
+    x: Tensor, center: Tensor | None, weight: Tensor, bias: Tensor, values: Tensor, code: Code
+) -> Tensor:
+    """Give already computed activations `(n,)` their gradient towards the encoder.
+
+    Args:
+        x: `(batch, d_in)`, before `center` is subtracted.
+        center: `(d_in,)` or None.
+        weight: `W_enc` `(d_sae, d_in)`.
+        bias: `b_enc` `(d_sae,)`.
+        values: `(n,)`, `relu((x - center) @ W_enc.T + b_enc)` at the entries.
+        code: the entries.
+    """
+    result: Tensor = _EncodeEntries.apply(x, center, weight, bias, values, code)  # type: ignore[no-untyped-call]
+    return result
+
+
+def decode_entries(values: Tensor, weight: Tensor, code: Code) -> Tensor:
+    """Sum `values[i] * weight[latents[i]]` into bags: `(bags, d_out)`, with sparse gradients to both."""
+    out = _bag_sum(code.latents, weight.detach(), code.bag_starts, values)
+    result: Tensor = _WeightGradient.apply(out, weight, values.detach(), code)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _EncodeEntries(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, center: Tensor | None, weight: Tensor, bias: Tensor, values: Tensor, code: Code
+    ) -> Tensor:
+        ctx.save_for_backward(x, center, weight, values)
+        ctx.code = code
+        ctx.bias_dtype = bias.dtype
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, center, weight, values = ctx.saved_tensors
+        code: Code = ctx.code
+        grad = torch.where(values > 0, grad, 0)
+        d_bias = grad.new_zeros(len(weight)).index_add_(0, code.latents, grad)
+        centered = x if center is None else x - center
+        d_weight = _sum_by_latent(code, code.rows, centered, grad)
+        d_center = -(d_bias.to(weight.dtype) @ weight) if center is not None else None
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            starts = _starts(code.rows, len(x))
+            d_x = _bag_sum(code.latents, weight, starts, grad)
+        return d_x, d_center, d_weight, d_bias.to(ctx.bias_dtype), None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """The identity on a decode's output; its backward adds the decoder's sparse weight gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, weight: Tensor, values: Tensor, code: Code) -> Tensor:  # noqa: ARG004
+        ctx.save_for_backward(values)
+        ctx.code = code
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (values,) = ctx.saved_tensors
+        return grad, _sum_by_latent(ctx.code, ctx.code.bags, grad, values), None, None
+
+
+def _sum_by_latent(code: Code, sources: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    """`(d_sae, d)`: for every latent the sum of `values[i] * rows[sources[i]]` over its entries."""
+    order = code.by_latent
+    return _bag_sum(sources[order], rows.contiguous(), code.latent_starts, values[order])
+
+
+def _bag_sum(indices: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> Tensor:
+    return F.embedding_bag(
+        indices,
+        table,
+        starts,
+        mode="sum",
+        per_sample_weights=values.to(table.dtype),
+        include_last_offset=True,
+    )
+
+
+def _starts(ascending: Tensor, n: int) -> Tensor:
+    return torch.searchsorted(ascending, torch.arange(n + 1, device=ascending.device))

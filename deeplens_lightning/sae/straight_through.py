@@ -1,0 +1,67 @@
+"""Straight-through derivatives of JumpReLU and of the step function.
+
+Rajamanoharan et al. 2024 (arXiv 2407.14435), equations 11 and 12, with a rectangular kernel of width
+`bandwidth` around the threshold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float, *, to_input: bool = False) -> Tensor:
+    """`pre * (pre > threshold)` for pre `(rows, d_sae)`, with a pseudo-derivative for the threshold.
+
+    Args:
+        pre: pre-activations.
+        threshold: `(d_sae,)`.
+        bandwidth: kernel width.
+        to_input: whether the kernel's gradient also reaches the pre-activations (Anthropic's variant).
+    """
+    result: Tensor = _JumpReLU.apply(pre, threshold, bandwidth, to_input)  # type: ignore[no-untyped-call]
+    return result
+
+
+def step(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    """`(pre > threshold)` as numbers, with a pseudo-derivative for the threshold alone."""
+    result: Tensor = _Step.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _kernel(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+    return ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype) / bandwidth
+
+
+def _over_rows(grad: Tensor, like: Tensor) -> Tensor:
+    return grad.flatten(0, -2).sum(0).to(like.dtype)
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, to_input: bool) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth, ctx.to_input = bandwidth, to_input
+        return torch.where(pre > threshold, pre, 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        through = grad * threshold * _kernel(pre, threshold, ctx.bandwidth)
+        d_pre = torch.where(pre > threshold, grad, 0)
+        return d_pre + through if ctx.to_input else d_pre, -_over_rows(through, threshold), None, None
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.bandwidth = bandwidth
+        return (pre > threshold).to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pre, threshold = ctx.saved_tensors
+        return None, -_over_rows(grad * _kernel(pre, threshold, ctx.bandwidth), threshold), None
