@@ -6,27 +6,30 @@ TransformerLens name or a module path. Out: `HookPoint`s, whose width is known b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-KINDS = (
-    "mlp_in",
-    "mlp_act",
-    "mlp_post",
-    "mlp_out",
-    "attn_out",
-    "attn_z",
-    "resid_pre",
-    "resid_mid",
-    "resid_post",
-    "final_norm",
-)
+from deeplens_lightning.anatomy import LAYER_KINDS, Place, final_norm, layer_anatomy
+from deeplens_lightning.tracing import Call, Trace, trace
+
+KINDS = (*LAYER_KINDS, "final_norm")
 """Every kind of hook point, as named in `layers.<i>.<kind>`; `final_norm` stands alone."""
+
+TRANSFORMER_LENS = {
+    "mlp.hook_post": "mlp_post",
+    "hook_mlp_out": "mlp_out",
+    "hook_attn_out": "attn_out",
+    "attn.hook_z": "attn_z",
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+}
+"""TransformerLens's names in `blocks.<i>.`, and the kinds that mean the same; `ln_final` is `final_norm`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +42,7 @@ class HookPoint:
         side: whether the module's first input is read or its output.
         layer: the deepest decoder layer that has to run; None when all of them do.
         d_in: width of a row.
-        scale: what the module's output is multiplied by before the residual stream receives it.
+        scale: what the value is multiplied by before the residual stream receives it (Granite and others).
     """
 
     name: str
@@ -53,56 +56,153 @@ class HookPoint:
 def resolve(
     model: PretrainedConfig | PreTrainedModel, layer: int | Sequence[int] | None, hook: str | Sequence[str]
 ) -> tuple[HookPoint, ...]:
-    """The hook points that a user's words name, in the user's order."""
-    config = model if isinstance(model, PretrainedConfig) else model.config
-    with torch.device("meta"):
-        base = AutoModel.from_config(config)
+    """The hook points that a user's words name. Nothing is loaded.
+
+    Args:
+        model: the configuration of a model, or the model.
+        layer: one or more layers, for those hooks that are kinds; negative ones count from the end.
+        hook: one or more kinds (each taken at each layer), canonical names, TransformerLens names or module
+            paths, which need no layer.
+
+    Returns:
+        One hook point per kind and layer, and per full name, in the order given.
+
+    Raises:
+        ValueError: a name that the model does not know, a place that it lacks, a layer out of range, or the
+            same place twice.
+    """
+    traced = trace(model)
     layers = [layer] if isinstance(layer, int) else list(layer or [])
     hooks = [hook] if isinstance(hook, str) else list(hook)
-    points = [
-        _point(base, index, kind) for kind in hooks for index in (layers if kind in KINDS[:-1] else [None])
-    ]
+    points = [_Resolver(traced).point(name) for each in hooks for name in _full_names(traced, layers, each)]
+    names = [point.name for point in points]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"hook points are named twice: {', '.join(twice)}; name each place once")
+    if not points:
+        raise ValueError(f"no hook point is named; give hook= one of {', '.join(KINDS)}")
     return tuple(points)
 
 
-def _point(base: nn.Module, index: int | None, name: str) -> HookPoint:
-    path = next(p for p in ("h", "layers") if hasattr(base, p))
-    depth = len(base.get_submodule(path))  # type: ignore[arg-type]
-    width = base.config.hidden_size  # type: ignore[union-attr]
-    if name == "final_norm":
-        norm = next(p for p in ("ln_f", "norm", "final_layer_norm") if hasattr(base, p))
-        return HookPoint(name=name, module=norm, side="out", layer=None, d_in=width)
-    if name.startswith("layers."):
-        _, number, name = name.split(".")
-        index = int(number)
-    if index is None or not -depth <= index < depth:
-        raise ValueError(f"layer={index} is out of range: the model has layers 0 to {depth - 1}")
-    index %= depth
-    block = f"{path}.{index}"
-    children = dict(base.get_submodule(block).named_children())
-    mlp, attn = "mlp", next(n for n in ("attn", "attention", "self_attn") if n in children)
-    inside = dict(children[mlp].named_children())
-    act = next(n for n in ("act", "act_fn") if n in inside)
-    down = next(n for n in ("c_proj", "dense_4h_to_h", "down_proj") if n in inside)
-    z = next(n for n in ("c_proj", "dense", "o_proj") if hasattr(children[attn], n))
-    neurons = base.get_submodule(f"{block}.mlp.{down}")
-    d_mlp = neurons.weight.shape[0] if type(neurons).__name__ == "Conv1D" else neurons.in_features
-    o_proj = base.get_submodule(f"{block}.{attn}.{z}")
-    d_z = o_proj.weight.shape[0] if type(o_proj).__name__ == "Conv1D" else o_proj.in_features
-    sandwich = "pre_feedforward_layernorm" in children
-    mid = next(n for n in ("pre_feedforward_layernorm", "ln_2", "post_attention_layernorm") if n in children)
-    table: dict[str, tuple[str, Literal["in", "out"], int]] = {
-        "mlp_in": (f"{block}.{mlp}", "in", width),
-        "mlp_act": (f"{block}.{mlp}.{act}", "out", d_mlp),
-        "mlp_post": (f"{block}.{mlp}.{down}", "in", d_mlp),
-        "mlp_out": (f"{block}.post_feedforward_layernorm" if sandwich else f"{block}.{mlp}", "out", width),
-        "attn_out": (f"{block}.post_attention_layernorm" if sandwich else f"{block}.{attn}", "out", width),
-        "attn_z": (f"{block}.{attn}.{z}", "in", d_z),
-        "resid_pre": (block, "in", width),
-        "resid_mid": (f"{block}.{mid}", "in", width),
-        "resid_post": (block, "out", width),
-    }
-    if name not in table:
-        raise ValueError(f"hook={name!r} is unknown; choose one of {', '.join(KINDS)}")
-    module, side, d_in = table[name]
-    return HookPoint(name=f"layers.{index}.{name}", module=module, side=side, layer=index, d_in=d_in)
+def _full_names(traced: Trace, layers: Sequence[int], hook: str) -> Iterator[str]:
+    """What the user wrote, with the layer in it."""
+    if hook not in LAYER_KINDS:
+        yield hook
+        return
+    if not layers:
+        raise ValueError(f"hook={hook!r} needs a layer: give layer= a number from 0 to {traced.depth - 1}")
+    for index in layers:
+        yield f"layers.{index}.{hook}"
+
+
+class _Resolver:
+    """One model's names."""
+
+    def __init__(self, traced: Trace) -> None:
+        self.trace = traced
+        self.family = traced.family
+
+    def point(self, name: str) -> HookPoint:
+        """The hook point of a full name."""
+        if name in ("final_norm", "ln_final", "ln_final.hook_out"):
+            return self._kind(None, "final_norm")
+        written = re.fullmatch(r"(layers|blocks)\.(-?\d+)\.(.+)", name)
+        if written:
+            style, number, rest = written.groups()
+            kind = TRANSFORMER_LENS.get(rest) if style == "blocks" else rest
+            if kind in LAYER_KINDS:
+                return self._kind(int(number), kind)
+        return self._module(name)
+
+    def _kind(self, index: int | None, kind: str) -> HookPoint:
+        anatomy: dict[str, Place | str] = {"final_norm": final_norm(self.trace)}
+        owner = self.family
+        if index is not None:
+            depth = self.trace.depth
+            if not -depth <= index < depth:
+                raise ValueError(
+                    f"layer {index} is out of range: this {self.family} model has layers 0 to {depth - 1} "
+                    f"(-1 to {-depth} count from the end)"
+                )
+            index %= depth
+            anatomy, owner = layer_anatomy(self.trace, index), f"layer {index} of {self.family}"
+        place = anatomy[kind]
+        if isinstance(place, str):
+            offered = [key for key, other in anatomy.items() if isinstance(other, Place)]
+            raise ValueError(
+                f"{owner} has no {kind}: {place}. It offers {', '.join(offered) or 'no other kind'}"
+            )
+        return HookPoint(
+            name=kind if index is None else f"layers.{index}.{kind}",
+            module=place.module,
+            side=place.side,
+            layer=index,
+            d_in=place.d_in,
+            scale=place.scale,
+        )
+
+    def _module(self, name: str) -> HookPoint:
+        written, _, end = name.partition(":")
+        path = self._path(written)
+        if path is None or end not in ("", "in", "out"):
+            raise ValueError(self._unknown(name))
+        runs = self.trace.of(path)
+        if len(runs) != 1:
+            often = f"runs {len(runs)} times in one forward pass" if runs else "is never called by itself"
+            raise ValueError(
+                f"hook={name!r}: the module {often}, so it has no row per token; name another one"
+            )
+        side: Literal["in", "out"] = "in" if end == "in" else "out"
+        d_in = runs[0].d_given if side == "in" else runs[0].d_made
+        if side == "in" and runs[0].given is None:
+            raise ValueError(
+                f"hook={name!r}: the module takes no positional tensor; read its output, {written!r}"
+            )
+        if not d_in:
+            raise ValueError(
+                f"hook={name!r}: the module's {side}put is no floating-point tensor with one row per token, "
+                "(batch, sequence, width); name another module"
+            )
+        canonical = f"{path}:in" if side == "in" else path
+        return HookPoint(
+            name=canonical, module=path, side=side, layer=self._deepest(path, runs[0]), d_in=d_in
+        )
+
+    def _path(self, written: str) -> str | None:
+        """The path inside the base model; the whole model's path (`transformer.h.3`) is understood too."""
+        base = self.trace.base
+        known = {path for path, _ in base.named_modules() if path}
+        prefixes = {base.base_model_prefix, "model", "encoder"}
+        path = written
+        while path not in known:
+            head, _, path = path.partition(".")
+            if head not in prefixes or not path:
+                return None
+        return path
+
+    def _deepest(self, path: str, call: Call) -> int | None:
+        """The layer that a module is in; those before the layers need the first, those after need all."""
+        inside = re.match(rf"{re.escape(self.trace.layers)}\.(\d+)(\.|$)", path)
+        if inside:
+            return int(inside[1])
+        first = self.trace.of(f"{self.trace.layers}.0")
+        return 0 if first and call.end < first[0].start else None
+
+    def _unknown(self, name: str) -> str:
+        base, layers, depth = self.trace.base, self.trace.layers, self.trace.depth
+        if re.match(r"(model\.)?decoder\.", name) and layers.partition(".")[0] != "decoder":
+            return (
+                f"hook={name!r}: of {self.family} models only the encoder is read; name a place in {layers!r}"
+            )
+        index = next((int(part) for part in name.split(".") if part.isdigit() and int(part) < depth), 0)
+        candidates = [
+            *KINDS,
+            *(f"layers.{index}.{kind}" for kind in LAYER_KINDS),
+            *(f"blocks.{index}.{end}" for end in TRANSFORMER_LENS),
+            *(path for path, _ in base.named_modules() if path),
+        ]
+        near = difflib.get_close_matches(name, candidates, n=4, cutoff=0.4)
+        return (
+            f"hook={name!r} names nothing in this {self.family} model; nearest: {', '.join(near) or 'none'}. "
+            f"Kinds: {', '.join(KINDS)}; a module path may end in ':in'"
+        )
