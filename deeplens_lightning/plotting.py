@@ -119,26 +119,30 @@ def plot_sample(
         tokens: `seq_length` strings.
         metrics: columns of bars, name to `(seq_length,)`, e.g. norm, relative error, L0.
         latents: `(seq_length, n)` values of the latents to draw.
-        latent_ids: their `n` numbers.
+        latent_ids: their `n` numbers; with none of them there is no panel of latents.
         title: the figure's title.
         path: where to save it too.
 
     Raises:
         ValueError: as `plot_activation_heatmap`.
     """
-    values = _matrix(latents, tokens, "latents")
-    figure = _new_figure(4 + 1.1 * len(metrics) + 0.35 * values.shape[1], _height(len(tokens)))
-    widths = [1.0] * len(metrics) + [max(1.5, 0.35 * values.shape[1])]
+    values = (
+        _matrix(latents, tokens, "latents") if len(latent_ids) else np.zeros((len(tokens), 0), np.float32)
+    )
+    heat_width = [max(1.5, 0.35 * values.shape[1])] if len(latent_ids) else []
+    widths = [1.0] * len(metrics) + heat_width
+    figure = _new_figure(4 + 1.1 * len(metrics) + sum(heat_width), _height(len(tokens)))
     panels = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
-    for axes, (name, column) in zip(panels[:-1], metrics.items(), strict=True):
+    for axes, (name, column) in zip(panels, metrics.items(), strict=False):
         bars = _numpy(column)
         axes.barh(np.arange(len(tokens)), np.where(np.isfinite(bars), bars, 0.0), color="#4c78a8", height=0.8)
         axes.set_title(name, fontsize=9, parse_math=False)
         axes.tick_params(axis="x", labelsize=7)
         axes.margins(y=0)
-    _draw_heatmap(panels[-1], values, "magma_r", "Latent activation", centred=False)
-    _label_columns(panels[-1], [str(i) for i in latent_ids], "Latent")
-    panels[-1].tick_params(axis="y", length=0)
+    if heat_width:
+        _draw_heatmap(panels[-1], values, "magma_r", "Latent activation", centred=False)
+        _label_columns(panels[-1], [str(i) for i in latent_ids], "Latent")
+        panels[-1].tick_params(axis="y", length=0)
     _label_tokens(panels[0], tokens)
     figure.suptitle(_drawable(_one_line(title)), fontsize=11, parse_math=False)
     return _finish(figure, path)

@@ -120,6 +120,11 @@ def test_sample_has_one_panel_per_metric_and_the_latents(tmp_path: Path) -> None
     assert _is_png(tmp_path / "s.png")
 
 
+def test_a_sample_on_which_no_latent_fires_has_bars_alone() -> None:
+    figure = plot_sample(["a", "b"], {"norm": torch.rand(2), "L0": torch.zeros(2)}, torch.zeros(2, 0), [])
+    assert [axes.get_title() for axes in figure.axes] == ["norm", "L0"]
+
+
 @pytest.mark.filterwarnings("error")
 def test_firing_histogram_counts_the_latents_that_never_fired(tmp_path: Path) -> None:
     figure = plot_firing_histogram(torch.tensor([0.0, 0.0, 0.1, 0.01, 1.0]), path=tmp_path / "f.png")

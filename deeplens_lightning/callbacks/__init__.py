@@ -1,1 +1,5 @@
 """Lightning callbacks, one file each."""
+
+from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
+
+__all__ = ["ExtractSingleSample"]
