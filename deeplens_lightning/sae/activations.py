@@ -9,9 +9,11 @@ bandwidths mean the same whatever the model.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -76,7 +78,7 @@ class Activation(nn.Module):
         """What the paper adds to the reconstruction loss; zero for the top-k family."""
         return inputs.pre.new_zeros(())
 
-    def after_step(self) -> None:
+    def project(self) -> None:
         """Bring parameters back to where they are allowed to be."""
 
 
@@ -101,8 +103,8 @@ class ReLU(Activation):
         return pre.relu()
 
     def penalty(self, inputs: PenaltyInputs) -> Tensor:  # noqa: D102
-        norms = torch.linalg.vector_norm(inputs.decoder, dim=1)
-        return _ramp(self.l1, inputs.progress, self.warmup) * (inputs.latents @ norms).mean()
+        cost: Tensor = (inputs.latents @ torch.linalg.vector_norm(inputs.decoder, dim=1)).mean()
+        return cost * _ramp(self.l1, inputs.progress, self.warmup)
 
 
 class TopK(Activation):
@@ -244,7 +246,7 @@ class JumpReLU(Activation):
         return _ramp(self.coefficient, inputs.progress, self.warmup) * count
 
     @torch.no_grad()
-    def after_step(self) -> None:  # noqa: D102
+    def project(self) -> None:  # noqa: D102
         self.threshold.clamp_(min=0)
 
 
@@ -284,7 +286,7 @@ ACTIVATIONS: dict[str, type[Activation]] = {
     "jumprelu": JumpReLU,
     "gated": Gated,
 }
-MATRYOSHKA: dict[str, Any] = {"name": "batch_topk", "prefixes": (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0)}
+MATRYOSHKA: dict[str, Any] = {"name": "batch_topk", "prefixes": [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0]}
 
 
 def architecture_spec(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -330,7 +332,7 @@ def _ramp(value: float, progress: float, warmup: float) -> float:
 
 def power_of_two_near(x: float) -> int:
     """The power of two nearest to x on a logarithmic scale, at least 1."""
-    return 2 ** max(0, round(float(torch.log2(torch.tensor(x)))))
+    return int(2 ** max(0, round(math.log2(x))))
 
 
 def _widths(prefixes: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
@@ -338,7 +340,7 @@ def _widths(prefixes: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
         return ()
     widths = tuple(round(p * d_sae) if isinstance(p, float) else p for p in prefixes)
     widths = widths if widths[-1] == d_sae else (*widths, d_sae)
-    if widths[0] < 1 or any(b <= a for a, b in zip(widths, widths[1:], strict=False)):
+    if widths[0] < 1 or any(b <= a for a, b in pairwise(widths)):
         raise ValueError(
             f"prefixes={list(prefixes)} give widths {list(widths)} of {d_sae} latents: they must increase"
         )

@@ -77,6 +77,12 @@ def decode(latents: Tensor, w: Weights) -> Tensor:
     return latents @ w.decoder + w.decoder_bias
 
 
+def reconstruct(x: Tensor, latents: Tensor, w: Weights) -> Tensor:
+    """Reconstructions `(..., d_out)` from latents `(..., d_sae)` of x `(..., d_in)`, skip included."""
+    out = decode(latents, w)
+    return out if w.skip is None else out + F.linear(x, w.skip)
+
+
 def dense_pass(x: Tensor, y: Tensor, w: Weights, activation: Activation, progress: float) -> Pass:
     """The pass through dense latents: any activation, any device."""
     pre = F.linear(x if w.center is None else x - w.center, w.encoder, w.encoder_bias)
@@ -107,7 +113,7 @@ def select(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Code]:
     """The active entries of centred rows x `(batch, d_in)`: their values `(n,)` and where they are."""
     choose = _batch_top_k if isinstance(activation, BatchTopK) else _row_top_k
     rows, latents, values = choose(x, w, activation)
-    return values.float(), make_code(rows, latents, len(x), activation.d_sae, activation.widths)
+    return values.to(w.decoder.dtype), make_code(rows, latents, len(x), activation.d_sae, activation.widths)
 
 
 def aux_fvu(x: Tensor, residual: Tensor, w: Weights, dead: Tensor, is_dead: Tensor, k: int) -> Tensor:
@@ -151,7 +157,7 @@ def _row_top_k(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Tensor,
 
 
 def _batch_top_k(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Tensor, Tensor]:
-    """The k x batch largest, exactly: entries above a floor guessed from a few rows, then the best of those."""
+    """The k x batch largest, exactly: the best of the entries above a floor guessed from a few rows."""
     wanted = activation.k * len(x)
     probe = F.linear(x[:32], w.encoder, w.encoder_bias).flatten()
     guess = (

@@ -24,10 +24,10 @@ def geometric_median(rows: Tensor, iterations: int = 50, tolerance: float = 1e-5
 
     Unlike the mean it ignores a few enormous rows. Constant rows give themselves.
     """
-    point = rows.mean(0)
+    point: Tensor = rows.mean(0)
     for _ in range(iterations):
         weights = 1 / torch.linalg.vector_norm(rows - point, dim=1).clamp(min=1e-8)
-        moved = weights @ rows / weights.sum()
+        moved: Tensor = weights @ rows / weights.sum()
         if torch.linalg.vector_norm(moved - point) <= tolerance * torch.linalg.vector_norm(point):
             return moved
         point = moved
@@ -36,7 +36,7 @@ def geometric_median(rows: Tensor, iterations: int = 50, tolerance: float = 1e-5
 
 def rms_norm(rows: Tensor) -> Tensor:
     """Root mean square of the norms of rows `(n, d)`, 1 where every row is zero."""
-    norm = rows.square().sum(1).mean().sqrt()
+    norm: Tensor = rows.square().sum(1).mean().sqrt()
     return torch.where(norm > 0, norm, torch.ones_like(norm))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from deeplens_lightning.sae.distributed import world_size
 OPEN_ENDED_WARMUP = 1000  # steps, when nobody said how long training is
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Optimization:
     """Adam's settings and the shape of the learning rate.
 
@@ -30,10 +31,17 @@ class Optimization:
     eps: float = 6.25e-10
     clip_norm: float | None = 1.0
 
+    @classmethod
+    def of(cls, settings: Optimization | Mapping[str, Any] | None) -> Optimization:
+        """From itself, its fields, or nothing."""
+        if isinstance(settings, Mapping):
+            return cls(**{**settings, "betas": tuple(settings.get("betas", cls.betas))})
+        return cls() if settings is None else settings
+
 
 def default_lr(d_sae: int) -> float:
     """Proportional to 1 / sqrt(d_sae), as Gao et al. 2024 found (arXiv 2406.04093, appendix A.3)."""
-    return 1e-3 * (2**13 / d_sae) ** 0.5
+    return 1e-3 * math.sqrt(2**13 / d_sae)
 
 
 def planned_steps(trainer: Any) -> int | None:

@@ -123,7 +123,7 @@ class _EncodeEntries(torch.autograd.Function):
         return values.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, center, weight, values = ctx.saved_tensors
         code: Code = ctx.code
         grad = torch.where(values > 0, grad, 0)
@@ -148,7 +148,7 @@ class _WeightGradient(torch.autograd.Function):
         return out.view_as(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (values,) = ctx.saved_tensors
         return grad, _sum_by_latent(ctx.code, ctx.code.bags, grad, values), None, None
 

@@ -47,7 +47,7 @@ class _JumpReLU(torch.autograd.Function):
         return torch.where(pre > threshold, pre, 0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre, threshold = ctx.saved_tensors
         through = grad * threshold * _kernel(pre, threshold, ctx.bandwidth)
         d_pre = torch.where(pre > threshold, grad, 0)
@@ -62,6 +62,6 @@ class _Step(torch.autograd.Function):
         return (pre > threshold).to(pre.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre, threshold = ctx.saved_tensors
         return None, -_over_rows(grad * _kernel(pre, threshold, ctx.bandwidth), threshold), None
