@@ -72,7 +72,8 @@ class Trace:
         depth: number of layers.
         calls: all calls.
         born: event number at which a term appeared.
-        operations: a digest per layer of the operations run in it, their shapes and constants.
+        operations: digests of the operations, their shapes and constants: of those before the layers, then of
+            each layer.
     """
 
     family: str
@@ -166,8 +167,7 @@ def _layer_list(base: PreTrainedModel) -> str:
             f"{type(base).__name__} has no list of layers, so there is nothing to count layers in"
         )
     depth: int = base.config.get_text_config().num_hidden_layers
-    ranked = sorted(outer, key=lambda path: ("vision" not in path, outer[path] == depth, outer[path]))
-    return ranked[-1]
+    return str(max(outer, key=lambda path: ("vision" not in path, outer[path] == depth, outer[path])))
 
 
 class _Watch(TorchFunctionMode):
@@ -178,8 +178,8 @@ class _Watch(TorchFunctionMode):
         self.clock = 0
         self.calls: list[Call] = []
         self.born: dict[int, int] = {}
-        self.operations = {path: hashlib.sha256() for path in layers}
-        self._layer: str | None = None
+        self.operations = {path: hashlib.sha256() for path in ("", *layers)}
+        self._layer: str | None = ""
         self._forms: dict[int, Form] = {}
         self._kept: list[Tensor] = []  # so that no id is used twice
 
