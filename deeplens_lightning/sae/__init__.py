@@ -1,6 +1,7 @@
-"""Sparse autoencoders as LightningModules: the reference model, and doors to other libraries."""
+"""Sparse autoencoders as LightningModules: the reference model, sweeps of it, doors to other libraries."""
 
+from deeplens_lightning.sae.grid import SparseAutoencoderGrid
 from deeplens_lightning.sae.module import SparseAutoencoder
 from deeplens_lightning.sae.schedule import Optimization
 
-__all__ = ["Optimization", "SparseAutoencoder"]
+__all__ = ["Optimization", "SparseAutoencoder", "SparseAutoencoderGrid"]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Activation(nn.Module):
         aux_coefficient: weight of AuxK's loss.
     """
 
-    unit_norm: ClassVar[bool] = True
+    unit_norm: bool = True
     aux_k: int = 0
     aux_coefficient: float = 0.0
 
@@ -93,7 +93,7 @@ class ReLU(Activation):
         warmup: share of the steps over which it grows from 0.
     """
 
-    unit_norm: ClassVar[bool] = False
+    unit_norm = False
 
     def __init__(self, d_sae: int, l1: float = 0.05, warmup: float = 0.05) -> None:
         super().__init__(d_sae)
@@ -308,13 +308,14 @@ def architecture_spec(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def make_activation(spec: Mapping[str, Any], *, d_sae: int, d_out: int, k: int) -> Activation:
-    """Build what `architecture_spec` names.
+    """Build what `architecture_spec` names; `unit_norm` overrides that of its class.
 
     Raises:
         ValueError: a setting that this activation does not have.
     """
     kind = ACTIVATIONS[spec["name"]]
     settings = {name: value for name, value in spec.items() if name != "name"}
+    unit_norm = settings.pop("unit_norm", kind.unit_norm)
     known = [name for name in inspect.signature(kind).parameters if name not in ("d_sae", "d_in", "k")]
     for name in settings:
         if name not in known:
@@ -323,7 +324,9 @@ def make_activation(spec: Mapping[str, Any], *, d_sae: int, d_out: int, k: int) 
             raise ValueError(f"architecture {spec['name']!r} has no setting {name!r}; {hint}")
     if issubclass(kind, TopK):
         settings |= {"k": k, "d_in": d_out, "prefixes": tuple(settings.get("prefixes", ()))}
-    return kind(d_sae, **settings)
+    activation = kind(d_sae, **settings)
+    activation.unit_norm = bool(unit_norm)
+    return activation
 
 
 def _ramp(value: float, progress: float, warmup: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from deeplens_lightning.sae.forward import (
     reconstruct,
     sparse_pass,
 )
+from deeplens_lightning.sae.interop import others, saelens
 from deeplens_lightning.sae.metrics import HeldOutMetrics, fvu
 from deeplens_lightning.sae.schedule import Optimization, default_lr
 from deeplens_lightning.sae.screen import check_checkpoint, raise_if_counted, screen
@@ -62,6 +64,8 @@ class SparseAutoencoder(DictionaryTraining):
             in a crosscoder (Lindsey et al., Anthropic, October 2024).
         skip: a linear map from input to output beside the latents of a transcoder (Paulo et al. 2025,
             arXiv 2501.18823).
+        layer_norm: standardise every row before encoding it, as DeepLens does; what is reconstructed
+            stays the row itself.
         lr: peak learning rate; the default falls with the square root of d_sae.
         optimization: Adam's other settings and the schedule.
         dead_after_tokens: rows of silence after which a latent is dead; default the smaller of 10
@@ -88,6 +92,7 @@ class SparseAutoencoder(DictionaryTraining):
         input_hook: str | list[str] | None = None,
         output_hook: str | list[str] | None = None,
         skip: bool = False,
+        layer_norm: bool = False,
         lr: float | None = None,
         optimization: Optimization | None = None,
         dead_after_tokens: int | None = None,
@@ -108,6 +113,7 @@ class SparseAutoencoder(DictionaryTraining):
                 "input_hook": input_hook,
                 "output_hook": output_hook,
                 "skip": skip,
+                "layer_norm": layer_norm,
                 "lr": lr,
                 "optimization": asdict(self.optimization),
                 "dead_after_tokens": dead_after_tokens,
@@ -123,7 +129,8 @@ class SparseAutoencoder(DictionaryTraining):
             raise ValueError(
                 "skip=True around an autoencoder would learn the identity; give another output_hook"
             )
-        self.read, self.write = Side(reads), Side(writes)
+        self.centers = not self.is_transcoder and not layer_norm
+        self.read, self.write = Side(reads, layer_norm=layer_norm), Side(writes)
         self.d_sae = expansion_factor * self.read.width if d_sae is None else d_sae
         if self.d_sae < 1:
             raise ValueError(
@@ -140,6 +147,7 @@ class SparseAutoencoder(DictionaryTraining):
         self.register_buffer("nonfinite_rows", torch.zeros((), dtype=torch.int64))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
         self._make_weights(seed, skip)
+        self.trained_on: dict[str, str] = {}
         self.planned_tokens: int | None = None
         self._served: Scalings | None = None
         self._ready = False
@@ -162,7 +170,7 @@ class SparseAutoencoder(DictionaryTraining):
     @property
     def weights(self) -> Weights:
         """The dictionary's tensors, in its own units."""
-        center = None if self.is_transcoder else self.b_dec
+        center = self.b_dec if self.centers else None
         return Weights(self.W_enc, self.b_enc, self.W_dec, self.b_dec, center, self.W_skip)
 
     def encode(self, x: Batch) -> Tensor:
@@ -220,7 +228,7 @@ class SparseAutoencoder(DictionaryTraining):
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What to read and what to reconstruct of a served batch, in own units."""
         x = self.read.from_served(batch)
-        return x, self.write.from_served(batch) if self.is_transcoder else x
+        return x, x if self.centers else self.write.from_served(batch)
 
     def step(
         self, batch: Batch, progress: float = 1.0, report: Callable[[Tensor], str] | None = None
@@ -317,6 +325,24 @@ class SparseAutoencoder(DictionaryTraining):
         latents = encode(x, self.weights, self.activation)
         metrics.update(y, reconstruct(x, latents, self.weights), latents)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the SAE was trained on, for exports."""
+        checkpoint["trained_on"] = dict(self.trained_on)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture or size, in one sentence."""
         check_checkpoint(dict(self.hparams), checkpoint.get("hyper_parameters", {}))
+        self.trained_on = dict(checkpoint.get("trained_on", {}))
+
+    # ---- other libraries
+
+    def export_saelens(
+        self, folder: str | Path, *, metadata: Mapping[str, Any] | None = None, overwrite: bool = False
+    ) -> Path:
+        """Write a folder that `sae_lens.SAE.load_from_disk` reads, see `interop.saelens`."""
+        return saelens.export_saelens(self, folder, metadata=metadata, overwrite=overwrite)
+
+    from_saelens = staticmethod(saelens.from_saelens)
+    from_dictionary_learning = staticmethod(others.from_dictionary_learning)
+    from_sparsify = staticmethod(others.from_sparsify)
+    from_deeplens = staticmethod(others.from_deeplens)

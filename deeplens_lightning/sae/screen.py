@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SIZES = ("d_in", "d_sae", "expansion_factor", "architecture", "input_hook", "output_hook", "skip")
+SIZES = (
+    "d_in",
+    "d_sae",
+    "expansion_factor",
+    "architecture",
+    "input_hook",
+    "output_hook",
+    "skip",
+    "layer_norm",
+)
 
 
 class NonFiniteRowsError(ValueError):
@@ -66,7 +75,7 @@ def check_checkpoint(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     for name in SIZES:
         if name in saved and name in mine and saved[name] != mine[name]:
             raise ValueError(
-                f"the checkpoint holds an SAE with {name}={saved[name]!r}, but this one has {name}={mine[name]!r}; "
+                f"the checkpoint holds an SAE with {name}={saved[name]!r}, this one has {name}={mine[name]!r}: "
                 "build it with the checkpoint's settings, or use SparseAutoencoder.load_from_checkpoint(path)"
             )
 

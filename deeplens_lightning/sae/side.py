@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeplens_lightning.sae.distributed import mean_over_ranks
@@ -27,6 +28,7 @@ class Side(nn.Module):
 
     Args:
         hooks: width of each hook point, in order.
+        layer_norm: bring every row to mean 0 and variance 1 in the end.
     """
 
     shift: Tensor
@@ -35,10 +37,11 @@ class Side(nn.Module):
     factor: Tensor
     offset: Tensor
 
-    def __init__(self, hooks: Mapping[str, int]) -> None:
+    def __init__(self, hooks: Mapping[str, int], *, layer_norm: bool = False) -> None:
         super().__init__()
         self.hooks = dict(hooks)
         self.width = sum(hooks.values())
+        self.layer_norm = layer_norm
         self.register_buffer("shift", torch.zeros(self.width))
         self.register_buffer("scale", torch.ones(self.width))
         self.register_buffer("unit", torch.ones(self.width))
@@ -55,7 +58,7 @@ class Side(nn.Module):
 
     def from_raw(self, x: Batch) -> Tensor:
         """Raw activations in own units, `(..., width)`."""
-        return (self.join(x) - self.shift) * (self.scale / self.unit)
+        return self._finish((self.join(x) - self.shift) * (self.scale / self.unit))
 
     def to_raw(self, rows: Tensor) -> Tensor:
         """Rows in own units as raw activations, `(..., width)`."""
@@ -71,7 +74,7 @@ class Side(nn.Module):
     def from_served(self, batch: Batch) -> Tensor:
         """A data module's batch in own units, `(batch, width)`; see `serve`."""
         rows = self.join(batch) * self.factor
-        return rows + self.offset if self._has_offset else rows
+        return self._finish(rows + self.offset if self._has_offset else rows)
 
     @torch.no_grad()
     def adopt(self, served: Scalings | None) -> None:
@@ -104,6 +107,9 @@ class Side(nn.Module):
             units.append(unit.expand(width))
         self.unit.copy_(torch.cat(units))
         return torch.cat(medians)
+
+    def _finish(self, rows: Tensor) -> Tensor:
+        return F.layer_norm(rows, (self.width,)) if self.layer_norm else rows
 
     def _served(self, served: Scalings | None) -> tuple[Tensor, Tensor]:
         if served is None:

@@ -38,6 +38,11 @@ class DictionaryTraining(LightningModule):
         """Read the plan and the data module's normalisation, both final by now."""
         self._planned_steps = planned_steps(self.trainer)
         self._prepare()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        for sae in self.dictionaries.values():
+            names = sae.read.hooks if "" not in sae.read.hooks else getattr(data, "hook_names", ())
+            known = {"model_name": getattr(data, "hf_model", None), "hook_name": ",".join(names) or None}
+            sae.trained_on |= {name: value for name, value in known.items() if isinstance(value, str)}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Initialise new dictionaries from the first batch; restored ones have been."""

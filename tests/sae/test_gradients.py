@@ -11,13 +11,19 @@ D_IN, D_SAE, BATCH, K = 12, 64, 24, 3
 
 
 def make(architecture, **settings) -> SparseAutoencoder:
-    sae = SparseAutoencoder(D_IN, D_SAE, k=K, architecture=architecture, dead_after_tokens=100, **settings).double()
+    sae = SparseAutoencoder(
+        D_IN, D_SAE, k=K, architecture=architecture, dead_after_tokens=100, **settings
+    ).double()
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in sae.parameters():  # away from the symmetric start: biases, gains and thresholds in play
             p.add_(0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype))
         sae.W_enc.add_(0.3 * torch.randn(sae.W_enc.shape, generator=g, dtype=torch.float64))
-        if architecture == "jumprelu" or isinstance(architecture, dict) and architecture["name"] == "jumprelu":
+        if (
+            architecture == "jumprelu"
+            or isinstance(architecture, dict)
+            and architecture["name"] == "jumprelu"
+        ):
             sae.activation.threshold.abs_()
     return sae
 
@@ -33,7 +39,9 @@ def kept(pre: Tensor, architecture: str) -> Tensor:
     return pre >= pre.sort(dim=1, descending=True).values[:, K - 1 : K]
 
 
-def reference(sae: SparseAutoencoder, x: Tensor, architecture: str, widths=(D_SAE,), dead: Tensor | None = None):
+def reference(
+    sae: SparseAutoencoder, x: Tensor, architecture: str, widths=(D_SAE,), dead: Tensor | None = None
+):
     """Loss by the papers' formulas on dense tensors, with plain autograd."""
     leaves = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
     we, be, wd, bd = (leaves[n] for n in ("W_enc", "b_enc", "W_dec", "b_dec"))
@@ -45,7 +53,12 @@ def reference(sae: SparseAutoencoder, x: Tensor, architecture: str, widths=(D_SA
         penalty = 0.05 * (z * wd.norm(dim=1)).sum(1).mean()
     elif architecture == "gated":
         gate = (pre > 0).double()
-        z = gate * (((x - bd) @ we.T) * leaves["activation.log_gain"].exp() + leaves["activation.magnitude_bias"]).relu()
+        z = (
+            gate
+            * (
+                ((x - bd) @ we.T) * leaves["activation.log_gain"].exp() + leaves["activation.magnitude_bias"]
+            ).relu()
+        )
         via_gate = pre.relu() @ wd.detach() + bd.detach()
         penalty = 0.05 * pre.relu().sum(1).mean() + ((via_gate - x) ** 2).sum(1).mean()
     else:
@@ -133,7 +146,9 @@ def test_jumprelu_gradients_follow_the_papers_equations(penalty):
 @pytest.mark.parametrize("kernel", ["sparse", "dense"])
 def test_transcoder_with_skip_equals_autograd_on_the_dense_formula(kernel):
     d_in = {"a": 12, "b": 7}
-    sae = SparseAutoencoder(d_in, D_SAE, k=K, input_hook="a", output_hook="b", skip=True, kernel=kernel).double()
+    sae = SparseAutoencoder(
+        d_in, D_SAE, k=K, input_hook="a", output_hook="b", skip=True, kernel=kernel
+    ).double()
     x, y = rows(0, 12), rows(1, 7)
     step, _ = sae.losses(x, y)
     step.loss.backward()

@@ -1,0 +1,228 @@
+"""SAELens folders, `cfg.json` beside `sae_weights.safetensors`: written for `SAE.load_from_disk`, and read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from deeplens_lightning.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from deeplens_lightning.sae.interop.files import fresh_folder
+from deeplens_lightning.sae.interop.folding import Plain, center_bias, fold, has_unit_rows, unfold
+
+if TYPE_CHECKING:
+    from deeplens_lightning.sae.module import SparseAutoencoder
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+FORMAT_VERSION = "6.0.0"  # of SAELens, whose layout this is
+
+_USED = {"architecture", "d_in", "d_sae", "d_out", "k", "apply_b_dec_to_input", "normalize_activations"}
+_USED |= {"rescale_acts_by_decoder_norm", "activation_fn", "activation_fn_str", "activation_fn_kwargs"}
+_USED |= {"finetuning_scaling_factor", "matryoshka_widths"}
+_DESCRIPTIVE = {"metadata", "dtype", "device", "reshape_activations", "model_name", "hook_name", "hook_layer"}
+_DESCRIPTIVE |= {"hook_head_index", "hook_point", "hook_point_layer", "hook_point_head_index", "prepend_bos"}
+_DESCRIPTIVE |= {
+    "dataset_path",
+    "dataset_trust_remote_code",
+    "context_size",
+    "neuronpedia_id",
+    "seqpos_slice",
+}
+_DESCRIPTIVE |= {"sae_lens_version", "sae_lens_training_version", "model_from_pretrained_kwargs", "lp_norm"}
+_DESCRIPTIVE |= {"decoder_init_norm", "aux_loss_coefficient", "topk_threshold_lr", "use_sparse_activations"}
+_DESCRIPTIVE |= {"l1_coefficient", "l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "target_l0"}
+_DESCRIPTIVE |= {"jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode"}
+_DESCRIPTIVE |= {"jumprelu_tanh_scale", "jumprelu_ste_to_input", "pre_act_loss_coefficient"}
+_DESCRIPTIVE |= {"use_matryoshka_aux_loss"}
+
+
+def export_saelens(
+    sae: SparseAutoencoder,
+    folder: str | Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write an SAE that `sae_lens.SAE.load_from_disk` gives the same latents and reconstructions.
+
+    Args:
+        sae: an SAE or transcoder; normalisation is folded in.
+        folder: where to.
+        metadata: added to what is known, such as `model_name` and `hook_name`.
+        overwrite: replace a folder that exists.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder exists and `overwrite` is not set.
+        ValueError: SAELens has no such architecture.
+    """
+    plain, activation = fold(sae), sae.activation
+    architecture, tensors, extra = _describe(sae)
+    tensors |= {"W_enc": plain.encoder.T.contiguous(), "W_dec": plain.decoder, "b_dec": plain.decoder_bias}
+    if isinstance(activation, Gated):
+        tensors |= {"b_gate": plain.encoder_bias}
+    else:
+        tensors |= {"b_enc": plain.encoder_bias}
+    if plain.skip is not None:
+        tensors |= {"W_skip": plain.skip.contiguous()}
+    known = {"sae_lens_version": FORMAT_VERSION, "sae_lens_training_version": None, **sae.trained_on}
+    config = {
+        "architecture": architecture,
+        "d_in": sae.read.width,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": sae.centers,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **extra,
+        "metadata": {**known, **(metadata or {})},
+    }
+    with fresh_folder(folder, overwrite=overwrite) as new:
+        save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, new / WEIGHTS)
+        (new / CONFIG).write_text(json.dumps(config, indent=2))
+    return Path(folder)
+
+
+def from_saelens(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> SparseAutoencoder:
+    """Read a SAELens folder.
+
+    Args:
+        folder: holds `cfg.json` and `sae_weights.safetensors`.
+        ignore_fields: fields of `cfg.json`, unknown here, that may be ignored.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file.
+        ValueError: an architecture or setting that cannot be expressed, or a field not known here.
+    """
+    from deeplens_lightning.sae.module import SparseAutoencoder
+
+    folder = Path(folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}: give the folder that SAELens saved an SAE in")
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    tensors = {name: t.float() for name, t in load_file(folder / WEIGHTS).items()}
+    _check(config, ignore_fields)
+    architecture, settings, extra = _read_architecture(config, tensors)
+    encoder, decoder, decoder_bias = tensors["W_enc"].T, tensors["W_dec"], tensors["b_dec"]
+    encoder_bias = tensors["b_gate" if "b_gate" in tensors else "b_enc"]
+    if config.get("rescale_acts_by_decoder_norm"):
+        norms = torch.linalg.vector_norm(decoder, dim=1)
+        encoder, encoder_bias, decoder = (
+            encoder * norms[:, None],
+            encoder_bias * norms,
+            decoder / norms[:, None],
+        )
+    is_transcoder = "transcoder" in config.get("architecture", "")
+    if not is_transcoder and not config.get("apply_b_dec_to_input", True):
+        shift = center_bias(encoder, encoder_bias, decoder_bias) - encoder_bias
+        encoder_bias = encoder_bias + shift
+        if "magnitude_bias" in extra:
+            extra["magnitude_bias"] = extra["magnitude_bias"] + shift * extra["log_gain"].exp()
+    if is_transcoder:
+        names = {"input": encoder.shape[1], "output": decoder.shape[1]}
+        settings |= {
+            "d_in": names,
+            "input_hook": "input",
+            "output_hook": "output",
+            "skip": "W_skip" in tensors,
+        }
+    architecture["unit_norm"] = has_unit_rows(decoder)
+    sae = SparseAutoencoder(
+        **{"d_in": encoder.shape[1], **settings}, d_sae=len(decoder), architecture=architecture
+    )
+    plain = Plain(
+        encoder=encoder,
+        encoder_bias=encoder_bias,
+        decoder=decoder,
+        decoder_bias=decoder_bias,
+        skip=tensors.get("W_skip"),
+    )
+    sae.trained_on = {
+        k: v for k, v in config.get("metadata", {}).items() if isinstance(v, str) and "version" not in k
+    }
+    return unfold(sae, plain, **extra)
+
+
+def _describe(sae: SparseAutoencoder) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """SAELens's name of the architecture, the tensors and the settings that only it has."""
+    a = sae.activation
+    if len(sae.read.hooks) > 1 or len(sae.write.hooks) > 1:
+        raise ValueError("SAELens has no crosscoders: save this one as a checkpoint instead")
+    if sae.hparams["layer_norm"]:
+        raise ValueError(
+            "SAELens cannot normalise the input alone: an SAE with layer_norm=True stays a checkpoint"
+        )
+    if sae.is_transcoder:
+        stem = "skip_transcoder" if sae.W_skip is not None else "transcoder"
+        extra = {"d_out": sae.write.width}
+        if isinstance(a, ReLU):
+            return stem, {}, extra
+        if isinstance(a, BatchTopK | JumpReLU):
+            return f"jumprelu_{stem}", {"threshold": a.threshold.detach().expand(sae.d_sae)}, extra
+        raise ValueError(
+            "SAELens has ReLU and threshold transcoders only: train this one as batch_topk or jumprelu"
+        )
+    if isinstance(a, BatchTopK | JumpReLU):
+        return "jumprelu", {"threshold": a.threshold.detach().expand(sae.d_sae)}, {}
+    if isinstance(a, TopK):
+        return "topk", {}, {"k": a.k, "rescale_acts_by_decoder_norm": False}
+    if isinstance(a, Gated):
+        return "gated", {"r_mag": a.log_gain, "b_mag": a.magnitude_bias}, {}
+    return "standard", {}, {}
+
+
+def _check(config: Mapping[str, Any], ignore_fields: Collection[str]) -> None:
+    unknown = sorted(set(config) - _USED - _DESCRIPTIVE - set(ignore_fields))
+    if unknown:
+        raise ValueError(
+            f"the SAELens config has fields that are not known here: {', '.join(unknown)}; "
+            f"if they do not change the encoding, pass ignore_fields={unknown}"
+        )
+    if config.get("normalize_activations", "none") not in ("none", None, False, "expected_average_only_in"):
+        raise ValueError(
+            f"normalize_activations={config['normalize_activations']!r} scales every row by itself, which this "
+            "SAE cannot express; SAELens's 'none' and 'expected_average_only_in' can be read"
+        )
+    if config.get("finetuning_scaling_factor"):
+        raise ValueError("finetuning_scaling_factor is not supported; fold it into W_dec and set it to false")
+
+
+def _read_architecture(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Our architecture, settings of the SAE, and tensors of the activation."""
+    name = str(config.get("architecture", "standard")).replace("skip_", "").replace("_transcoder", "")
+    function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
+    if name in ("standard", "transcoder") and function == "topk":
+        return {"name": "topk"}, {"k": int(config["activation_fn_kwargs"]["k"])}, {}
+    if name == "topk":
+        return {"name": "topk"}, {"k": int(config["k"])}, {}
+    if name in ("batchtopk", "matryoshka_batchtopk"):
+        spec: dict[str, Any] = {"name": "batch_topk"}
+        if config.get("matryoshka_widths"):
+            spec["prefixes"] = [int(width) for width in config["matryoshka_widths"]]
+        return (
+            spec,
+            {"k": round(config["k"])},
+            {"threshold": tensors["topk_threshold"], "threshold_batches": 1},
+        )
+    if name == "jumprelu":
+        return {"name": "jumprelu"}, {}, {"threshold": tensors["threshold"].clamp(min=0)}
+    if name == "gated":
+        return {"name": "gated"}, {}, {"log_gain": tensors["r_mag"], "magnitude_bias": tensors["b_mag"]}
+    if name in ("standard", "transcoder") and function == "relu":
+        return {"name": "relu"}, {}, {}
+    raise ValueError(
+        f"SAELens's architecture {config.get('architecture')!r} (activation {function!r}) has no equal here; "
+        "standard, topk, batchtopk, matryoshka_batchtopk, jumprelu, gated and transcoders have. "
+        "`SAELensModule` trains any of theirs as it is"
+    )
