@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.hook_points import HookPoint, resolve
-from deeplens_lightning.model import FrozenModel, load_config, load_tokenizer
+from deeplens_lightning.model import FrozenModel, load_config, load_tokenizer, max_positions
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -165,12 +165,8 @@ class TextActivations:
         return self._frozen
 
     def _limit(self) -> int:
-        positions = getattr(self.config, "max_position_embeddings", None)
-        return (
-            min(self.max_length, positions)
-            if isinstance(positions, int) and positions > 0
-            else self.max_length
-        )
+        positions = max_positions(self.config)
+        return self.max_length if positions is None else min(self.max_length, positions)
 
     def _say_cut(self, length: int, limit: int) -> None:
         if not self._said_cut:

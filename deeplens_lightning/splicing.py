@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deeplens_lightning.hook_points import HookPoint, resolve
+from deeplens_lightning.tracing import base_of
 
 
 @contextmanager
@@ -37,7 +38,7 @@ def spliced(
         ValueError: the hook point does not exist, or `fn` returns another shape (when the model is run).
     """
     point = hook_point if isinstance(hook_point, HookPoint) else resolve(model, None, hook_point)[0]
-    module = model.base_model.get_submodule(point.module)
+    module = base_of(model).get_submodule(point.module)
     # The stream between the halves of a layer is read twice, by the MLP's norm and by the sum behind the
     # MLP, but only the first reader is a module: the tensor itself has to change.
     in_place = point.name.endswith(".resid_mid")

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor, nn
 
 from deeplens_lightning.scaling import Scaling
 
 
 @contextmanager
-def observing(module: LightningModule) -> Iterator[None]:
+def observing(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every submodule's flag is what it was."""
     training = [child for child in module.modules() if child.training]
     module.eval()

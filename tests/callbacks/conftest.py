@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from deeplens_lightning.hook_points import resolve
 from deeplens_lightning.model import FrozenModel, load_tokenizer
+from deeplens_lightning.packing import Blocks
 from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.scaling import Moments, Scaling
 
@@ -103,6 +104,18 @@ class StandIn(L.LightningDataModule):
 
     def provenance(self, batch: Tensor) -> Rows:
         return Rows(*self._origin[id(batch)].T)
+
+    def heldout_blocks(self, n: int) -> Iterator[Blocks]:
+        """Each block: two segments of different documents, a special token before the first, pads."""
+        for number, text in enumerate(TEXTS[-n:]):
+            ids = torch.tensor([0, *self.tokenizer(text)["input_ids"][:60]])
+            block = Blocks.empty(1, 64)
+            cut = len(ids) // 2
+            block.tokens[0, : len(ids)] = ids
+            block.positions[0, : len(ids)] = torch.cat([torch.arange(cut), torch.arange(len(ids) - cut)])
+            block.documents[0, :cut], block.documents[0, cut : len(ids)] = 2 * number, 2 * number + 1
+            block.keep[0, 1 : len(ids)] = True
+            yield block
 
     def teardown(self, stage: str) -> None:
         pass

@@ -1,0 +1,159 @@
+"""CE recovered: exact at its two ends, right in between, and no trace in the training run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from deeplens_lightning.callbacks import LossRecovered
+from deeplens_lightning.callbacks.segments import from_blocks
+from deeplens_lightning.packing import Blocks
+
+
+class _Fixed(L.LightningModule):
+    """An SAE that was never trained: multiplies by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return z * self.factor
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        return 0.0 * self.factor
+
+    def validation_step(self, batch: torch.Tensor) -> None:
+        pass
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def _values(run: Any) -> dict[str, float]:
+    return {
+        k: float(v) for k, v in run.trainer.callback_metrics.items() if k.startswith(("val/ce", "val/kl"))
+    }
+
+
+def test_identity_recovers_exactly_1_and_zero_exactly_0(fit: Callable[..., Any]) -> None:
+    identity = _values(fit([LossRecovered(8)], sae=_Fixed(1.0)))
+    zero = _values(fit([LossRecovered(8)], sae=_Fixed(0.0)))
+    assert identity["val/ce_recovered"] == 1.0
+    assert identity["val/kl"] == 0.0
+    assert identity["val/ce_sae"] == identity["val/ce_clean"]
+    assert zero["val/ce_recovered"] == 0.0
+    assert zero["val/ce_sae"] == zero["val/ce_zero"] != zero["val/ce_clean"]
+    assert zero["val/kl"] > 0
+    assert zero["val/ce_clean"] == identity["val/ce_clean"]
+
+
+def test_the_clean_loss_is_what_the_untouched_model_gives_segment_by_segment(
+    fit: Callable[..., Any], lm_folder: str
+) -> None:
+    run = fit([LossRecovered(5, batch_size=3)], sae=_Fixed(0.5))
+    model = AutoModelForCausalLM.from_pretrained(lm_folder).eval()
+    total, count = 0.0, 0
+    for block in run.datamodule.heldout_blocks(5):
+        for document in block.documents.unique().tolist():
+            if document < 0:
+                continue
+            here = block.documents[0] == document
+            ids, keep = block.tokens[0][here], block.keep[0][here]
+            with torch.no_grad():
+                logits = model(ids[None]).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+            total, count = total + float(losses[keep[:-1]].sum()), count + int(keep[:-1].sum())
+    assert _values(run)["val/ce_clean"] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_files_loggers_and_metrics_agree(fit: Callable[..., Any], tmp_path: Path) -> None:
+    run = fit([LossRecovered(4)], max_epochs=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "loss_recovered.jsonl").open()]
+    assert [line["step"] for line in lines] == [12, 24]
+    assert lines[-1]["ce_recovered"] == pytest.approx(_values(run)["val/ce_recovered"], rel=1e-6)
+    assert lines[-1]["tokens"] > 100
+
+
+def test_a_fit_without_validation_measures_at_the_end(fit: Callable[..., Any], tmp_path: Path) -> None:
+    run = fit([LossRecovered(4)], limit_val_batches=0)
+    assert "val/ce_recovered" in _values(run)
+    assert len((tmp_path / "run" / "loss_recovered.jsonl").read_text().splitlines()) == 1
+
+
+def test_batches_and_weights_are_bit_identical_with_and_without_it(fit: Callable[..., Any]) -> None:
+    plain, measured = fit([]), fit([LossRecovered(4)])
+    for name, value in plain.sae.state_dict().items():
+        assert torch.equal(value, measured.sae.state_dict()[name]), name
+    pairs = zip(plain.datamodule.served, measured.datamodule.served, strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
+
+
+def test_the_whole_model_is_loaded_once_and_let_go(fit: Callable[..., Any], monkeypatch: Any) -> None:
+    loaded = []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        loaded.append(args)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
+    callback = LossRecovered(4)
+    assert loaded == []
+    fit([callback])
+    assert len(loaded) == 1
+    assert callback._model is None
+
+
+def test_a_model_that_was_handed_in_is_used_and_left_as_it_was(
+    fit: Callable[..., Any], lm_folder: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(lm_folder).train()
+    run = fit([LossRecovered(4, hf_model=model)], sae=_Fixed(1.0))
+    assert _values(run)["val/ce_recovered"] == 1.0
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with pytest.raises(ValueError, match="has no language model head"):
+        fit([LossRecovered(4, hf_model=AutoModel.from_pretrained(lm_folder))])
+
+
+def test_shards_need_texts(fit: Callable[..., Any], shards: Callable[[], Any]) -> None:
+    datamodule = shards()
+    datamodule.heldout_blocks = lambda n: None
+    with pytest.raises(ValueError, match=r"needs held-out text.*pass texts"):
+        fit([LossRecovered(4)], datamodule=datamodule)
+    run = fit([LossRecovered(texts=["The cat sat on the mat.", "Hello world"])], datamodule=shards())
+    assert "val/ce_recovered" in _values(run)
+
+
+def test_a_module_that_is_no_sae_is_refused(fit: Callable[..., Any]) -> None:
+    sae = _Fixed(1.0)
+    sae.encode = None  # type: ignore[assignment]
+    with pytest.raises(TypeError, match=r"LossRecovered needs a module with encode\(x\)"):
+        fit([LossRecovered(4)], sae=sae)
+
+
+def test_blocks_become_segments_and_only_kept_tokens_with_a_successor_are_scored() -> None:
+    blocks = Blocks.empty(2, 6)
+    blocks.tokens[:] = torch.tensor([[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 10, 11]])
+    blocks.positions[:] = torch.tensor([[0, 1, 2, 0, 1, -1], [0, 1, 2, 3, 0, 1]])
+    blocks.documents[:] = torch.tensor([[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, 2, 2]])
+    blocks.keep[:] = torch.tensor([[0, 1, 1, 1, 1, 0], [1, 1, 0, 1, 1, 1]], dtype=torch.bool)
+    (batch,) = from_blocks([blocks], whole_rows=False, batch_size=8)
+    assert batch.tokens.tolist() == [[1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 8, 9], [10, 11, 0, 0]]
+    assert batch.mask.sum(1).tolist() == [3, 2, 4, 2]
+    assert batch.scored.int().tolist() == [[0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
+    (rows,) = from_blocks([blocks], whole_rows=True, batch_size=8)
+    assert rows.mask.sum(1).tolist() == [5, 6]
+    assert rows.scored.int().tolist() == [[0, 1, 0, 1, 0, 0], [1, 1, 0, 0, 1, 0]]
