@@ -1,0 +1,37 @@
+"""Caches of activations on disk: written once, read by any number of runs, trusted.
+
+`ShardWriter` writes finished shards that a killed run continues, `ShardStream` serves shuffled batches
+from them, `verify` checks every byte. `format.py` describes the files.
+"""
+
+from deeplens_lightning.shards.catalog import Catalog, open_catalog
+from deeplens_lightning.shards.errors import (
+    DamagedShardError,
+    DiskFullError,
+    NonFiniteError,
+    OtherConfigError,
+    ShardError,
+)
+from deeplens_lightning.shards.format import Manifest, Resume, Rows
+from deeplens_lightning.shards.rowset import heldout
+from deeplens_lightning.shards.stream import ShardStream
+from deeplens_lightning.shards.verify import Report, verify
+from deeplens_lightning.shards.writer import ShardWriter
+
+__all__ = [
+    "Catalog",
+    "DamagedShardError",
+    "DiskFullError",
+    "Manifest",
+    "NonFiniteError",
+    "OtherConfigError",
+    "Report",
+    "Resume",
+    "Rows",
+    "ShardError",
+    "ShardStream",
+    "ShardWriter",
+    "heldout",
+    "open_catalog",
+    "verify",
+]

@@ -1,0 +1,162 @@
+"""Opening a `.pt` file of activations: memory-mapped, never executing anything in it.
+
+In: a local path. Out: an `OpenShard` whose rows are gathered in batches. Files come in two kinds: our
+own (`{"rows": ..., "provenance": ...}`), and a bare `(n, d_in)` tensor as DeepLens saves it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deeplens_lightning.shards.codec import dequantize
+from deeplens_lightning.shards.errors import DamagedShardError, ShardError
+from deeplens_lightning.shards.format import DTYPES, Rows
+
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+UNKNOWN = -1
+"""What a provenance column holds where nothing is known."""
+
+_DEEPLENS = re.compile(r"features_layer_(\d+)_\d+\.pt")
+_UNREADABLE = (
+    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
+    OverflowError, struct.error,
+)  # fmt: skip
+"""What torch's restricted unpickler raises on bytes that are no pickle of tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenShard:
+    """A mapped shard.
+
+    Attributes:
+        rows: `(n, d_in)` by hook name, in the activation dtype or int8.
+        scales: float32 `(n,)` by hook name where rows are int8.
+        provenance: int64 `(n, 4)`, None for a bare tensor.
+    """
+
+    rows: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    provenance: Tensor | None
+
+    def gather(self, hook: str, index: Tensor, out: Tensor) -> None:
+        """Write the rows at `index` (int64 `(m,)`) into `out` `(m, d_in)` of the activation dtype."""
+        rows = self.rows[hook]
+        if hook in self.scales:
+            codes, scales = rows.index_select(0, index), self.scales[hook].index_select(0, index)
+            out.copy_(dequantize(codes, scales, out.dtype))
+        else:
+            torch.index_select(rows, 0, index, out=out)
+
+    def gather_provenance(self, index: Tensor, out: Tensor) -> None:
+        """Write the provenance of the rows at `index` into `out`, int64 `(m, 4)`."""
+        if self.provenance is None:
+            out.fill_(UNKNOWN)
+        else:
+            torch.index_select(self.provenance, 0, index, out=out)
+
+
+def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: int) -> OpenShard:
+    """Map a shard of our own and check that it holds what its manifest and sidecar say.
+
+    Raises:
+        DamagedShardError: it does not, or cannot be read, or would run code.
+    """
+    content = load_mapped(path)
+    parts = content.keys() if isinstance(content, dict) else None
+    if parts is None or not {"rows", "provenance"} <= parts or not isinstance(content["rows"], dict):
+        raise DamagedShardError(f"{path} holds {describe(content)}, not a shard of activations")
+    if set(content["rows"]) != set(hook_points):
+        raise DamagedShardError(
+            f"{path} has rows of {sorted(map(str, content['rows']))}, its manifest says {sorted(hook_points)}"
+        )
+    scales: dict[str, Tensor] = {}
+    for name, want in hook_points.items():
+        dtype = torch.int8 if storage == "int8" else DTYPES[want.dtype]
+        _check_tensor(path, name, content["rows"][name], (rows, want.d_in), dtype)
+        if storage == "int8":
+            scales[name] = content.get("scales", {}).get(name)
+            _check_tensor(path, f"scales of {name}", scales[name], (rows,), torch.float32)
+    _check_tensor(path, "provenance", content["provenance"], (rows, 4), torch.int64)
+    return OpenShard(content["rows"], scales, content["provenance"])
+
+
+def open_bare(path: Path, hook: str | None) -> OpenShard:
+    """Map a bare activation tensor `(n, d_in)`.
+
+    Args:
+        path: a file written by `torch.save(tensor, path)`.
+        hook: the canonical name to give it; by default read from DeepLens's file names
+            (`features_layer_3_25000.pt` is `layers.3.mlp_act`), else `activations`.
+
+    Raises:
+        ShardError: it holds something else.
+    """
+    content = load_mapped(path)
+    if not isinstance(content, Tensor) or content.layout is not torch.strided:
+        raise ShardError(
+            f"{path} holds {describe(content)}; give one activation tensor of shape (rows, d_in) per file, "
+            "or the folder that `deeplens-lightning extract` wrote"
+        )
+    if content.ndim != 2 or not len(content):
+        raise ShardError(
+            f"{path} holds a tensor of shape {tuple(content.shape)}, expected (rows, d_in) with at least one "
+            "row: save `x.reshape(-1, x.shape[-1])`"
+        )
+    if content.dtype not in DTYPES.values():
+        raise ShardError(
+            f"{path} holds {content.dtype}, expected {', '.join(DTYPES)}: save `x.float()` instead"
+        )
+    match = _DEEPLENS.fullmatch(path.name)
+    name = hook or (f"layers.{match[1]}.mlp_act" if match else "activations")
+    return OpenShard({name: content.detach()}, {}, None)
+
+
+def load_mapped(path: Path) -> Any:
+    """`torch.load` with tensors left on disk and nothing but tensors and containers allowed.
+
+    Raises:
+        DamagedShardError: the file is no such thing.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError as error:
+        raise DamagedShardError(f"{path} is missing") from error
+    except pickle.UnpicklingError as error:
+        raise DamagedShardError(
+            f"{path} is refused: it holds Python objects other than tensors, or is damaged; nothing in it "
+            f"was executed ({str(error).splitlines()[0] if str(error) else 'unreadable'})"
+        ) from error
+    except _UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        legacy = " (saved in the legacy format? load it and torch.save it again)" if "mmap" in reason else ""
+        raise DamagedShardError(f"{path} cannot be read as tensors: {reason}{legacy}") from error
+
+
+def describe(content: Any) -> str:
+    """What a file turned out to hold, in a few words."""
+    if isinstance(content, Tensor):
+        return f"a tensor of shape {tuple(content.shape)}"
+    if isinstance(content, dict):
+        names = ", ".join(repr(key) for key in list(content)[:4])
+        more = ", ..." if len(content) > 4 else ""
+        return f"a dict with keys {names}{more}" + (" (a model checkpoint?)" if len(content) > 1 else "")
+    return f"a {type(content).__name__}"
+
+
+def _check_tensor(path: Path, name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        raise DamagedShardError(f"{path}: {name} is {describe(value)}, expected a tensor")
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise DamagedShardError(
+            f"{path}: {name} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape} by its manifest"
+        )

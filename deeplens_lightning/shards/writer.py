@@ -1,0 +1,330 @@
+"""Writing a cache: rows in, finished shards out, one writer per rank.
+
+Every row has a number: how many rows its rank's source produced before it. A killed writer left its
+finished shards; the next one with the same configuration finds them, says from which source position
+to go on (`resume`), and drops what it is handed again. So the same rows land in the same order however
+often writing was interrupted, and none twice.
+
+One thread saves a full shard while the next one fills, so there are two shards in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from deeplens_lightning.shards.buffer import ShardBuffer
+from deeplens_lightning.shards.errors import DiskFullError, NonFiniteError, ShardError
+from deeplens_lightning.shards.folder import Folder, Lock, open_folder
+from deeplens_lightning.shards.format import (
+    DTYPES,
+    INDEX,
+    MANIFEST,
+    Manifest,
+    Resume,
+    Sidecar,
+    done_name,
+    dump_json,
+    shard_name,
+    sidecar_name,
+)
+from deeplens_lightning.shards.recover import finished_shards, forget_after, is_done
+from deeplens_lightning.shards.save import is_whole, save_hashed, write_index
+
+NonFinite = Literal["refuse", "drop"]
+"""What to do with rows that hold NaN or infinity: stop, or leave them out and count them."""
+
+SHARD_BYTES = 256 * 2**20
+"""Default size of a shard: a minute of a laptop's work, a second of a disk's."""
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SLACK = 2**16  # a shard's zip directory and sidecar
+
+
+class ShardWriter:
+    """Writes one rank's rows of a cache.
+
+    Args:
+        where: the cache's folder, a path or an fsspec URL.
+        manifest: what the rows are.
+        rank: whose rows these are, below `manifest.world_size`.
+        shard_bytes: size of a shard on disk, in bytes.
+        nonfinite: what to do with NaN and infinity.
+        expected_rows: how many rows will come in all, where known, to check the room first.
+
+    Attributes:
+        complete: every rank has finished: there is nothing to do.
+        finished: this rank has finished.
+        resume: where to go on, after the last finished shard.
+        shards: finished shards of this rank; `rows`, `nbytes` and `dropped` are theirs in sum.
+
+    Raises:
+        OtherConfigError: the folder holds another cache.
+        DamagedShardError: a shard that is there is not what its sidecar says.
+        ShardError: another process is writing here.
+        DiskFullError: there is no room for `expected_rows`.
+    """
+
+    def __init__(
+        self,
+        where: str | Path,
+        manifest: Manifest,
+        *,
+        rank: int = 0,
+        shard_bytes: int = SHARD_BYTES,
+        nonfinite: NonFinite = "refuse",
+        expected_rows: int | None = None,
+    ) -> None:
+        if nonfinite not in get_args(NonFinite):
+            raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'refuse' or 'drop'")
+        if not 0 <= rank < manifest.world_size:
+            raise ValueError(f"rank {rank} of a cache that {manifest.world_size} ranks write")
+        self._folder: Folder = open_folder(where)
+        self._manifest = manifest
+        self._rank = rank
+        self._nonfinite = nonfinite
+        self._capacity = max(1, shard_bytes // manifest.row_bytes)
+        self._filling: ShardBuffer | None = None
+        self._spare: list[ShardBuffer] = []
+        self._saving: Future[None] | None = None
+        self._lock: Lock | None = None
+        self.shards = self.rows = self.nbytes = self.dropped = 0
+        self.resume = Resume(None, 0, 0)
+        self.finished = False
+        self.complete = self._begin()
+        if not self.complete:
+            self._lock = self._folder.lock(f".lock-rank{rank:05d}")
+            try:
+                self._recover()
+                self._check_room(expected_rows)
+            except BaseException:
+                self._lock.release()
+                raise
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._next, self._dropped = self.resume, self.dropped  # of what was appended, saved or not
+
+    def append(self, rows: Mapping[str, Tensor], provenance: Tensor, *, source: Any, first_row: int) -> None:
+        """Add rows in source order.
+
+        Args:
+            rows: `(n, d_in)` by hook name, on any device, in the manifest's dtypes.
+            provenance: int64 `(n, 4)`.
+            source: JSON-able place from which the source can produce these rows again.
+            first_row: number of the first of them. Rows that were written before are dropped.
+
+        Raises:
+            NonFiniteError: NaN or infinity, unless they are to be dropped.
+            DiskFullError: there is no room for a shard.
+            ShardError: rows in between are missing, or are not what the manifest says.
+        """
+        self._check_rows(rows, provenance)
+        if self._saving is not None and self._saving.done():
+            self._wait()
+        if self._next.row < first_row:
+            raise ShardError(
+                f"rows {self._next.row} to {first_row - 1} of rank {self._rank} never came: the cache in "
+                f"{self._folder.where} cannot be continued from here; write to a new folder"
+            )
+        keep = self._wanted(rows, provenance, seen=self._next.row - first_row)
+        while len(keep):
+            if self._filling is None:
+                self._filling = (
+                    self._spare.pop() if self._spare else ShardBuffer(self._manifest, self._capacity)
+                )
+            now, keep = keep[: self._filling.room], keep[self._filling.room :]
+            self._filling.fill(rows, provenance, now)
+            self._advance(source, first_row, int(now[-1]) + 1, kept=len(now))
+            if not self._filling.room:
+                self.flush()
+        self._advance(source, first_row, len(provenance), kept=0)
+
+    def flush(self) -> None:
+        """Make a shard of the rows that are waiting, however few, and start saving it."""
+        self._wait()
+        if self._filling is not None and self._filling.filled:
+            full, self._filling = self._filling, None
+            self._saving = self._pool.submit(self._save, full, self._next, self._dropped)
+
+    def sync(self) -> None:
+        """Make every row appended so far durable; call it before saving a training checkpoint."""
+        self.flush()
+        self._wait()
+
+    def finish(self) -> None:
+        """Save what is left and mark this rank as done; the last rank to finish writes the index."""
+        if not self.finished and not self.complete:
+            self.sync()
+            self._check_stranger(done_name(self._rank))
+            mark = {"shards": self.shards, "rows": self.rows, "dropped": self._dropped}
+            self._folder.write(done_name(self._rank), dump_json(mark))
+            self.finished = True
+        if not self.complete:
+            self.complete = write_index(self._folder, self._manifest.world_size)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder; rows of unfinished shards are forgotten and asked for again next time."""
+        self._pool.shutdown(wait=True)
+        self._filling = None
+        self._spare.clear()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _begin(self) -> bool:
+        """Write or compare the manifest; whether the cache is complete."""
+        sizes = self._folder.sizes()
+        if MANIFEST not in sizes:
+            if any(name.endswith(".pt") for name in sizes):
+                raise ShardError(
+                    f"{self._folder.where} has .pt files and no {MANIFEST}: choose another folder"
+                )
+            self._folder.write(MANIFEST, self._manifest.dump())
+        found = Manifest.parse(self._folder.read(MANIFEST), f"{self._folder.where}/{MANIFEST}")
+        self._manifest.check_same(found, self._folder.where)
+        if INDEX in sizes and is_whole(self._folder, sizes):
+            return True
+        if found.world_size != self._manifest.world_size:
+            raise ShardError(
+                f"{self._folder.where} was begun by {found.world_size} ranks and is not finished: continue "
+                f"with as many (now {self._manifest.world_size}), or choose another folder"
+            )
+        return False
+
+    def _recover(self) -> None:
+        """Take over what an earlier writer of this rank finished, and clear away the rest."""
+        for sidecar in finished_shards(self._folder, self._rank):
+            self._count(sidecar)
+        self.finished = is_done(self._folder, self._rank, self.shards)
+        if not self.finished:
+            forget_after(self._folder, self._rank, self.shards)
+
+    def _count(self, sidecar: Sidecar) -> None:
+        self.shards += 1
+        self.rows += sidecar.rows
+        self.nbytes += sidecar.nbytes
+        self.dropped = sidecar.dropped
+        self.resume = sidecar.next
+
+    def _check_room(self, expected_rows: int | None) -> None:
+        free = self._folder.free_bytes()
+        if expected_rows is None or free is None or self.finished:
+            return
+        rows = max(0, expected_rows - self.rows)
+        missing = rows * self._manifest.row_bytes - free
+        if missing > 0:
+            raise DiskFullError(
+                f"{self._folder.where} has {free:,} bytes free, {rows:,} rows need {missing:,} bytes more: "
+                "free some room, write fewer rows, or use storage='int8'",
+                missing,
+            )
+
+    def _check_rows(self, rows: Mapping[str, Tensor], provenance: Tensor) -> None:
+        if self.finished or self.complete:
+            raise ShardError(
+                f"rank {self._rank} of {self._folder.where} is finished; nothing can be added to it"
+            )
+        if set(rows) != set(self._manifest.hook_points):
+            raise ShardError(
+                f"rows of {sorted(rows)}, the manifest says {sorted(self._manifest.hook_points)}"
+            )
+        for name, want in self._manifest.hook_points.items():
+            got, shape = rows[name], (len(provenance), want.d_in)
+            if got.dtype != DTYPES[want.dtype] or tuple(got.shape) != shape:
+                raise ShardError(
+                    f"rows of {name} are {got.dtype} {tuple(got.shape)}, "
+                    f"the manifest says {want.dtype} {shape}"
+                )
+
+    def _wanted(self, rows: Mapping[str, Tensor], provenance: Tensor, seen: int) -> Tensor:
+        """Indices of the rows that are neither written yet nor to be dropped."""
+        new = torch.arange(min(seen, len(provenance)), len(provenance))
+        if all(bool(torch.isfinite(batch).all()) for batch in rows.values()):
+            return new
+        finite = torch.stack([torch.isfinite(batch).all(dim=1).cpu() for batch in rows.values()]).all(dim=0)
+        bad = new[~finite[new]]
+        if len(bad) and self._nonfinite == "refuse":
+            document, _, position, token = provenance[int(bad[0])].tolist()
+            raise NonFiniteError(
+                f"{len(bad)} of {len(provenance)} rows hold NaN or infinity, first token {token} at position "
+                f"{position} of the document with hash {document}: run the model in float32 or bfloat16, or "
+                "pass nonfinite='drop' to leave such rows out"
+            )
+        return new[finite[new]]
+
+    def _advance(self, source: Any, first_row: int, upto: int, kept: int) -> None:
+        """Account for a batch's rows before index `upto`, of which `kept` new ones were kept."""
+        new = first_row + upto - self._next.row
+        if new > 0:
+            self._dropped += new - kept
+            self._next = Resume(source, first_row, first_row + upto)
+
+    def _wait(self) -> None:
+        """Join the save in progress; what it raised is raised, and again on every later call."""
+        if self._saving is not None:
+            self._saving.result()
+            self._saving = None
+
+    def _check_stranger(self, name: str) -> None:
+        if name in self._folder.sizes():
+            raise ShardError(
+                f"{self._folder.where}/{name} appeared while this process was writing it: another process "
+                "writes to the same folder. Stop one of them and run the other again"
+            )
+
+    def _save(self, buffer: ShardBuffer, following: Resume, dropped: int) -> None:
+        """Write a shard, then its sidecar (in the writer's thread)."""
+        name = shard_name(self._rank, self.shards)
+        self._check_stranger(sidecar_name(name))
+        need, free = buffer.filled * self._manifest.row_bytes + _SLACK, self._folder.free_bytes()
+        if free is not None and free < need:
+            raise self._disk_full(need - free, "no space left")
+        staged = self._folder.stage(name)
+        try:
+            size, digest = save_hashed(buffer.content(), staged)
+            hashes, lengths = buffer.document_runs()
+            sidecar = Sidecar(
+                file=name,
+                rows=buffer.filled,
+                nbytes=size,
+                sha256=digest,
+                next=following,
+                dropped=dropped,
+                document_hashes=hashes,
+                document_rows=lengths,
+            )
+            self._folder.publish(staged, name)
+            self._folder.write(sidecar_name(name), sidecar.dump())
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            written = staged.stat().st_size if staged.exists() else 0
+            raise self._disk_full(max(need - written, 1), error.strerror or str(error)) from error
+        finally:
+            staged.unlink(missing_ok=True)
+        self._count(sidecar)
+        buffer.filled = 0
+        self._spare.append(buffer)
+
+    def _disk_full(self, missing: int, reason: str) -> DiskFullError:
+        return DiskFullError(
+            f"no room for the next shard in {self._folder.where} ({reason}): {missing:,} bytes are missing. "
+            f"Its {self.shards} finished shards ({self.rows:,} rows) are valid; free some room and run again "
+            "to continue",
+            missing,
+        )

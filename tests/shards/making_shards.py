@@ -1,0 +1,70 @@
+"""Caches of random rows with provenance, deterministic, for the tests of shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deeplens_lightning.shards import Manifest, Rows, ShardWriter
+
+WIDE, NARROW = "layers.0.mlp_out", "layers.1.resid_post"
+
+
+def manifest(world_size: int = 1, storage: str = "exact", **config: object) -> Manifest:
+    return Manifest(
+        hook_points={WIDE: Rows(d_in=16, dtype="float32"), NARROW: Rows(d_in=8, dtype="bfloat16")},
+        storage=storage,
+        config={"model": {"name": "random"}, "packing": {"seq_length": 37}, **config},
+        world_size=world_size,
+    )
+
+
+def make_rows(n: int, seed: int = 0, document: int = 37) -> tuple[dict[str, Tensor], Tensor]:
+    """`n` rows of two hook points in documents of `document` rows; row i is the same for every `n`."""
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.arange(n) // document
+    hashes = torch.randint(-(2**63), 2**63 - 1, (10_000,), generator=generator)
+    tokens = torch.randint(0, 50_000, (200_000,), generator=generator)
+    wide = torch.randn(200_000, 16, generator=generator)[:n]
+    rows = {WIDE: wide, NARROW: (wide[:, :8] * 2).bfloat16()}
+    return rows, torch.stack([hashes[index], index, torch.arange(n) % document, tokens[:n]], dim=1)
+
+
+def feed(
+    writer: ShardWriter,
+    rows: dict[str, Tensor],
+    provenance: Tensor,
+    batch: int = 100,
+    stop: int | None = None,
+) -> None:
+    """Append batches from where the writer goes on."""
+    start = writer.resume.source["row"] if writer.resume.source is not None else 0
+    for first in range(start, len(provenance) if stop is None else stop, batch):
+        part = slice(first, first + batch)
+        writer.append(
+            {name: value[part] for name, value in rows.items()},
+            provenance[part],
+            source={"row": first},
+            first_row=first,
+        )
+
+
+def write_cache(where: str | Path, n: int = 3000, shard_rows: int = 700, **kwargs: object) -> None:
+    """A finished cache of `make_rows(n)`."""
+    rows, provenance = make_rows(n)
+    description = manifest(**kwargs)
+    with ShardWriter(where, description, shard_bytes=shard_rows * description.row_bytes) as writer:
+        feed(writer, rows, provenance)
+        writer.finish()
+
+
+def read_back(where: str | Path) -> tuple[dict[str, Tensor], Tensor]:
+    """All rows of a cache in order, by plain `torch.load`."""
+    files = [torch.load(path, mmap=True, weights_only=True) for path in sorted(Path(where).glob("*.pt"))]
+    names = files[0]["rows"]
+    return (
+        {name: torch.cat([file["rows"][name] for file in files]) for name in names},
+        torch.cat([file["provenance"] for file in files]),
+    )
