@@ -28,10 +28,10 @@ UNKNOWN = -1
 
 _DEEPLENS = re.compile(r"features_layer_(\d+)_\d+\.pt")
 _UNREADABLE = (
-    RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
+    OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
     OverflowError, struct.error,
 )  # fmt: skip
-"""What torch's restricted unpickler raises on bytes that are no pickle of tensors."""
+"""What torch's zip reader and restricted unpickler raise on bytes that are no tensors."""
 
 
 @dataclass(frozen=True, slots=True)

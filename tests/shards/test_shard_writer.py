@@ -202,8 +202,11 @@ def test_damage_in_a_finished_cache_is_repaired_by_running_again(tmp_path):
 def test_rows_that_are_not_finite_are_refused_with_their_place(tmp_path, bad):
     rows, provenance = make_rows(200)
     rows[NARROW][137, 3] = bad
-    with ShardWriter(tmp_path, manifest()) as writer, pytest.raises(
-        NonFiniteError, match=f"position {137 % 37} of the document with hash {provenance[137, 0]}"
+    with (
+        ShardWriter(tmp_path, manifest()) as writer,
+        pytest.raises(
+            NonFiniteError, match=f"position {137 % 37} of the document with hash {provenance[137, 0]}"
+        ),
     ):
         feed(writer, rows, provenance)
 

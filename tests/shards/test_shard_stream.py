@@ -1,0 +1,245 @@
+"""Reading: every row once, in any shuffle, on any number of ranks, from any place."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from making_shards import NARROW, WIDE, make_rows, write_cache
+
+from deeplens_lightning.shards import ShardError, ShardStream, heldout
+
+N = 3000
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    write_cache(folder, n=N, shard_rows=700)
+    return folder
+
+
+def assert_equal(one, other):
+    assert torch.equal(one.provenance, other.provenance)
+    assert all(torch.equal(one.rows[name], other.rows[name]) for name in one.rows)
+    assert (one.certain, one.step, one.position) == (other.certain, other.step, other.position)
+
+
+def rows_of(served):
+    """Row numbers of a batch, from its provenance."""
+    return (served.provenance[:, 1] * 37 + served.provenance[:, 2]).tolist()
+
+
+SHUFFLES = [{"shuffle": "global"}, {"shuffle": "window", "window_bytes": 200_000}, {"shuffle": "none"}]
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+@pytest.mark.parametrize("batch_size", [1, 64, 1000, 5000])
+def test_an_epoch_serves_every_row_once_with_its_provenance(cache, shuffle, batch_size):
+    rows, provenance = make_rows(N)
+    batches = list(ShardStream(cache, batch_size=batch_size, **shuffle).batches(None, 0))
+    served = [row for batch in batches for row in rows_of(batch)]
+    assert sorted(served) == list(range(N))
+    assert (served == list(range(N))) == (shuffle["shuffle"] == "none")
+    for batch in batches[:20]:
+        index = torch.tensor(rows_of(batch))
+        assert torch.equal(batch.provenance, provenance[index])
+        assert torch.equal(batch.rows[WIDE], rows[WIDE][index])
+        assert torch.equal(batch.rows[NARROW], rows[NARROW][index])
+    assert [batch.certain for batch in batches] == list(range(len(batches), 0, -1))
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch_size=st.integers(1, 400),
+    seed=st.integers(0, 2**40),
+    world_size=st.integers(1, 5),
+    epoch=st.integers(0, 3),
+    shuffle=st.sampled_from(SHUFFLES),
+    data=st.data(),
+)
+def test_resuming_anywhere_continues_bit_for_bit_on_every_rank(
+    cache, batch_size, seed, world_size, epoch, shuffle, data
+):
+    together = []
+    for rank in range(world_size):
+        stream = ShardStream(
+            cache,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            val_fraction=0.2,
+            **shuffle,
+        )
+        batches = list(stream.batches(stream.start(epoch), 0))
+        assert len(batches) == stream.steps()
+        together.append([row for batch in batches for row in rows_of(batch)])
+        stop = data.draw(st.integers(1, len(batches)))
+        stopped = batches[stop - 1]
+        again = ShardStream(
+            cache,
+            batch_size=batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            val_fraction=0.2,
+            shuffle="auto",
+        )
+        resumed = list(again.batches(stopped.position, stopped.step))
+        assert len(resumed) == len(batches) - stop
+        for one, other in zip(resumed, batches[stop:], strict=True):
+            assert_equal(one, other)
+    served = [row for rank in together for row in rank]
+    assert len(set(map(len, together))) == 1
+    assert len(set(served)) == len(served) == stream.rows - stream.dropped()
+    assert stream.dropped() < world_size
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(cache):
+    def order(seed, epoch, **shuffle):
+        stream = ShardStream(cache, batch_size=N, seed=seed, **shuffle)
+        return tuple(rows_of(next(stream.batches(stream.start(epoch), 0))))
+
+    for shuffle in SHUFFLES[:2]:
+        assert len({order(seed, epoch, **shuffle) for seed in (0, 1) for epoch in (0, 1)}) == 4
+        assert order(1, 1, **shuffle) == order(1, 1, **shuffle)
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_another_number_of_ranks_goes_on_without_losing_or_repeating_a_row(cache, shuffle):
+    old = [ShardStream(cache, batch_size=50, rank=rank, world_size=3, **shuffle) for rank in range(3)]
+    served, table = [], []
+    for stream in old:
+        batches = stream.batches(None, 0)
+        for _ in range(7):
+            batch = next(batches)
+            served += rows_of(batch)
+        table.append((batch.position, batch.step))
+    new = [ShardStream(cache, batch_size=40, rank=rank, world_size=2, **shuffle) for rank in range(2)]
+    for stream in new:
+        position, again = stream.rescaled(table)
+        assert again == 0
+        for batch in stream.batches(position, 0):
+            served += rows_of(batch)
+    assert sorted(served) == list(range(N))
+
+
+def test_ranks_that_went_unequally_far_say_how_many_rows_come_again(cache):
+    table = []
+    for rank, steps in ((0, 5), (1, 7)):
+        batches = ShardStream(cache, batch_size=50, rank=rank, world_size=2).batches(None, 0)
+        batch = [next(batches) for _ in range(steps)][-1]
+        table.append((batch.position, batch.step))
+    stream = ShardStream(cache, batch_size=50)
+    position, again = stream.rescaled(table)
+    assert again == 100
+    assert sum(len(batch.provenance) for batch in stream.batches(position, 0)) == N - 500
+
+
+def test_a_position_of_another_number_of_ranks_is_refused(cache):
+    position = ShardStream(cache, batch_size=50, world_size=2).start()
+    with pytest.raises(ShardError, match=r"world_size=2, this stream has 1: convert it with `rescaled`"):
+        next(ShardStream(cache, batch_size=50).batches(position, 0))
+    with pytest.raises(ShardError, match="a position in shards has epoch"):
+        next(ShardStream(cache, batch_size=50).batches({"document": 3}, 0))
+
+
+def test_the_split_is_by_document_hash_and_the_same_for_every_cache_of_the_documents(cache, tmp_path):
+    write_cache(tmp_path, n=N, shard_rows=111)
+    hashes = make_rows(N)[1][:, 0].numpy()
+    for folder in (cache, tmp_path):
+        for split, wanted in (("train", ~heldout(hashes, 0.3)), ("val", heldout(hashes, 0.3))):
+            stream = ShardStream(folder, batch_size=100, split=split, val_fraction=0.3)
+            served = [row for batch in stream.batches(None, 0) for row in rows_of(batch)]
+            assert sorted(served) == np.flatnonzero(wanted).tolist()
+
+
+def test_held_out_rows_can_be_limited_to_the_documents_of_lowest_hash(cache):
+    hashes = make_rows(N)[1][:, 0].numpy()
+    lowest = np.unique(hashes.view(np.uint64))[:5]
+    stream = ShardStream(cache, batch_size=50, split="val", val_fraction=0.3, max_rows=5 * 37, shuffle="none")
+    batches = list(stream.batches(None, 0))
+    served = np.concatenate([batch.provenance[:, 0].numpy() for batch in batches])
+    assert len(served) == 5 * 37
+    assert set(served.view(np.uint64)) == set(lowest)
+
+
+def test_the_smaller_last_batch_can_be_left_out(cache):
+    kept, dropped = (ShardStream(cache, batch_size=256, drop_last=drop) for drop in (False, True))
+    assert [len(batch.provenance) for batch in kept.batches(None, 0)] == [256] * 11 + [184]
+    assert [len(batch.provenance) for batch in dropped.batches(None, 0)] == [256] * 11
+    assert (kept.dropped(), dropped.dropped()) == (0, 184)
+    assert (kept.steps(), dropped.steps()) == (12, 11)
+
+
+def test_windows_hold_few_shards_open_and_mix_within_them(cache):
+    stream = ShardStream(cache, batch_size=50, shuffle="window", window_bytes=100_000)
+    most, seen = 0, []
+    for batch in stream.batches(None, 0):
+        most = max(most, len(stream._open))
+        seen.append(len({row // 700 for row in rows_of(batch)}))
+    assert most <= 3
+    assert np.mean(seen) < 1.5
+    wide = ShardStream(cache, batch_size=50, shuffle="window", window_bytes=10**6)
+    assert min(len({row // 700 for row in rows_of(batch)}) for batch in wide.batches(None, 0)) >= 3
+
+
+def test_auto_is_global_where_memory_is_enough_and_windowed_on_request(cache):
+    assert ShardStream(cache, batch_size=50).start()["shuffle"] == "global"
+    assert ShardStream(cache, batch_size=50, window_bytes=10**5).start()["shuffle"] == "window"
+
+
+def test_several_folders_and_globs_and_single_shards_are_sources(tmp_path):
+    for name, n in (("a", 500), ("b", 300)):
+        write_cache(tmp_path / name, n=n, shard_rows=200)
+
+    def rows(source):
+        return ShardStream(source, batch_size=50).rows
+
+    assert rows([tmp_path / "a", tmp_path / "b"]) == 800
+    assert rows(str(tmp_path / "*")) == 800
+    assert rows(str(tmp_path / "a" / "*.pt")) == 500
+    assert rows(tmp_path / "a" / "rank00000-000002.pt") == 100
+    assert rows([tmp_path / "b" / "rank00000-000000.pt", tmp_path / "a"]) == 700
+    assert rows(f"file://{tmp_path}/a") == 500
+
+
+def test_what_has_no_rows_says_so(cache, tmp_path):
+    with pytest.raises(ShardError, match="matches nothing"):
+        ShardStream(tmp_path / "nothing", batch_size=1)
+    with pytest.raises(ShardError, match="matches nothing"):
+        ShardStream(str(tmp_path / "*.pt"), batch_size=1)
+    with pytest.raises(ShardError, match=r"no cache: it has no manifest\.json and no \.pt"):
+        ShardStream(tmp_path, batch_size=1)
+    with pytest.raises(ShardError, match="names nothing"):
+        ShardStream([], batch_size=1)
+    with pytest.raises(ShardError, match=r"the val split has 0 of 3000 rows \(val_fraction=0\.0\)"):
+        ShardStream(cache, batch_size=1, split="val")
+
+
+def test_two_iterators_of_one_stream_do_not_disturb_each_other(cache):
+    stream = ShardStream(cache, batch_size=100)
+    alone = list(stream.batches(None, 0))
+    for one, other, expected in zip(stream.batches(None, 0), stream.batches(None, 0), alone, strict=True):
+        assert_equal(one, expected)
+        assert_equal(other, expected)
+
+
+def test_nothing_is_left_running(cache):
+    before = threading.active_count()
+    stream = ShardStream(cache, batch_size=100, shuffle="window", window_bytes=10**5)
+    list(stream.batches(None, 0))
+    stream.close()
+    assert threading.active_count() == before
+
+
+def test_the_global_random_state_is_neither_used_nor_touched(cache):
+    torch.manual_seed(1)
+    np.random.seed(1)  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    list(ShardStream(cache, batch_size=100).batches(None, 0))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
