@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import blake2b
@@ -142,9 +142,10 @@ class LocalCopies:
 
     def __init__(self, directory: Path | None = None, max_bytes: int = CACHE_BYTES) -> None:
         self.max_bytes = max_bytes
+        self._delete: Callable[[], object] | None = None
         if directory is None:
             directory = Path(tempfile.mkdtemp(prefix="deeplens-lightning-"))
-            weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+            self._delete = weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self._directory = directory
         self._directory.mkdir(parents=True, exist_ok=True)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="shard-fetch")
@@ -190,8 +191,10 @@ class LocalCopies:
         return path
 
     def close(self) -> None:
-        """Stop fetching."""
+        """Stop fetching, and delete a temporary folder."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._delete is not None:
+            self._delete()
 
     def _path(self, folder: Folder, name: str) -> Path:
         return self._directory / blake2b(folder.where.encode(), digest_size=8).hexdigest() / name
