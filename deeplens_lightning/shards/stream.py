@@ -135,24 +135,30 @@ class ShardStream:
 
     def steps(self, position: dict[str, Any] | None = None) -> int:
         """How many batches follow `position` in its epoch, on every rank; by default in a whole epoch."""
-        return self._plan(position or self.start()).steps
+        return self._plan(self._whole(position)).steps
 
-    def dropped(self, position: dict[str, Any] | None = None) -> int:
+    def left_out(self, position: dict[str, Any] | None = None) -> int:
         """How many rows after `position` no rank serves in its epoch, because ranks serve equally many."""
-        plan = self._plan(position or self.start())
+        plan = self._plan(self._whole(position))
         return plan.rows - self.world_size * (plan.full * self.batch_size + plan.tail)
+
+    def dropped(self, position: dict[str, Any], served: int) -> int:
+        """How many rows this rank still has after `served` batches from `position`."""
+        plan = self._plan(self._whole(position))
+        return max(0, plan.full * self.batch_size + plan.tail - served * self.batch_size)
 
     def batches(self, position: dict[str, Any] | None, skip: int) -> Iterator[Served]:
         """Batches after the first `skip` ones that follow `position`, to the end of the epoch.
 
         Args:
-            position: from `start`, from a `Served`, or from `rescaled`; None is `start(0)`.
+            position: from `start`, from a `Served`, or from `rescaled`; None is `start(0)`, and
+                `{"epoch": 3}` alone is `start(3)`.
             skip: the `step` of the last batch that was used.
 
         Raises:
             ShardError: the position was taken with another batch size or number of ranks.
         """
-        position = dict(position or self.start())
+        position = self._whole(position)
         plan, order = self._plan(position), self._order(position)
         staging: dict[str, Tensor] = {}
         for step in range(skip, plan.steps):
@@ -206,6 +212,10 @@ class ShardStream:
             fits = self.catalog.nbytes <= memory // 2 and remote <= self._copies.max_bytes
             shuffle = "global" if fits and window_bytes is None else "window"
         return shuffle, window
+
+    def _whole(self, position: dict[str, Any] | None) -> dict[str, Any]:
+        """A position with everything that an epoch alone leaves open."""
+        return self.start(**(position or {})) if set(position or ()) <= {"epoch"} else dict(position or {})
 
     def _order(self, position: dict[str, Any]) -> Order:
         if position["shuffle"] == "global":

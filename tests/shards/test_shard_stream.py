@@ -94,8 +94,16 @@ def test_resuming_anywhere_continues_bit_for_bit_on_every_rank(
             assert_equal(one, other)
     served = [row for rank in together for row in rank]
     assert len(set(map(len, together))) == 1
-    assert len(set(served)) == len(served) == stream.rows - stream.dropped()
-    assert stream.dropped() < world_size
+    assert len(set(served)) == len(served) == stream.rows - stream.left_out()
+    assert stream.left_out() < world_size
+
+
+def test_an_epoch_alone_is_a_position(cache):
+    stream = ShardStream(cache, batch_size=500)
+    whole = list(stream.batches({"epoch": 3}, 0))
+    for one, other in zip(whole, stream.batches(stream.start(3), 0), strict=True):
+        assert_equal(one, other)
+    assert stream.dropped({"epoch": 3}, 4) == N - 2000
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(cache):
@@ -171,7 +179,7 @@ def test_the_smaller_last_batch_can_be_left_out(cache):
     kept, dropped = (ShardStream(cache, batch_size=256, drop_last=drop) for drop in (False, True))
     assert [len(batch.provenance) for batch in kept.batches(None, 0)] == [256] * 11 + [184]
     assert [len(batch.provenance) for batch in dropped.batches(None, 0)] == [256] * 11
-    assert (kept.dropped(), dropped.dropped()) == (0, 184)
+    assert (kept.left_out(), dropped.left_out()) == (0, 184)
     assert (kept.steps(), dropped.steps()) == (12, 11)
 
 
