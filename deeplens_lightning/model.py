@@ -34,6 +34,10 @@ __all__ = ["FrozenModel", "Isolation", "load_config", "load_tokenizer", "max_pos
 logger = logging.getLogger(__name__)
 
 
+_LONGEST_UNASKED_PROBE = 1024
+"""Tokens that the probe runs on its own account; beyond, it needs to know that such segments will come."""
+
+
 class _Captured(BaseException):
     """Raised in the last hook to leave the forward pass; never escapes `FrozenModel.activations`."""
 
@@ -194,12 +198,13 @@ class FrozenModel:
 
     def _isolate(self, seq_length: int | None) -> Isolation:
         original = original_context(self.config)
-        if original is not None and (seq_length or 1024 + 1) <= original:
+        if original is not None and original >= (seq_length or _LONGEST_UNASKED_PROBE):
             original = None
+        limits = [limit for limit in (max_positions(self.config), seq_length) if limit is not None]
         mode = choose(
             self.activations,
             vocab_size=min(self._vocabulary, self.config.get_text_config().vocab_size),
-            max_length=max_positions(self.config),
+            max_length=min(limits, default=None),
             original=original,
         )
         logger.info("segments are kept apart by isolation=%r", mode)

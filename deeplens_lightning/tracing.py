@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ class _Structure:
 def _trace(structure: _Structure) -> Trace:
     family = structure.config.model_type
     base = structure.build()
+    if "input_ids" not in inspect.signature(base.forward).parameters:
+        raise ValueError(f"{family!r} models take no token ids; only models of text are read")
     layers = _layer_list(base)
     stack = cast(nn.ModuleList, base.get_submodule(layers))
     watch = _Watch([f"{layers}.{index}" for index in range(len(stack))])
