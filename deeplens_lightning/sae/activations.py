@@ -95,7 +95,7 @@ class ReLU(Activation):
 
     unit_norm = False
 
-    def __init__(self, d_sae: int, l1: float = 0.05, warmup: float = 0.05) -> None:
+    def __init__(self, d_sae: int, l1: float = 0.1, warmup: float = 0.05) -> None:
         super().__init__(d_sae)
         self.l1, self.warmup = l1, warmup
 
@@ -262,7 +262,7 @@ class Gated(Activation):
         warmup: share of the steps over which it grows from 0.
     """
 
-    def __init__(self, d_sae: int, l1: float = 0.05, warmup: float = 0.05) -> None:
+    def __init__(self, d_sae: int, l1: float = 0.1, warmup: float = 0.05) -> None:
         super().__init__(d_sae)
         self.l1, self.warmup = l1, warmup
         self.log_gain = nn.Parameter(torch.zeros(d_sae))

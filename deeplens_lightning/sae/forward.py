@@ -137,7 +137,9 @@ def aux_fvu(x: Tensor, residual: Tensor, w: Weights, dead: Tensor, is_dead: Tens
         values, places = pre.topk(k, dim=1, sorted=False)
         pre = torch.zeros_like(pre).scatter(1, places, values)
     error = (residual - pre @ w.decoder[dead]).square().sum()
-    return (error / (residual - residual.mean(0)).square().sum()).nan_to_num(0.0, 0.0, 0.0)
+    deviation = (residual - residual.mean(0)).square().sum()
+    varies = deviation > 0  # chosen before dividing, so that the gradient is a number too
+    return torch.where(varies, error / torch.where(varies, deviation, 1.0), 0.0)
 
 
 def _assemble(parts: Tensor, x: Tensor, w: Weights) -> Tensor:

@@ -50,7 +50,7 @@ def reference(
     penalty = 0.0
     if architecture == "relu":
         z = pre.relu()
-        penalty = 0.05 * (z * wd.norm(dim=1)).sum(1).mean()
+        penalty = 0.1 * (z * wd.norm(dim=1)).sum(1).mean()
     elif architecture == "gated":
         gate = (pre > 0).double()
         z = (
@@ -60,7 +60,7 @@ def reference(
             ).relu()
         )
         via_gate = pre.relu() @ wd.detach() + bd.detach()
-        penalty = 0.05 * pre.relu().sum(1).mean() + ((via_gate - x) ** 2).sum(1).mean()
+        penalty = 0.1 * pre.relu().sum(1).mean() + ((via_gate - x) ** 2).sum(1).mean()
     else:
         z = pre.relu() * kept(pre.detach(), architecture)
     loss = penalty

@@ -1,0 +1,167 @@
+"""Any training architecture of sae_lens, inside Lightning on our batches (extra `saelens`).
+
+In: a config as their `cfg.json` has it. Out: their own training SAE, trained with their losses,
+coefficients and clipping, and saved in their format with the data module's normalisation folded in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from deeplens_lightning.sae.interop.files import fresh_folder
+from deeplens_lightning.sae.metrics import HeldOutMetrics
+from deeplens_lightning.sae.schedule import Optimization, lr_factor, planned_steps
+from deeplens_lightning.sae.side import Side
+
+
+class SAELensModule(LightningModule):
+    """Trains a `sae_lens` TrainingSAE.
+
+    Args:
+        d_in: width of the rows; usually linked from the data.
+        config: their training config, such as `{"architecture": "matching_pursuit", "d_sae": 4096}`.
+        lr: peak learning rate of Adam.
+        optimization: the schedule and Adam's other settings.
+        dead_feature_window: steps of silence after which a latent counts as dead, as in SAELens.
+        seed: of the initial weights.
+
+    Raises:
+        ImportError: sae_lens is not installed.
+        ValueError: `config` lacks an architecture.
+    """
+
+    steps_since_fired: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        config: dict[str, Any],
+        *,
+        lr: float = 3e-4,
+        optimization: Optimization | None = None,
+        dead_feature_window: int = 1000,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        try:
+            from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
+        except ImportError as error:
+            raise ImportError("SAELensModule needs sae_lens: pip install 'deeplens-lightning[saelens]'") from error
+        if "architecture" not in config:
+            raise ValueError("config needs an architecture, such as 'topk' or 'matching_pursuit'")
+        self.save_hyperparameters(ignore=["optimization"])
+        self.optimization = Optimization.of(optimization)
+        self.lr, self.dead_feature_window = lr, dead_feature_window
+        full = TrainingSAEConfig.from_dict({**config, "d_in": d_in})
+        with torch.random.fork_rng(devices=[]):  # they draw from the global generator
+            torch.manual_seed(seed)
+            self.sae = TrainingSAE.from_dict(full.to_dict())
+        self.side = Side({"": d_in})
+        self.register_buffer("steps_since_fired", torch.zeros(full.d_sae))
+        self._held_out: HeldOutMetrics | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw reconstructions of raw activations `(..., d_in)`."""
+        reconstruction: Tensor = self.side.to_raw(self.sae(self.side.from_raw(x)))
+        return reconstruction
+
+    def on_fit_start(self) -> None:
+        """Take the data module's normalisation in."""
+        served = getattr(self.trainer.datamodule, "scaling", None)  # type: ignore[attr-defined]
+        self.side.adopt(served)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Their training pass on a batch of served rows."""
+        from sae_lens.saes.sae import TrainStepInput
+
+        output = self.sae.training_forward_pass(
+            TrainStepInput(
+                sae_in=batch.to(self.sae.dtype),
+                coefficients=self._coefficients(),
+                dead_neuron_mask=self.steps_since_fired > self.dead_feature_window,
+                n_training_steps=self.global_step,
+                is_logging_step=False,
+            )
+        )
+        with torch.no_grad():
+            latents = output.feature_acts.to_dense() if output.feature_acts.is_sparse else output.feature_acts
+            self.steps_since_fired.add_(1).masked_fill_((latents > 0).any(0), 0)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every > 0 and (self.global_step + 1) % every == 0:
+            self.log("train/loss", output.loss.detach(), prog_bar=True)
+            self.log("train/l0", (latents > 0).sum(1).float().mean(), prog_bar=True)
+        loss: Tensor = output.loss
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam with the same schedule as `SparseAutoencoder`."""
+        o = self.optimization
+        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=o.betas, eps=1e-8)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(planned_steps(self.trainer), o))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,  # noqa: ARG002
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+    ) -> None:
+        """Clip to norm 1 as their trainer does, unless told otherwise."""
+        clip_norm = self.optimization.clip_norm if gradient_clip_val is None else gradient_clip_val
+        if clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_norm)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums of held-out metrics."""
+        self._held_out = HeldOutMetrics(len(self.steps_since_fired), self.side.width, self.device)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:  # noqa: ARG002
+        """Add a batch of served held-out rows."""
+        assert self._held_out is not None
+        latents = self.sae.encode(batch.to(self.sae.dtype))
+        reconstruction = self.sae.decode(latents)
+        self._held_out.update(batch, reconstruction, latents.to_dense() if latents.is_sparse else latents)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log held-out metrics over all ranks."""
+        assert self._held_out is not None
+        for name, value in self._held_out.compute().items():
+            self.log(f"val/{name}", value.float().cpu(), prog_bar=name == "fvu")
+
+    @torch.no_grad()
+    def export_saelens(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Save the inference model in their format, the data module's normalisation folded in.
+
+        Raises:
+            FileExistsError: the folder exists and `overwrite` is not set.
+            ValueError: a normalisation that this architecture cannot fold.
+        """
+        from sae_lens.saes.sae import TrainingSAE
+
+        folded = TrainingSAE.from_dict(self.sae.cfg.to_dict())
+        folded.load_state_dict(self.sae.state_dict())
+        shift, scale = self.side.shift.cpu(), self.side.scale.cpu()
+        if bool((shift == 0).all() and (scale == scale[0]).all()):
+            if scale[0] != 1:
+                folded.fold_activation_norm_scaling_factor(float(scale[0]))
+        else:
+            try:
+                folded.fold_activation_whitening(shift, torch.diag(scale), torch.diag(1 / scale))
+            except NotImplementedError as error:
+                raise ValueError(f"train with normalize='none' or 'mean_norm' to export this one: {error}") from error
+        with fresh_folder(folder, overwrite=overwrite) as new:
+            folded.save_inference_model(new)
+        return Path(folder)
+
+    def _coefficients(self) -> dict[str, float]:
+        coefficients = {}
+        for name, given in self.sae.get_coefficients().items():
+            value, warm_up = (given.value, given.warm_up_steps) if hasattr(given, "value") else (given, 0)
+            coefficients[name] = value * min(1.0, (self.global_step + 1) / warm_up) if warm_up else value
+        return coefficients
