@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from deeplens_lightning.hook_points import HookPoint, resolve
 from deeplens_lightning.model import FrozenModel, load_config, load_tokenizer, max_positions
+from deeplens_lightning.text import special_affixes
 
 
 def pick_device(device: str | torch.device) -> torch.device:
@@ -37,7 +38,8 @@ class TextActivations:
         tokenizer: default the model's own.
         model_kwargs: for `from_pretrained`.
         frozen: a model that is loaded already, whose owner closes it; only its own hook points can be read.
-        prepend_bos: put the tokenizer's BOS token first where the tokenizer itself does not.
+        prepend_bos: None for what the tokenizer itself puts around a text, True for a BOS in front in any
+            case, False for no special tokens.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class TextActivations:
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
         frozen: FrozenModel | None = None,
-        prepend_bos: bool = False,
+        prepend_bos: bool | None = None,
     ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length={max_length} keeps no token; it must be at least 1")
@@ -106,12 +108,14 @@ class TextActivations:
             raise TypeError(
                 f"text must be a string, got {type(text).__name__}; pass several texts one by one"
             )
-        ids: list[int] = self.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        own = self.prepend_bos is None
+        ids: list[int] = self.tokenizer(text, add_special_tokens=own, truncation=False, verbose=False)[
+            "input_ids"
+        ]
         if not text.strip() or not ids:
             raise ValueError(f"text={text!r} is empty: there is no token whose activations could be read")
-        bos = self.tokenizer.bos_token_id
-        if self.prepend_bos and isinstance(bos, int) and ids[0] != bos:
-            ids = [bos, *ids]
+        prefix, suffix = ((), ()) if own else special_affixes(self.tokenizer, self.prepend_bos)
+        ids = [*prefix, *ids, *suffix]
         limit = self._limit()
         if len(ids) > limit:
             self._say_cut(len(ids), limit)

@@ -1,6 +1,17 @@
 """Lightning callbacks, one file each."""
 
+from deeplens_lightning.callbacks.latent_statistics import LatentStatistics
 from deeplens_lightning.callbacks.loss_recovered import LossRecovered
 from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
+from deeplens_lightning.callbacks.summary import FitSummary
+from deeplens_lightning.callbacks.throughput import Throughput
+from deeplens_lightning.callbacks.top_tokens import TopActivatingTokens
 
-__all__ = ["ExtractSingleSample", "LossRecovered"]
+__all__ = [
+    "ExtractSingleSample",
+    "FitSummary",
+    "LatentStatistics",
+    "LossRecovered",
+    "Throughput",
+    "TopActivatingTokens",
+]

@@ -45,6 +45,7 @@ class LossRecovered(Callback):
         hf_model: default the data module's.
         device: of the whole model; `auto` is the data module's model's, else the SAE's.
         model_kwargs: for `from_pretrained`; default the data module's.
+        sae: which one, of several that train side by side; default the first.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class LossRecovered(Callback):
         hf_model: str | PreTrainedModel | None = None,
         device: str = "auto",
         model_kwargs: dict[str, Any] | None = None,
+        sae: str | None = None,
     ) -> None:
         if n_blocks < 1 or batch_size < 1:
             raise ValueError(f"n_blocks={n_blocks} and batch_size={batch_size} must be at least 1")
@@ -67,6 +69,7 @@ class LossRecovered(Callback):
         self.hf_model = hf_model
         self.device = device
         self.model_kwargs = model_kwargs
+        self.sae = sae
         self.written: list[Path] = []
         self._path: Path | None = None
         self._model: PreTrainedModel | None = None
@@ -106,7 +109,7 @@ class LossRecovered(Callback):
     def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         self._measured = trainer.global_step
         with observing(module):
-            sae = require_sae(module, hook_names(trainer), "LossRecovered")
+            sae = require_sae(module, hook_names(trainer), "LossRecovered", self.sae)
             model, points = self._prepare(trainer, module, sae)
             with observing(model):
                 values = measure(model, sae, points, self._batches, self._ablated, module.device)

@@ -68,6 +68,11 @@ def batch_rows(batch: Any) -> int:
     return len(rows)
 
 
+def log_every(trainer: Trainer) -> int:
+    """Steps between two logs of this run; 0 for none."""
+    return int(getattr(trainer, "log_every_n_steps", 0))
+
+
 class Every:
     """True once for every `n` optimizer steps, whatever gradients are accumulated over."""
 

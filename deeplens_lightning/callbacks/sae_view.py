@@ -53,17 +53,21 @@ class SaeView:
         return {name: rows[name] for name in self.reads}
 
 
-def find_sae(module: LightningModule, names: Sequence[str], hook: str | None = None) -> SaeView | None:
+def find_sae(
+    module: LightningModule, names: Sequence[str], hook: str | None = None, sae: str | None = None
+) -> SaeView | None:
     """The module as an SAE, or None where it lacks `encode` and `decode`.
 
     Args:
         module: the LightningModule in training.
         names: hook points that the batches hold; empty where unknown.
         hook: the one to look at, for a module that does not say itself what it reads.
+        sae: which one, of a module that trains several side by side (`dictionaries`); default the first.
 
     Raises:
-        ValueError: several hook points, and neither the module nor `hook` says which.
+        ValueError: several hook points, and neither the module nor `hook` says which; or no SAE called `sae`.
     """
+    module = _one_of(module, sae)
     if not (callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))):
         return None
     inputs, outputs = getattr(module, "inputs", None), getattr(module, "outputs", None)
@@ -75,20 +79,32 @@ def find_sae(module: LightningModule, names: Sequence[str], hook: str | None = N
     return SaeView(module, one, one, by_forward=False)
 
 
-def require_sae(module: LightningModule, names: Sequence[str], callback: str) -> SaeView:
+def require_sae(
+    module: LightningModule, names: Sequence[str], callback: str, sae: str | None = None
+) -> SaeView:
     """The module as an SAE.
 
     Raises:
         TypeError: it lacks `encode` or `decode`; the message says what they must do.
         ValueError: as `find_sae`.
     """
-    view = find_sae(module, names)
+    view = find_sae(module, names, sae=sae)
     if view is None:
         raise TypeError(
             f"{callback} needs a module with encode(x) -> latents and decode(latents) -> x on raw "
             f"activations; {type(module).__name__} lacks one of them"
         )
     return view
+
+
+def _one_of(module: LightningModule, sae: str | None) -> LightningModule:
+    several = getattr(module, "dictionaries", None)
+    if not isinstance(several, Mapping) or not several:
+        return module
+    if sae is not None and sae not in several:
+        raise ValueError(f"sae={sae!r} is not in training; there are {', '.join(map(repr, several))}")
+    chosen: LightningModule = several[sae] if sae is not None else next(iter(several.values()))
+    return chosen
 
 
 def choose_hook(names: Sequence[str], hook: str | None) -> str:

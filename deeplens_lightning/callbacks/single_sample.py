@@ -72,6 +72,7 @@ class ExtractSingleSample(Callback):
         tokenizer: default the model's own.
         model_kwargs: for `from_pretrained`.
         name: folder of the files, so that two of these callbacks can watch different things.
+        sae: which one, of several that train side by side; default the first.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class ExtractSingleSample(Callback):
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         model_kwargs: dict[str, Any] | None = None,
         name: str = "single_samples",
+        sae: str | None = None,
     ) -> None:
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of texts, got one string: write texts=[{texts[:20]!r}]")
@@ -107,6 +109,7 @@ class ExtractSingleSample(Callback):
         self.load_own = load_own
         self.model_kwargs = model_kwargs
         self.name = name
+        self.sae = sae
         self.written: list[Path] = []
         self._tokenizer_source = tokenizer
         self._every = Every(every_n_steps)
@@ -250,7 +253,7 @@ class ExtractSingleSample(Callback):
             tokenizer=self._tokenizer_source or getattr(datamodule, "tokenizer", None),
             model_kwargs=self.model_kwargs or getattr(datamodule, "model_kwargs", None),
             frozen=frozen,
-            prepend_bos=bool(getattr(datamodule, "prepend_bos", False)),
+            prepend_bos=getattr(datamodule, "prepend_bos", None),
         )
         self._points = self._bound_points(trainer, module)
 
@@ -258,7 +261,7 @@ class ExtractSingleSample(Callback):
         assert self._reader is not None
         names = hook_names(trainer)
         named = self._named_hook(names)
-        self._sae = find_sae(module, names, named)
+        self._sae = find_sae(module, names, named, self.sae)
         wanted = (choose_hook(names, named),) if self._sae is None else self._sae.hooks
         if named is not None and named not in wanted:
             raise ValueError(

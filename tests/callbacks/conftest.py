@@ -20,6 +20,7 @@ from deeplens_lightning.model import FrozenModel, load_tokenizer
 from deeplens_lightning.packing import Blocks
 from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.scaling import Moments, Scaling
+from deeplens_lightning.text import document_hash
 
 TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:40]
 
@@ -68,7 +69,7 @@ class StandIn(L.LightningDataModule):
         super().__init__()
         self.hf_model, self.model_kwargs, self.batch_size = lm_folder, None, batch
         self.hook_names = (hook,)
-        self.n_batches = n_batches
+        self.n_batches, self.seq_length, self.prepend_bos = n_batches, 64, None
         self.model: FrozenModel | None = None
         self.served: list[Tensor] = []
         self._rows: Tensor | None = None
@@ -88,7 +89,7 @@ class StandIn(L.LightningDataModule):
         for document, text in enumerate(TEXTS):
             ids = self.tokenizer(text)["input_ids"][:64]
             rows.append(self.model.activations(torch.tensor([ids]))[self.hook_names[0]][0])
-            provenance += [(hash(text), document, i, token) for i, token in enumerate(ids)]
+            provenance += [(document_hash(text), document, i, token) for i, token in enumerate(ids)]
         order = torch.randperm(len(provenance), generator=torch.Generator().manual_seed(0))[:need]
         self._rows = torch.cat(rows)[order]
         self._provenance = torch.tensor(provenance)[order]
@@ -104,6 +105,10 @@ class StandIn(L.LightningDataModule):
 
     def provenance(self, batch: Tensor) -> Rows:
         return Rows(*self._origin[id(batch)].T)
+
+    def document_tokens(self, index: int, document: int) -> list[int]:
+        assert document_hash(TEXTS[index]) == document
+        return list(self.tokenizer(TEXTS[index])["input_ids"])
 
     def heldout_blocks(self, n: int) -> Iterator[Blocks]:
         """Each block: two segments of different documents, a special token before the first, pads."""
@@ -161,6 +166,21 @@ class Run:
     trainer: L.Trainer
     sae: SparseAutoencoder
     datamodule: StandIn
+
+
+def assert_undisturbed(plain: Run, watched: Run) -> None:
+    """Both runs were served the same batches and ended with the same weights, bit for bit."""
+    pairs = zip(plain.datamodule.served, watched.datamodule.served, strict=True)
+    assert all(torch.equal(x, y) for x, y in pairs)
+    for name, value in plain.sae.state_dict().items():
+        assert torch.equal(value, watched.sae.state_dict()[name]), name
+    assert [m.training for m in plain.sae.modules()] == [m.training for m in watched.sae.modules()]
+
+
+@pytest.fixture
+def undisturbed() -> Callable[[Run, Run], None]:
+    """Asserts that two runs did the same."""
+    return assert_undisturbed
 
 
 @pytest.fixture
