@@ -1,1 +1,41 @@
-"""A LightningDataModule whose batches are a language model's activations."""
+"""A LightningDataModule whose batches are a language model's activations, and what is done with them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deeplens_lightning.activation_extractor import ActivationExtractor
+    from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
+    from deeplens_lightning.datamodule import ActivationDataModule
+    from deeplens_lightning.extractor import FromHuggingFace
+    from deeplens_lightning.plotting import plot_activation_heatmap
+    from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
+
+_HOMES = {
+    "ActivationDataModule": "datamodule",
+    "ActivationExtractor": "activation_extractor",
+    "ExtractSingleSample": "callbacks.single_sample",
+    "FromHuggingFace": "extractor",
+    "SparseAutoencoder": "sae",
+    "SparseAutoencoderGrid": "sae",
+    "plot_activation_heatmap": "plotting",
+}
+
+__all__ = [
+    "ActivationDataModule",
+    "ActivationExtractor",
+    "ExtractSingleSample",
+    "FromHuggingFace",
+    "SparseAutoencoder",
+    "SparseAutoencoderGrid",
+    "plot_activation_heatmap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the command line's help need not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

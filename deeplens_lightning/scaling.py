@@ -39,7 +39,7 @@ class Scaling:
     @classmethod
     def identity(cls, d_in: int) -> Scaling:
         """The map that changes nothing."""
-        return cls(torch.zeros(d_in), torch.ones(d_in))
+        return cls(torch.zeros(d_in, dtype=torch.float32), torch.ones(d_in, dtype=torch.float32))
 
     @property
     def is_identity(self) -> bool:
@@ -120,7 +120,9 @@ class Moments:
 def check_normalize(normalize: str) -> None:
     """Refuse an unknown normalisation before anything slow happens."""
     if normalize not in get_args(Normalize):
-        raise ValueError(f"normalize={normalize!r} is unknown; choose one of {', '.join(get_args(Normalize))}")
+        raise ValueError(
+            f"normalize={normalize!r} is unknown; choose one of {', '.join(get_args(Normalize))}"
+        )
 
 
 def scalings_state(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
@@ -130,5 +132,7 @@ def scalings_state(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
 
 def _positive(value: Tensor, normalize: str) -> Tensor:
     if not value > 0:
-        raise ValueError(f"normalize={normalize!r} needs rows that vary, but every row seen is the same or zero")
+        raise ValueError(
+            f"normalize={normalize!r} needs rows that vary, but every row seen is the same or zero"
+        )
     return value

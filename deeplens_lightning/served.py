@@ -26,6 +26,7 @@ class Served:
         provenance: int64 `(batch, 4)`: 64-bit document hash, document index, position in the
             document, token id; -1 where unknown.
         certain: batches that are certain to follow in this epoch, this one included.
+        certain_rows: rows in those batches: only the last of an epoch may be short.
         position: JSON-like place in the source from which this batch can be computed again.
         step: batches served since `position`, this one included.
     """
@@ -33,6 +34,7 @@ class Served:
     rows: dict[str, Tensor]
     provenance: Tensor
     certain: int
+    certain_rows: int
     position: dict[str, Any]
     step: int
 

@@ -1,0 +1,404 @@
+"""`ActivationDataModule`: choose where activations come from, hand out loaders, own the state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import datasets
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deeplens_lightning.checkpoint import STATE_VERSION, check_fingerprint, check_version, served_table
+from deeplens_lightning.heldout import RowsLoader
+from deeplens_lightning.live import LiveActivations, Site, device_of
+from deeplens_lightning.loader import ActivationLoader, Batch, Provenance, finish, key_of
+from deeplens_lightning.model import FrozenModel, Isolation
+from deeplens_lightning.packing import Blocks
+from deeplens_lightning.scaling import Normalize, Scaling, check_normalize, scalings_state
+from deeplens_lightning.statistics import Statistics
+
+CUDA_PREFETCH = 2
+
+
+class ActivationDataModule(LightningDataModule):
+    """Batches of a language model's activations, for any LightningModule that wants them.
+
+    A batch is a Tensor `(batch_size, d_in)`, or for several hook points a dict of them by canonical name, on the
+    device of the LightningModule.
+
+    Args:
+        hf_model: hub id, folder, `.gguf` file, `demo:lm` (embedded), or a loaded model, which is left as it is.
+        layer: one or several, counted from 0; negative ones from the end.
+        hook: kind of hook point, canonical name, TransformerLens name or module path; one or several.
+        dataset_name: hub id, path or glob of txt, jsonl or parquet files, a `datasets` object, a list of texts, or
+            `demo:docs` (embedded).
+        text_column: of texts or token ids.
+        dataset_split: of a dataset on the hub.
+        dataset_kwargs: for `datasets.load_dataset`.
+        tokenizer: default the model's own.
+        model_kwargs: for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation, revision, …
+        compile_model: `torch.compile` the parts of the model between hook points.
+        isolation: how segments are kept apart; `auto` probes the model. See `model.Isolation`.
+        isolate_documents: False lets the segments of a block see each other.
+        seq_length: the most tokens of a segment, and the length of a block.
+        inference_batch_size: blocks a model batch.
+        batch_size: rows a batch.
+        buffer_size: rows being mixed; `auto` is at most 262 144 rows and 1 GB, on CUDA a tenth of free memory.
+        buffer_device: default where the LightningModule is.
+        shuffle_blocks: mix blocks before the model, too.
+        prefetch: batches computed ahead in a thread; default 2 on CUDA, else 0.
+        dtype: of served batches; `auto` leaves the activation dtype.
+        max_tokens: rows that one Trainer epoch takes, over all ranks; the text goes on across epochs.
+        val_fraction: share of documents held out, by the hash of their text.
+        val_rows: held-out rows of the validation set.
+        normalize: see `scaling.Normalize`.
+        max_norm_ratio: drop rows whose norm is above so many times the median norm (attention sinks).
+        exclude_special_tokens: special tokens are context, but no rows.
+        prepend_bos: put a BOS before every segment; default what the tokenizer does.
+        drop_first_n: leave out so many tokens at the start of every segment.
+        seed: of the order of documents and of both shuffles.
+        device: of the model where there is no Trainer; `auto` is cuda, then mps, then cpu.
+        resume_anyway: go on from a checkpoint although the configuration differs.
+
+    Raises:
+        ValueError: settings that cannot work together.
+    """
+
+    def __init__(
+        self,
+        hf_model: str | PreTrainedModel = "demo:lm",
+        layer: int | list[int] | None = 3,
+        hook: str | list[str] = "mlp_act",
+        dataset_name: str | list[str] | datasets.Dataset | datasets.IterableDataset = "demo:docs",
+        *,
+        text_column: str = "text",
+        dataset_split: str = "train",
+        dataset_kwargs: dict[str, Any] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        compile_model: bool = False,
+        isolation: Isolation | Literal["auto"] = "auto",
+        isolate_documents: bool = True,
+        seq_length: int = 128,
+        inference_batch_size: int = 16,
+        batch_size: int = 4096,
+        buffer_size: int | Literal["auto"] = "auto",
+        buffer_device: str | None = None,
+        shuffle_blocks: bool = True,
+        prefetch: int | None = None,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32",
+        max_tokens: int | None = None,
+        val_fraction: float = 0.05,
+        val_rows: int = 65_536,
+        normalize: Normalize = "none",
+        max_norm_ratio: float | None = None,
+        exclude_special_tokens: bool = True,
+        prepend_bos: bool | None = None,
+        drop_first_n: int = 0,
+        seed: int = 0,
+        device: str = "auto",
+        resume_anyway: bool = False,
+    ) -> None:
+        super().__init__()
+        check_normalize(normalize)
+        _check_sizes(batch_size, buffer_size, inference_batch_size, seq_length, max_tokens, val_fraction)
+        self.hf_model, self.model_kwargs = hf_model, model_kwargs
+        self.batch_size, self.max_tokens, self.val_rows, self.normalize = (
+            batch_size,
+            max_tokens,
+            val_rows,
+            normalize,
+        )
+        self.source = LiveActivations(
+            hf_model=hf_model,
+            layer=layer,
+            hook=hook,
+            dataset_name=dataset_name,
+            text_column=text_column,
+            dataset_split=dataset_split,
+            dataset_kwargs=dataset_kwargs,
+            tokenizer_name=tokenizer,
+            model_kwargs=model_kwargs,
+            compile_model=compile_model,
+            isolation=isolation if isolate_documents else "none",
+            seq_length=seq_length,
+            inference_batch_size=inference_batch_size,
+            seed=seed,
+            buffer_size=buffer_size,
+            shuffle_blocks=shuffle_blocks,
+            val_fraction=val_fraction,
+            val_rows=val_rows,
+            exclude_special_tokens=exclude_special_tokens,
+            prepend_bos=prepend_bos,
+            drop_first_n=drop_first_n,
+        )
+        self._buffer_device, self._device, self._prefetch = buffer_device, device, prefetch
+        self._dtype = None if dtype == "auto" else getattr(torch, dtype)
+        self._max_norm_ratio, self._resume_anyway = max_norm_ratio, resume_anyway
+        self._statistics: Statistics | None = None
+        self._state: dict[str, Any] = {}
+        self._train: ActivationLoader | None = None
+        self._heldout: tuple[dict[str, Tensor], Tensor] | None = None
+        self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._ready_at_start = 0
+
+    # ---- what it serves
+
+    @property
+    def hook_names(self) -> tuple[str, ...]:
+        """Canonical names of the hook points, in the order given."""
+        return tuple(self.source.widths)
+
+    @property
+    def d_in(self) -> int | dict[str, int]:
+        """Width of the rows; by hook point if there are several. Known before any weight is loaded."""
+        return _one(self.source.widths)
+
+    @property
+    def scaling(self) -> Scaling | dict[str, Scaling]:
+        """The normalisation of served batches; by hook point if there are several. All ranks must ask together."""
+        return _one(self._measured().scalings)
+
+    @property
+    def model(self) -> FrozenModel | None:
+        """The frozen model between `setup` and `teardown`."""
+        return self.source.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, after `setup`; None for token ids without one."""
+        return self.source.tokenizer
+
+    def provenance(self, batch: Batch) -> Provenance | None:
+        """Where the rows of a batch came from, for one that a step was given and that is still alive."""
+        table = self._seen.get(key_of(batch))
+        return Provenance(*table.unbind(1)) if table is not None else None
+
+    def heldout_blocks(self, rows: int) -> Iterator[Blocks]:
+        """Held-out text as the model sees it: chunks of blocks with at least so many rows, if there are."""
+        return self.source.heldout_blocks(rows)
+
+    # ---- Lightning's hooks
+
+    def prepare_data(self) -> None:
+        """Download model and dataset, once a node."""
+        self.source.check()
+
+    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Load text, tokenizer and model, unless they are. Training begins at the beginning, or at a checkpoint."""
+        if self.source.model is None:
+            self._state = {}
+        self.source.open(self._site())
+
+    def train_dataloader(self) -> ActivationLoader:
+        """Training batches, which go on where they stopped."""
+        if self._train is not None and self._train.batch_size == self.batch_size:
+            return self._train
+        site = self._site()
+        self._expect_state()
+        statistics = self._measured()
+        stream = self.source.stream(self.batch_size, statistics, self._state.get("buffer_rows"))
+        budget = self.max_tokens // (self.batch_size * site.ranks) if self.max_tokens else None
+        cuda = site.buffer_device.type == "cuda"
+        prefetch = (CUDA_PREFETCH if cuda else 0) if self._prefetch is None else self._prefetch
+        if self._train is not None:
+            self._train.close()
+        loader = ActivationLoader(
+            stream,
+            scalings=statistics.scalings,
+            dtype=self._dtype,
+            batch_size=self.batch_size,
+            batches_per_epoch=budget,
+            known_length=self.source.known_batches(self.batch_size),
+            prefetch=prefetch,
+            device=site.buffer_device,
+            unprocessed=self._unprocessed,
+            seen=self._remember,
+            warn=rank_zero_warn,
+            overfit=bool(self.trainer is not None and self.trainer.overfit_batches),  # type: ignore[attr-defined]
+        )
+        self._train = loader
+        if self._state:
+            self._go_on(loader, site)
+        return loader
+
+    def val_dataloader(self) -> RowsLoader | list[Any]:
+        """The validation set; nothing where no document is held out."""
+        if not self.source.val_fraction or not self.val_rows:
+            return []
+        return RowsLoader(self._heldout_rows, self.batch_size, self._finish, self._remember)
+
+    def test_dataloader(self) -> RowsLoader | list[Any]:
+        """The validation set again: nothing else is held out."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> RowsLoader | list[Any]:
+        """The validation set again."""
+        return self.val_dataloader()
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ARG002
+        """Let a batch that the precision plugin has cast keep its provenance."""
+        if self._train is not None and self.trainer is not None and self.trainer.training:
+            self._train.recognise(batch)
+        return batch
+
+    def on_exception(self, exception: BaseException) -> None:  # noqa: ARG002
+        """Let go of everything: `teardown` does not come after an exception."""
+        self._close()
+
+    def teardown(self, stage: str | None = None) -> None:  # noqa: ARG002
+        """Let go of model, buffer, thread and rows."""
+        self._close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after the last batch trained on, and what it is a stream of."""
+        position = self._train.position() if self._train is not None else None
+        if self._train is None or position is None:
+            return self._state
+        statistics = self._measured()
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": self._fingerprint(),
+            "position": position,
+            "buffer_rows": getattr(self._train.stream, "buffer_rows", None),
+            "scalings": scalings_state(statistics.scalings),
+            "max_norms": dict(statistics.max_norms),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the normalisation from a checkpoint and, where it is for training, the place in the data.
+
+        Raises:
+            ValueError: the checkpoint was taken on other data, which is named, or by another version.
+        """
+        if not state_dict:
+            return
+        check_version(state_dict)
+        scalings = {name: Scaling.from_state_dict(x) for name, x in state_dict["scalings"].items()}
+        self._statistics = Statistics(scalings=scalings, max_norms=dict(state_dict["max_norms"]))
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            if not self._resume_anyway:
+                check_fingerprint(state_dict["fingerprint"], self._fingerprint())
+            self._state = state_dict
+
+    # ---- inside
+
+    def _go_on(self, loader: ActivationLoader, site: Site) -> None:
+        """Stand where the checkpoint was taken, whatever the number of ranks is now."""
+        position = self._state["position"]
+        table = served_table(position)
+        if len(table) == site.ranks:
+            where, step, _ = table[site.rank]
+            loader.go_to(where, step, position)
+            return
+        where, again = loader.stream.rescaled(table)
+        in_epoch = position["in_epoch"] * len(table) // site.ranks
+        loader.go_to(where, 0, {**position, "epoch_batches": 0, "in_epoch": in_epoch})
+        rank_zero_info(
+            f"going on with {site.ranks} rank(s) where {len(table)} stopped: {again} rows are served again"
+        )
+
+    def _expect_state(self) -> None:
+        trainer = self.trainer
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        if fitting and trainer.ckpt_path and not self._state and not self._resume_anyway:  # type: ignore[union-attr]
+            raise ValueError(
+                f"{trainer.ckpt_path} holds no state of {type(self).__qualname__}, so the data would begin anew: was the "  # type: ignore[union-attr]
+                "data module renamed or subclassed? Load the model alone with load_from_checkpoint, or give "
+                "resume_anyway=True"
+            )
+
+    def _site(self) -> Site:
+        trainer = self.trainer
+        if trainer is None:
+            device = device_of(self._device)
+            rank, ranks, progress = 0, 1, True
+        else:
+            device = trainer.strategy.root_device
+            replicas = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+            rank, ranks = replicas.get("rank", 0), replicas.get("num_replicas", 1)
+            progress = rank == 0 and trainer.progress_bar_callback is not None
+        buffer_device = torch.device(self._buffer_device) if self._buffer_device else device
+        return Site(rank=rank, ranks=ranks, device=device, buffer_device=buffer_device, progress=progress)
+
+    def _measured(self) -> Statistics:
+        if self._statistics is None:
+            self._statistics = self.source.measure(self.normalize, self._max_norm_ratio)
+        return self._statistics
+
+    def _fingerprint(self) -> dict[str, str]:
+        return self.source.fingerprint() | {
+            "batch_size": str(self.batch_size),
+            "normalize": self.normalize,
+            "max_norm_ratio": str(self._max_norm_ratio),
+        }
+
+    def _heldout_rows(self) -> tuple[dict[str, Tensor], Tensor]:
+        if self._heldout is None:
+            self._heldout = self.source.heldout_rows()
+        return self._heldout
+
+    def _finish(self, rows: dict[str, Tensor]) -> Batch:
+        return finish(rows, self._measured().scalings, self._dtype)
+
+    def _remember(self, batch: Batch, provenance: Tensor) -> None:
+        self._seen[key_of(batch)] = provenance
+
+    def _unprocessed(self) -> int:
+        """Batches that were served and not trained on: read ahead, or thrown away by the Trainer."""
+        loader = self._train
+        if loader is None or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        if loader.served == 0:
+            self._ready_at_start = progress.total.ready
+        begun = progress.current.ready - progress.current.processed
+        return loader.served - (progress.total.ready - self._ready_at_start - begun)
+
+    def _close(self) -> None:
+        self._state = self.state_dict()
+        if self._train is not None:
+            self._train.close()
+            self._train.stream.close()
+        self._train, self._heldout = None, None
+        self.source.close()
+
+
+def _one(values: Mapping[str, Any]) -> Any:
+    return next(iter(values.values())) if len(values) == 1 else dict(values)
+
+
+def _check_sizes(
+    batch_size: int,
+    buffer_size: int | str,
+    inference_batch_size: int,
+    seq_length: int,
+    max_tokens: int | None,
+    val_fraction: float,
+) -> None:
+    counts = {
+        "batch_size": batch_size, "inference_batch_size": inference_batch_size, "seq_length": seq_length,
+    }  # fmt: skip
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not isinstance(buffer_size, int):
+        if buffer_size != "auto":
+            raise ValueError(f'buffer_size={buffer_size!r} must be a number of rows or "auto"')
+    elif buffer_size < batch_size:
+        raise ValueError(
+            f"buffer_size={buffer_size} is below batch_size={batch_size}: rows are mixed in the buffer, so give several "
+            f'times the batch, {16 * batch_size} say, or "auto"'
+        )
+    if max_tokens is not None and max_tokens < batch_size:
+        raise ValueError(
+            f"max_tokens={max_tokens} is below batch_size={batch_size}: an epoch would have no batch"
+        )
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"val_fraction={val_fraction} must be at least 0 and below 1")

@@ -1,0 +1,111 @@
+"""One thread that runs ahead of whoever iterates: at most one, started late, always joined.
+
+In: an iterator. Out: the same items, in order, a bounded number of them computed before they are asked for.
+An error inside the thread is raised where the item was asked for, with the thread's own traceback.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Producer(Generic[T]):
+    """Iterates `make()` in a thread of its own.
+
+    Args:
+        make: called in the thread; its iterator is closed there too.
+        depth: items that may wait; one more is being made.
+        device: whose current stream items are used on. On CUDA the thread works on a stream of its own, and an
+            item is handed out only after what it needs was done on that stream.
+    """
+
+    def __init__(self, make: Callable[[], Iterator[T]], depth: int, device: torch.device) -> None:
+        self._make, self._device = make, device
+        self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="activation-producer", daemon=True)
+        self._started = self._ended = False
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._ended:
+            raise StopIteration
+        if not self._started:
+            self._started = True
+            self._thread.start()
+        item, error = self._queue.get()
+        if error is not None:
+            self._ended = True
+            self._thread.join()
+            if isinstance(error, StopIteration):
+                raise StopIteration
+            raise error
+        made, event = item
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+            _used_here(made, torch.cuda.current_stream(self._device))
+        return made  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """End the thread and wait for it; what it made is dropped."""
+        self._ended = True
+        self._stop.set()
+        while self._started and self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        if self._started:
+            self._thread.join()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+
+    def _run(self) -> None:
+        try:
+            with ExitStack() as stack:
+                if self._device.type == "cuda":
+                    torch.cuda.set_device(self._device)
+                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._device)))
+                iterator = self._make()
+                stack.callback(getattr(iterator, "close", lambda: None))
+                for made in iterator:
+                    event = None
+                    if self._device.type == "cuda":
+                        event = torch.cuda.Event()
+                        event.record(torch.cuda.current_stream(self._device))
+                    self._put((made, event), None)
+                    if self._stop.is_set():
+                        return
+            self._put(None, StopIteration())
+        except BaseException as error:  # noqa: BLE001  raised again where the item is asked for
+            self._put(None, error)
+
+    def _put(self, item: Any, error: BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put((item, error), timeout=0.1)
+            except queue.Full:
+                continue
+        return None
+
+
+def _used_here(value: Any, stream: torch.cuda.Stream) -> None:
+    """Tell the allocator that tensors made on another stream are used on this one."""
+    if isinstance(value, torch.Tensor):
+        if value.is_cuda:
+            value.record_stream(stream)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _used_here(item, stream)
+    elif hasattr(value, "rows"):
+        _used_here(value.rows, stream)

@@ -1,0 +1,315 @@
+"""Where documents come from: hub, local files, memory, the demo.
+
+A source is a number of shards read one after another; a place in it is `[shard, number]`, both counted in the
+epoch's order. Sources with random access are one shard, read in a seeded permutation; streams are read shard by
+shard, the shards in a seeded order. In: what the user named. Out: `Text`s.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import datasets
+import numpy as np
+
+from deeplens_lightning.permutation import Permutation
+
+Row = str | Sequence[int]
+"""A document as the source has it: text, or token ids."""
+
+FORMATS = {
+    ".txt": "text",
+    ".md": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One document of a source.
+
+    Attributes:
+        at: its place in the epoch's order, `(shard, number)`.
+        index: its number in the source, the same every epoch.
+        row: the text, or its token ids.
+        state: where the source may be entered again, and the place that this is: `(state, place)`.
+    """
+
+    at: tuple[int, int]
+    index: int
+    row: Row
+    state: tuple[Any, tuple[int, int]] | None = None
+
+
+class Source(Protocol):
+    """Documents in an order that a seed and an epoch decide."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What the documents are, for a fingerprint: name to value."""
+
+    @property
+    def shards(self) -> int:
+        """How many parts can be read apart."""
+
+    def read(self, shard: int, number: int, *, seed: int, epoch: int, state: Any = None) -> Iterator[Text]:
+        """The documents of one shard of the epoch's order, from a place on; `state` shortens the way there."""
+
+
+@dataclass(frozen=True)
+class IndexedSource:
+    """Documents with random access, in a seeded permutation of constant memory.
+
+    Attributes:
+        rows: a sequence of texts or of token ids.
+        identity: what the documents are.
+    """
+
+    rows: Sequence[Row]
+    identity: dict[str, str]
+
+    shards = 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, shard: int, number: int, *, seed: int, epoch: int, state: Any = None) -> Iterator[Text]:
+        """See `Source`; going to a place costs nothing."""
+        del state
+        order = Permutation(len(self.rows), np.random.SeedSequence((seed, epoch)))
+        for first in range(number, len(self.rows), 256):
+            places = np.arange(first, min(first + 256, len(self.rows)))
+            for place, index in zip(places.tolist(), order[places].tolist(), strict=True):
+                yield Text((shard, place), index, self.rows[index])
+
+
+@dataclass(frozen=True)
+class StreamedSource:
+    """A `datasets.IterableDataset`, shard by shard.
+
+    Attributes:
+        dataset: with one column of texts or token ids.
+        column: that column.
+        identity: what the documents are.
+    """
+
+    dataset: datasets.IterableDataset
+    column: str
+    identity: dict[str, str]
+
+    STRIDE = 256
+
+    @property
+    def shards(self) -> int:
+        """See `Source`."""
+        return cast(int, self.dataset.num_shards)
+
+    def read(self, shard: int, number: int, *, seed: int, epoch: int, state: Any = None) -> Iterator[Text]:
+        """See `Source`; the way to a place is as long as the dataset's own `load_state_dict` makes it."""
+        order = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch)))).permutation(
+            self.shards
+        )
+        original = int(order[shard])
+        dataset = self.dataset.shard(self.shards, original) if self.shards > 1 else self.dataset
+        known, place = (state[0], tuple(state[1])) if state else (None, (shard, 0))
+        if known is not None and place[0] == shard and place[1] <= number:
+            dataset.load_state_dict(known)
+        else:
+            known, place = None, (shard, 0)
+        rows = iter(dataset)
+        for n in range(place[1], 2**62):
+            if n % self.STRIDE == 0 and n != place[1]:
+                known, place = dataset.state_dict(), (shard, n)
+            row = next(rows, None)
+            if row is None:
+                return
+            if n >= number:
+                yield Text(
+                    (shard, n), original << 40 | n, row[self.column], (known, place) if known else None
+                )
+
+
+class _Column(Sequence[Row]):
+    """One column of a `datasets.Dataset`, read a row at a time."""
+
+    def __init__(self, dataset: datasets.Dataset, column: str) -> None:
+        self.column = dataset.select_columns([column])
+        self.name = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.column[index][self.name]
+
+
+def open_source(
+    dataset_name: str | Sequence[str] | datasets.Dataset | datasets.IterableDataset,
+    *,
+    text_column: str = "text",
+    split: str = "train",
+    dataset_kwargs: Mapping[str, Any] | None = None,
+) -> Source:
+    """Find documents by whatever the user calls them.
+
+    Args:
+        dataset_name: `demo:docs`; a list of texts; a `datasets` object; a file, folder or glob of txt, jsonl or
+            parquet files (optionally compressed), one document a line, row or txt file; or a hub id, streamed,
+            with an optional configuration behind it (`wikitext/wikitext-103-v1`).
+        text_column: the column of texts, or of token ids.
+        split: of a dataset on the hub.
+        dataset_kwargs: for `datasets.load_dataset` (`name=`, `revision=`, `streaming=`, …).
+
+    Raises:
+        FileNotFoundError: a path matches nothing.
+        ValueError: no such column, or no documents.
+    """
+    kwargs = dict(dataset_kwargs or {})
+    if isinstance(dataset_name, datasets.Dataset | datasets.IterableDataset):
+        return _of_dataset(dataset_name, text_column, {"dataset": _dataset_name(dataset_name)})
+    if not isinstance(dataset_name, str):
+        return _of_texts(dataset_name)
+    if dataset_name == "demo:docs":
+        from deeplens_lightning.demo.docs import demo_documents, source_versions
+
+        versions = " ".join(f"{name} {version}" for name, version in source_versions().items())
+        return IndexedSource(demo_documents(), {"dataset": dataset_name, "dataset versions": versions})
+    if dataset_name.startswith("demo:"):
+        raise ValueError(f"{dataset_name!r} is no embedded dataset; there is one: 'demo:docs'")
+    if files := _local_files(dataset_name):
+        return _of_files(dataset_name, files, text_column, kwargs)
+    if _looks_local(dataset_name):
+        raise FileNotFoundError(
+            f"dataset {dataset_name!r} matches no {', '.join(sorted(FORMATS))} file; "
+            "give a file, a folder or a glob that exists, or a dataset id on the hub such as 'HuggingFaceFW/fineweb'"
+        )
+    return _of_hub(dataset_name, text_column, split, kwargs)
+
+
+def _of_texts(texts: Sequence[str]) -> IndexedSource:
+    wrong = next((text for text in texts if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"a list of documents holds texts (str), but here is a {type(wrong).__name__}: {wrong!r:.80}"
+        )
+    if not texts:
+        raise ValueError("dataset_name is an empty list; give at least one text")
+    digest = sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return IndexedSource(texts, {"dataset": f"{len(texts)} texts, sha256 {digest}"})
+
+
+def _of_files(name: str, files: list[str], text_column: str, kwargs: dict[str, Any]) -> Source:
+    formats = {_format(file) for file in files}
+    if len(formats) > 1:
+        raise ValueError(
+            f"{name!r} mixes {' and '.join(sorted(map(str, formats)))} files; name one kind with a glob, '*.jsonl' say"
+        )
+    kind = cast(str, formats.pop())
+    if kind == "text":
+        kwargs.setdefault("sample_by", "document")
+    sizes = sha256("\0".join(f"{Path(f).name} {Path(f).stat().st_size}" for f in files).encode()).hexdigest()[
+        :16
+    ]
+    identity = {"dataset": name, "dataset files": f"{len(files)} files, sha256 of names and sizes {sizes}"}
+    dataset = datasets.load_dataset(kind, data_files=files, split="train", **kwargs)
+    return _of_dataset(dataset, text_column, identity)
+
+
+def _of_hub(name: str, text_column: str, split: str, kwargs: dict[str, Any]) -> Source:
+    repository, _, configuration = name.partition("/")
+    if "/" in configuration:  # owner/name/configuration
+        repository, configuration = (
+            f"{repository}/{configuration.split('/', 1)[0]}",
+            configuration.split("/", 1)[1],
+        )
+    kwargs.setdefault("streaming", True)
+    attempts = [name] if "/" not in name or name.count("/") == 1 else []
+    dataset: Any = None
+    if attempts:
+        try:
+            dataset = datasets.load_dataset(name, split=split, **kwargs)
+        except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+            if "/" not in name or "name" in kwargs:
+                raise _no_dataset(name, error) from error
+    if dataset is None:
+        try:
+            dataset = datasets.load_dataset(repository, split=split, **{"name": configuration, **kwargs})
+        except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
+            raise _no_dataset(name, error) from error
+    revision = getattr(getattr(dataset, "info", None), "version", None)
+    return _of_dataset(
+        dataset, text_column, {"dataset": name, "split": split, "dataset version": str(revision or "")}
+    )
+
+
+def _no_dataset(name: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"dataset {name!r} is neither a local path nor found on the hub ({type(error).__name__}); check the name and the "
+        "connection, or start with dataset_name='demo:docs'"
+    )
+
+
+def _of_dataset(dataset: Any, column: str, identity: dict[str, str]) -> Source:
+    if isinstance(dataset, Mapping):
+        raise ValueError(
+            f"this dataset has splits {', '.join(dataset)}; give one of them: dataset['{next(iter(dataset))}']"
+        )
+    if dataset.column_names is None:
+        dataset = dataset._resolve_features()
+    columns = list(dataset.column_names)
+    if column not in columns:
+        raise ValueError(
+            f"the dataset has no column {column!r}; its columns are {', '.join(columns)}: give text_column= one of them"
+        )
+    identity = identity | {"text_column": column}
+    if isinstance(dataset, datasets.IterableDataset):
+        return StreamedSource(dataset.select_columns([column]), column, identity)
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {identity['dataset']!r} is empty: it has no rows")
+    return IndexedSource(_Column(dataset, column), identity)
+
+
+def _dataset_name(dataset: Any) -> str:
+    fingerprint = getattr(dataset, "_fingerprint", None)
+    name = getattr(dataset.info, "dataset_name", None) or type(dataset).__name__
+    return f"{name} {fingerprint}" if fingerprint else str(name)
+
+
+def _local_files(name: str) -> list[str]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        if _format(name) is None:
+            raise ValueError(
+                f"{name!r} is no {', '.join(sorted(FORMATS))} file; convert it, or load it and hand over the texts"
+            )
+        return [str(path)]
+    found = (
+        path.rglob("*") if path.is_dir() else (Path(match) for match in glob.glob(str(path), recursive=True))
+    )
+    return sorted(str(match) for match in found if match.is_file() and _format(str(match)) is not None)
+
+
+def _looks_local(name: str) -> bool:
+    path = Path(name)
+    return (
+        any(c in name for c in "*?[")
+        or name.startswith((".", "/", "~"))
+        or path.exists()
+        or _format(name) is not None
+        or name.count("/") > 2
+    )
+
+
+def _format(file: str) -> str | None:
+    path = Path(file)
+    suffix = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
+    return FORMATS.get(suffix.lower())
