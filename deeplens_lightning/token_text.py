@@ -45,12 +45,17 @@ def readable(token: str, max_chars: int = 24) -> str:
     or invisible formatting character (bidirectional overrides among them, which would reorder what
     stands beside them) as its code point, `<U+202E>`. Longer tokens are cut with `…`.
     """
-    text = "".join(_visible(char) for char in token)
+    text = visible(token)
     inner = text.strip(" ")
     if inner != text:
         left = len(text) - len(text.lstrip(" "))
         text = "·" * left + inner + "·" * (len(text) - left - len(inner))
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
+
+
+def visible(text: str) -> str:
+    """`text` with control, formatting and unusual space characters written out; ordinary spaces stay."""
+    return "".join(_visible(char) for char in text)
 
 
 def code_point(char: str) -> str:

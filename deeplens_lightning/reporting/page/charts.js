@@ -1,0 +1,148 @@
+// Elements and charts. Text is only ever set as text, never parsed as markup.
+
+const SVG = 'http://www.w3.org/2000/svg';
+
+function element(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith('on')) node.addEventListener(name.slice(2), value);
+    else node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+function shape(tag, attributes = {}, text = '') {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  if (text !== '') node.textContent = text;
+  return node;
+}
+
+function format(value) {
+  if (value === null || value === undefined || Number.isNaN(value)) return '–';
+  if (Number.isInteger(value)) return value.toLocaleString('en');
+  const size = Math.abs(value);
+  return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : value.toPrecision(4);
+}
+
+// Round numbers between two ends, about as many as asked for.
+function ticks(low, high, about) {
+  const raw = (high - low) / about || 1;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= raw);
+  const found = [];
+  for (let i = Math.ceil(low / step); i * step <= high + step * 1e-9; i += 1) found.push(i * step);
+  return found;
+}
+
+function scale(low, high, from, to) {
+  const span = high - low || 1;
+  return (value) => from + ((value - low) / span) * (to - from);
+}
+
+const FRAME = { width: 360, height: 190, left: 48, right: 10, top: 8, bottom: 22 };
+
+function axes(svg, x, y, xs, ys, label) {
+  const f = FRAME;
+  for (const value of ys) {
+    svg.append(
+      shape('line', { class: 'axis', x1: f.left, x2: f.width - f.right, y1: y(value), y2: y(value) }),
+      shape('text', { x: f.left - 5, y: y(value) + 4, 'text-anchor': 'end' }, label(value)),
+    );
+  }
+  for (const value of xs) {
+    const anchor = x(value) > f.width - 30 ? 'end' : 'middle';
+    svg.append(shape('text', { x: x(value), y: f.height - 6, 'text-anchor': anchor }, format(value)));
+  }
+}
+
+// One chart of one or more curves: series is [[name, [[step, value], ...]], ...].
+function lineChart(title, series) {
+  const f = FRAME;
+  const values = series.flatMap(([, points]) => points.map((p) => p[1]));
+  const positive = values.every((v) => v > 0);
+  let logarithmic = positive && Math.max(...values) > 50 * Math.min(...values);
+  const legend = element('div', { class: 'legend' });
+  const svg = shape('svg', { viewBox: `0 0 ${f.width} ${f.height}`, role: 'img', 'aria-label': title });
+  const card = element('div', { class: 'card chart' });
+  const head = element('div', { class: 'head' }, element('h3', {}, title));
+  if (positive) {
+    const toggle = element('button', { type: 'button', onclick: () => { logarithmic = !logarithmic; draw(); } }, 'log');
+    head.append(toggle);
+  }
+  card.append(head, svg, legend);
+
+  function read(step) {
+    legend.replaceChildren(...series.map(([name, points], i) => {
+      const at = step === null ? points[points.length - 1]
+        : points.reduce((a, b) => (Math.abs(b[0] - step) < Math.abs(a[0] - step) ? b : a));
+      return element('span', { class: `s${i % 6}` }, `${name} ${format(at[1])} @ ${format(at[0])}`);
+    }));
+  }
+
+  function draw() {
+    svg.replaceChildren();
+    const to = (v) => (logarithmic ? Math.log10(v) : v);
+    const steps = series.flatMap(([, points]) => points.map((p) => p[0]));
+    const low = Math.min(...values.map(to));
+    const high = Math.max(...values.map(to));
+    const margin = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
+    const x = scale(Math.min(...steps), Math.max(...steps), f.left, f.width - f.right);
+    const y = scale(low - margin, high + margin, f.height - f.bottom, f.top);
+    const label = (v) => format(logarithmic ? 10 ** v : v);
+    axes(svg, x, y, ticks(Math.min(...steps), Math.max(...steps), 4), ticks(low - margin, high + margin, 4), label);
+    series.forEach(([, points], i) => {
+      const path = points.map((p, n) => `${n ? 'L' : 'M'}${x(p[0]).toFixed(1)} ${y(to(p[1])).toFixed(1)}`).join('');
+      svg.append(shape('path', { class: `curve s${i % 6}`, d: path }));
+      if (points.length < 40) {
+        for (const p of points) svg.append(shape('circle', { class: `s${i % 6}`, cx: x(p[0]), cy: y(to(p[1])), r: 1.8 }));
+      }
+    });
+    const cursor = shape('line', { class: 'cursor', y1: f.top, y2: f.height - f.bottom, visibility: 'hidden' });
+    svg.append(cursor);
+    const back = scale(f.left, f.width - f.right, Math.min(...steps), Math.max(...steps));
+    svg.onpointermove = (event) => {
+      const box = svg.getBoundingClientRect();
+      const at = ((event.clientX - box.left) / box.width) * f.width;
+      cursor.setAttribute('x1', at);
+      cursor.setAttribute('x2', at);
+      cursor.setAttribute('visibility', 'visible');
+      read(back(at));
+    };
+    svg.onpointerleave = () => { cursor.setAttribute('visibility', 'hidden'); read(null); };
+    if (positive) head.querySelector('button').setAttribute('aria-pressed', String(logarithmic));
+  }
+
+  draw();
+  read(null);
+  return card;
+}
+
+// Bars: bins is [[left, count], ...] of equal width.
+function histogram(title, bins, width, xLabel) {
+  const f = FRAME;
+  const svg = shape('svg', { viewBox: `0 0 ${f.width} ${f.height + 14}`, role: 'img', 'aria-label': title });
+  const low = Math.min(...bins.map((b) => b[0]));
+  const high = Math.max(...bins.map((b) => b[0])) + width;
+  const most = Math.max(...bins.map((b) => b[1]));
+  const x = scale(low, high, f.left, f.width - f.right);
+  const y = scale(0, most, f.height - f.bottom, f.top);
+  axes(svg, x, y, ticks(low, high, 5), ticks(0, most, 4), format);
+  for (const [left, count] of bins) {
+    const bar = shape('rect', {
+      class: 'bar', x: x(left) + 0.5, y: y(count), width: Math.max(1, x(left + width) - x(left) - 1), height: y(0) - y(count),
+    });
+    bar.append(shape('title', {}, `${format(count)} latents between 10^${left.toFixed(1)} and 10^${(left + width).toFixed(1)}`));
+    svg.append(bar);
+  }
+  svg.append(shape('text', { x: (f.left + f.width) / 2, y: f.height + 10, 'text-anchor': 'middle' }, xLabel));
+  return element('div', { class: 'card chart' }, element('h3', {}, title), svg);
+}
+
+// A token on a background whose strength is share (0 to 1) of a hue.
+function shaded(text, share, hue) {
+  const token = element('span', { class: 'token', dir: 'auto' }, text);
+  if (share > 0) token.style.backgroundColor = `hsl(${hue} 85% 55% / ${(Math.min(1, share) * 0.75).toFixed(3)})`;
+  return token;
+}

@@ -1,0 +1,229 @@
+"""The report: everything a run left, on one page that fetches nothing and runs nothing of the data's."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deeplens_lightning.reporting.report import embedded_json, write_report
+from deeplens_lightning.reporting.run_data import read_run
+from deeplens_lightning.reporting.run_folder import append_jsonl, write_json
+
+HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>"
+TOKENS = ["The", " cat", HOSTILE, "\u202eevil", "שלום", "😀", "\x00", "\n", "\u2028", "\ud800", " sat"]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A folder as the callbacks leave it, with awkward text everywhere."""
+    folder = tmp_path / "runs" / "version_0 & <b>"
+    curve = [
+        {
+            "step": 10 * i,
+            "train/fvu": 1 / (i + 1),
+            "train/loss": 10.0 ** (-i / 10),
+            "tokens_per_second": 1e3 + i,
+        }
+        for i in range(1, 60)
+    ]
+    append_jsonl(folder / "curves.jsonl", curve)
+    append_jsonl(folder / "curves.jsonl", [{"step": s, "val/fvu": 0.5, "val/l0": 8.0} for s in (300, 590)])
+    write_json(
+        folder / "summary.json",
+        {
+            "tokens": 12345,
+            "tokens_per_second": 678.9,
+            "seconds": 18.0,
+            "steps": 590,
+            "hooks": ["layers.1.mlp_act"],
+            "metrics": {"val/fvu": 0.0912, "val/l0": 32.0, "train/loss": float("nan")},
+            "written": [str(folder)],
+        },
+    )
+    counts = [0, 0, 1, 3, 50, 900, 20, 30, 500]
+    write_json(
+        folder / "latent_statistics" / "latest.json",
+        {"step": 590, "heldout": {"rows": 1000, "counts": counts}},
+    )
+    write_json(
+        folder / "top_tokens" / "latents.json",
+        {
+            "step": 590,
+            "rows": 5000,
+            "reads": ["layers.1.mlp_act"],
+            "latents": [
+                {"latent": 3, "frequency": 0.01, "contexts": [_context(2, 4.0), _context(4, 2.0)]},
+                {"latent": 7, "frequency": 0.0, "contexts": []},
+                {"latent": 11, "frequency": 0.5, "contexts": [_context(5, 9.0, known=False)]},
+            ],
+        },
+    )
+    lines = [
+        {
+            "step": step,
+            "sample": sample,
+            "position": i,
+            "token_id": i,
+            "token": token,
+            "norm": 1.0 + i,
+            "error": 0.5,
+            "relative_error": 0.5 / (1 + i) if i else float("nan"),
+            "l0": 2,
+            "latents": [3, 99],
+            "values": [0.7, 0.2],
+        }
+        for step in (100, 200)
+        for sample in (0, 1)
+        for i, token in enumerate(TOKENS)
+    ]
+    append_jsonl(folder / "single_samples" / "samples.jsonl", lines)
+    return folder
+
+
+def _context(peak: int, value: float, *, known: bool = True) -> dict[str, Any]:
+    values = [value * (i == peak) if known or i == peak else None for i in range(len(TOKENS))]
+    return {"value": value, "tokens": TOKENS, "values": values, "peak": peak, "document": 5, "position": 17}
+
+
+def test_charts_are_drawn_latents_browsable_and_nothing_is_fetched(page: Any, run_dir: Path) -> None:
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    page.open(path.as_uri())
+    assert page.complaints() == []
+    assert [url for url in page.requests() if not url.startswith("data:")] == [path.as_uri()]
+    assert page.evaluate("typeof window.pwned") == "undefined"
+    sections = page.evaluate("[...document.querySelectorAll('section')].map(s => s.id)")
+    assert sections == ["summary", "curves", "firing", "latents", "samples"]
+    titles = page.evaluate("[...document.querySelectorAll('#curves .chart h3')].map(h => h.textContent)")
+    assert titles == ["loss", "fvu", "l0", "tokens_per_second"]
+    paths = page.evaluate(
+        "[...document.querySelectorAll('#curves path.curve')].map(p => p.getAttribute('d'))"
+    )
+    assert len(paths) == 5  # train/fvu and val/fvu share a chart
+    assert all("NaN" not in d and len(d) > 10 for d in paths)
+    boxes = "[...document.querySelectorAll('#curves svg')].map(s => s.getBoundingClientRect().height)"
+    assert all(height > 100 for height in page.evaluate(boxes))
+    assert page.evaluate("document.querySelectorAll('#firing rect.bar').length") == 7
+    assert "2 of 9 never fired on 1,000 rows; 2 fire on more than a tenth" in _text(page, "#firing")
+    assert page.evaluate("document.querySelectorAll('script').length") == 2
+    assert page.evaluate("document.querySelectorAll('img').length") == 0
+    assert "version_0 & <b>" in _text(page, "#name")
+    page.evaluate(
+        "document.querySelector('#curves svg').dispatchEvent(new PointerEvent('pointermove', {clientX: 200}))"
+    )
+    assert page.complaints() == []
+
+
+def test_latents_are_found_opened_and_walked_through(page: Any, run_dir: Path) -> None:
+    page.open(write_report(run_dir).as_uri())
+    listed = "[...document.querySelectorAll('#latents .list button')].map(b => b.dataset.latent)"
+    assert page.evaluate(listed) == ["11", "3", "7"]  # strongest first
+    assert "latent 11" in _text(page, "#latents .card h3")
+    page.evaluate("document.querySelector('#latents .list button[data-latent=\"3\"]').click()")
+    assert page.evaluate("document.querySelectorAll('#latents .context').length") == 2
+    peak = page.evaluate("document.querySelector('#latents .context .peak').textContent")
+    assert peak == HOSTILE
+    style = "getComputedStyle(document.querySelector('#latents .context .peak')).backgroundColor"
+    assert page.evaluate(style) not in ("rgba(0, 0, 0, 0)", "transparent")
+    shown = page.evaluate(
+        "[...document.querySelector('#latents .context').querySelectorAll('.token')].map(t => t.textContent)"
+    )
+    assert shown[3] == "<U+202E>evil"
+    assert shown[4:] == ["שלום", "😀", "<U+0000>", "⏎", "<U+2028>", "<U+D800>", " sat"]
+    key = "new KeyboardEvent('keydown', {key: 'ArrowDown', bubbles: true})"
+    page.evaluate(f"document.querySelector('#latents .list').dispatchEvent({key})")
+    assert "It never fired" in _text(page, "#latents .card")
+    field = "const i = document.querySelector('#latents input'); "
+    find = field + "i.value = '{}'; i.dispatchEvent(new Event('input'))"
+    page.evaluate(f"{{ {find.format('😀')} }}")
+    assert page.evaluate(listed) == ["11"]
+    page.evaluate(f"{{ {find.format('nothing has this')} }}")
+    assert "No latent" in _text(page, "#latents .card")
+    assert page.complaints() == []
+
+
+def test_samples_move_through_time_and_lead_to_latents(page: Any, run_dir: Path) -> None:
+    page.open(write_report(run_dir).as_uri())
+    assert "step 200" in _text(page, "#samples .controls")
+    set_step = (
+        "const s = document.querySelector('#samples input'); s.value = 0; s.dispatchEvent(new Event('input'))"
+    )
+    page.evaluate(f"{{ {set_step} }}")
+    assert "step 100" in _text(page, "#samples .controls")
+    assert page.evaluate("document.querySelectorAll('#samples .strip .token').length") == len(TOKENS)
+    page.evaluate("document.querySelectorAll('#samples .strip .token')[4].click()")
+    assert "שלום" in page.evaluate("document.querySelectorAll('#samples tr')[1].textContent")
+    page.evaluate("document.querySelector('#samples td button').click()")
+    assert "latent 3" in _text(page, "#latents .card h3")
+    assert page.complaints() == []
+
+
+def _text(page: Any, selector: str) -> str:
+    return str(page.evaluate(f"document.querySelector({json.dumps(selector)}).textContent"))
+
+
+def test_the_page_is_one_file_without_markup_of_the_datas_own(run_dir: Path) -> None:
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    assert HOSTILE not in text
+    assert "<img" not in text
+    assert 'http-equiv="Content-Security-Policy" content="default-src \'none\'' in text
+    before, _, rest = text.partition('<script type="application/json"')
+    assert "src=" not in before + rest.partition("</script>")[2]
+    assert "http://" not in text.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in text
+    assert "version_0 &amp; &lt;b&gt;" in text
+
+
+def test_embedded_json_cannot_leave_its_element() -> None:
+    text = embedded_json({"a": "</script><!--&\u2028\ud800"})
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": "</script><!--&\u2028\ud800"}
+
+
+def test_a_folder_of_runs_gives_the_newest(run_dir: Path, tmp_path: Path) -> None:
+    assert write_report(run_dir.parent) == run_dir / "report.html"
+    assert write_report(run_dir, tmp_path / "elsewhere" / "a.html") == tmp_path / "elsewhere" / "a.html"
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"holds nothing to report.*FitSummary callback or a CSVLogger"
+    ):
+        write_report(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a folder"):
+        write_report(tmp_path / "missing")
+
+
+def test_curves_come_from_whatever_logger_there_was(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+    for logger in (CSVLogger(tmp_path), TensorBoardLogger(tmp_path, version="tb")):
+        for step in range(3):
+            logger.log_metrics({"train/loss": step / 2, "epoch": 0, "nan": math.nan}, step=step)
+        logger.save()
+        curves = read_run(Path(logger.log_dir))["curves"]
+        assert curves == {"train/loss": [(0, 0.0), (1, 0.5), (2, 1.0)]}
+        write_report(logger.log_dir)
+
+
+def test_steps_that_came_again_after_a_resume_count_once_and_a_cut_line_not_at_all(tmp_path: Path) -> None:
+    append_jsonl(
+        tmp_path / "curves.jsonl", [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}, {"step": 2, "a": 3.0}]
+    )
+    with (tmp_path / "curves.jsonl").open("a") as file:
+        file.write('{"step": 3, "a"')
+    assert read_run(tmp_path)["curves"] == {"a": [(1, 1.0), (2, 3.0)]}
+
+
+def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
+    append_jsonl(tmp_path / "curves.jsonl", [{"step": i, "a": float(i)} for i in range(5001)])
+    curve = read_run(tmp_path)["curves"]["a"]
+    assert len(curve) <= 800
+    assert curve[-1] == (5000, 5000.0)
+    assert {b[0] - a[0] for a, b in pairwise(curve)} == {7}
