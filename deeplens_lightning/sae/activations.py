@@ -9,7 +9,6 @@ bandwidths mean the same whatever the model.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from deeplens_lightning.sae.sparse import power_of_two_near
 from deeplens_lightning.sae.straight_through import jump_relu, step
 
 
@@ -331,11 +331,6 @@ def make_activation(spec: Mapping[str, Any], *, d_sae: int, d_out: int, k: int) 
 
 def _ramp(value: float, progress: float, warmup: float) -> float:
     return value * min(1.0, progress / warmup) if warmup > 0 else value
-
-
-def power_of_two_near(x: float) -> int:
-    """The power of two nearest to x on a logarithmic scale, at least 1."""
-    return int(2 ** max(0, round(math.log2(x))))
 
 
 def _widths(prefixes: tuple[float, ...], d_sae: int) -> tuple[int, ...]:

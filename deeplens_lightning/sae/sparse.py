@@ -8,6 +8,7 @@ gradient sums rows of the batch over the entries of a latent, so both are the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -75,11 +76,11 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of pre `(rows, d_sae)`: values and latents `(rows, k)`, in no order.
 
     Exact (ties aside): the k largest lie in the k strided groups that have the largest maxima, so the
-    slow selection runs on a small part of the row.
+    slow selection runs over d_sae / groups maxima and k * groups candidates instead of d_sae values.
     """
-    groups = 32
     rows, d_sae = pre.shape
-    if d_sae % groups or d_sae // groups < 4 * k or pre.device.type != "cpu":
+    groups = power_of_two_near(math.sqrt(d_sae / k))
+    if groups < 4 or d_sae % groups or pre.device.type != "cpu":
         return pre.topk(k, dim=1, sorted=False)
     grouped = pre.view(rows, groups, d_sae // groups)
     best = grouped.amax(1).topk(k, dim=1, sorted=False).indices
@@ -168,6 +169,11 @@ def _bag_sum(indices: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> 
         per_sample_weights=values.to(table.dtype),
         include_last_offset=True,
     )
+
+
+def power_of_two_near(x: float) -> int:
+    """The power of two nearest to x on a logarithmic scale, at least 1."""
+    return int(2 ** max(0, round(math.log2(x))))
 
 
 def _starts(ascending: Tensor, n: int) -> Tensor:

@@ -133,7 +133,7 @@ def test_an_sae_that_saelens_saved_reconstructs_the_same_here(
 def test_an_existing_export_folder_is_refused_and_replaced_on_demand(tmp_path):
     sae = trained("topk", "none")
     sae.export_saelens(tmp_path / "sae")
-    with pytest.raises(FileExistsError, match="exists already.*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"exists already.*overwrite=True"):
         sae.export_saelens(tmp_path / "sae")
     sae.export_saelens(tmp_path / "sae", overwrite=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["sae"]

@@ -1,4 +1,4 @@
-"""SAELens folders, `cfg.json` beside `sae_weights.safetensors`: written for `SAE.load_from_disk`, and read."""
+"""SAELens folders (`cfg.json` and `sae_weights.safetensors`): written for `SAE.load_from_disk`, and read."""
 
 from __future__ import annotations
 
@@ -146,9 +146,8 @@ def from_saelens(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> 
         decoder_bias=decoder_bias,
         skip=tensors.get("W_skip"),
     )
-    sae.trained_on = {
-        k: v for k, v in config.get("metadata", {}).items() if isinstance(v, str) and "version" not in k
-    }
+    metadata = config.get("metadata", {})
+    sae.trained_on = {name: metadata[name] for name in ("model_name", "hook_name") if metadata.get(name)}
     return unfold(sae, plain, **extra)
 
 
@@ -189,8 +188,8 @@ def _check(config: Mapping[str, Any], ignore_fields: Collection[str]) -> None:
         )
     if config.get("normalize_activations", "none") not in ("none", None, False, "expected_average_only_in"):
         raise ValueError(
-            f"normalize_activations={config['normalize_activations']!r} scales every row by itself, which this "
-            "SAE cannot express; SAELens's 'none' and 'expected_average_only_in' can be read"
+            f"normalize_activations={config['normalize_activations']!r} scales every row by itself, "
+            "which this SAE cannot express; 'none' and 'expected_average_only_in' can be read"
         )
     if config.get("finetuning_scaling_factor"):
         raise ValueError("finetuning_scaling_factor is not supported; fold it into W_dec and set it to false")

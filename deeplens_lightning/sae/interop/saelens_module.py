@@ -52,7 +52,9 @@ class SAELensModule(LightningModule):
         try:
             from sae_lens.saes.sae import TrainingSAE, TrainingSAEConfig
         except ImportError as error:
-            raise ImportError("SAELensModule needs sae_lens: pip install 'deeplens-lightning[saelens]'") from error
+            raise ImportError(
+                "SAELensModule needs sae_lens: pip install 'deeplens-lightning[saelens]'"
+            ) from error
         if "architecture" not in config:
             raise ValueError("config needs an architecture, such as 'topk' or 'matching_pursuit'")
         self.save_hyperparameters(ignore=["optimization"])
@@ -154,7 +156,9 @@ class SAELensModule(LightningModule):
             try:
                 folded.fold_activation_whitening(shift, torch.diag(scale), torch.diag(1 / scale))
             except NotImplementedError as error:
-                raise ValueError(f"train with normalize='none' or 'mean_norm' to export this one: {error}") from error
+                raise ValueError(
+                    f"train with normalize='none' or 'mean_norm' to export this one: {error}"
+                ) from error
         with fresh_folder(folder, overwrite=overwrite) as new:
             folded.save_inference_model(new)
         return Path(folder)

@@ -1,0 +1,70 @@
+"""Architectures of sae_lens train inside Lightning on our batches and are saved in their format."""
+
+import pytest
+import torch
+
+from deeplens_lightning.sae import SAELensModule
+from deeplens_lightning.scaling import Moments
+from tests.sae.synthetic import Rows, codes, dictionary, trainer
+
+D = 16
+
+
+@pytest.fixture(autouse=True)
+def sae_lens():
+    return pytest.importorskip("sae_lens")
+
+
+def batches(n: int) -> list[torch.Tensor]:
+    return [5 * codes(64, 24, 2, seed=i) @ dictionary(24, D) for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    ("config", "normalize"),
+    [
+        ({"architecture": "matching_pursuit", "max_iterations": 4, "decoder_init_norm": 1.0}, "mean_norm"),
+        ({"architecture": "topk", "k": 4, "aux_loss_coefficient": 1.0}, "zscore"),
+        ({"architecture": "batchtopk", "k": 4}, "standardize"),
+        ({"architecture": "standard", "l1_coefficient": 0.1, "l1_warm_up_steps": 10}, "none"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["architecture"],
+)
+def test_their_architecture_trains_and_their_loader_opens_it(sae_lens, tmp_path, config, normalize):
+    raw, moments = batches(120), Moments(D)
+    for x in raw:
+        moments.update(x)
+    scaling = moments.scaling(normalize)
+    served = [scaling.apply(x) for x in raw]
+    module = SAELensModule(D, {**config, "d_sae": 96}, lr=3e-3)
+    fit = trainer(tmp_path, max_steps=120, log_every_n_steps=20)
+    fit.fit(module, Rows(served, served[:4], scaling=scaling))
+    assert fit.callback_metrics["val/fvu"] < 0.6
+    assert {"train/loss", "train/l0"} <= fit.callback_metrics.keys()
+    theirs = sae_lens.SAE.load_from_disk(module.export_saelens(tmp_path / "sae"))
+    x = torch.cat(raw[:4])
+    with torch.no_grad():
+        fvu = ((theirs(x) - x) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    assert fvu < 0.7
+    if config["architecture"] not in (
+        "batchtopk",
+        "matching_pursuit",
+    ):  # saved as JumpReLU; a norm's limit moves
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(x), module(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_checkpoint_of_it_loads(tmp_path):
+    module, fit = (
+        SAELensModule(D, {"architecture": "topk", "k": 4, "d_sae": 64}),
+        trainer(tmp_path, max_steps=3),
+    )
+    fit.fit(module, Rows(batches(3)))
+    fit.save_checkpoint(tmp_path / "m.ckpt")
+    again = SAELensModule.load_from_checkpoint(tmp_path / "m.ckpt", weights_only=True)
+    x = batches(1)[0]
+    assert torch.equal(again(x), module(x))
+
+
+def test_a_config_without_architecture_is_refused():
+    with pytest.raises(ValueError, match="needs an architecture"):
+        SAELensModule(D, {"d_sae": 64})
