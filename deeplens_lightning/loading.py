@@ -177,7 +177,7 @@ def load_base(
     kwargs = {
         key: value for key, value in kwargs.items() if key in (*_WHERE, *_HOW) or not hasattr(config, key)
     }
-    short = _cut(config, [point.layer for point in hook_points])
+    short = cut(config, [point.layer for point in hook_points])
     encoder = config.is_encoder_decoder and type(config) in AutoModelForTextEncoding._model_mapping
     auto = AutoModelForTextEncoding if encoder else AutoModel
     try:
@@ -204,7 +204,7 @@ def load_base(
     return base
 
 
-def _cut(config: PretrainedConfig, layers: Sequence[int | None]) -> PretrainedConfig:
+def cut(config: PretrainedConfig, layers: Sequence[int | None]) -> PretrainedConfig:
     """The configuration of a model that ends behind the deepest layer, if it does the same up to there."""
     full = trace(config)
     short = copy.deepcopy(config)
