@@ -169,6 +169,7 @@ class ShardStream:
                 rows=rows,
                 provenance=provenance,
                 certain=plan.steps - step,
+                certain_rows=plan.full * self.batch_size + plan.tail - step * self.batch_size,
                 position=position,
                 step=step + 1,
             )
