@@ -118,7 +118,7 @@ def render(inspection: Inspection) -> Group:
         "layers",
         "note",
         title=f"{inspection.model} ({inspection.family}, {inspection.depth} layers{positions})",
-        caption=f"write layers.<i>.<kind>, blocks.<i>.<TransformerLens>, {path}<module>, or a kind and layer=",
+        caption=f"write layers.<i>.<kind>, blocks.<i>.<TransformerLens>, {path}<module>, or kind and layer",
     )
     offers.columns[2].overflow = offers.columns[5].overflow = "fold"
     for offer in inspection.offers:

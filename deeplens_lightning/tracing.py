@@ -73,8 +73,8 @@ class Trace:
         depth: number of layers.
         calls: all calls.
         born: event number at which a term appeared.
-        operations: digests of the operations, their shapes and constants: of those before the layers, then of
-            each layer.
+        operations: digests of the operations with their shapes and constants: of the set of those before the
+            layers (masks may be made again for each), then of the sequence in each layer.
     """
 
     family: str
@@ -157,7 +157,10 @@ def _trace(structure: _Structure) -> Trace:
         depth=len(stack),
         calls=sorted(watch.calls, key=lambda call: call.start),
         born=watch.born,
-        operations=[digest.hexdigest() for digest in watch.operations.values()],
+        operations=[
+            hashlib.sha256("\n".join(each if path else sorted(set(each))).encode()).hexdigest()
+            for path, each in watch.operations.items()
+        ],
     )
 
 
@@ -181,7 +184,7 @@ class _Watch(TorchFunctionMode):
         self.clock = 0
         self.calls: list[Call] = []
         self.born: dict[int, int] = {}
-        self.operations = {path: hashlib.sha256() for path in ("", *layers)}
+        self.operations: dict[str, list[str]] = {path: [] for path in ("", *layers)}
         self._layer: str | None = ""
         self._forms: dict[int, Form] = {}
         self._kept: list[Tensor] = []  # so that no id is used twice
@@ -217,7 +220,7 @@ class _Watch(TorchFunctionMode):
             if form is not None:
                 self._set(out, form)
             if self._layer is not None:
-                self.operations[self._layer].update(_fingerprint(func, args, kwargs).encode())
+                self.operations[self._layer].append(_fingerprint(func, args, kwargs))
         return out
 
     def _follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Form | None:
