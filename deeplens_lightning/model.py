@@ -142,6 +142,17 @@ class FrozenModel:
             compile_model=compile_model,
         )
 
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model itself.
+
+        Raises:
+            RuntimeError: it was closed.
+        """
+        if self._base is None:
+            raise RuntimeError("this model was closed; load it again with FrozenModel.load")
+        return self._base
+
     def activations(
         self, tokens: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -162,9 +173,7 @@ class FrozenModel:
             ValueError: a token id is beyond the embedding.
             RuntimeError: the model was closed.
         """
-        base = self._base
-        if base is None:
-            raise RuntimeError("this model was closed; load it again with FrozenModel.load")
+        base = self.base
         if tokens.device.type == "cpu" and tokens.numel() and int(tokens.max()) >= self._vocabulary:
             raise ValueError(
                 f"token id {int(tokens.max())} is beyond the model's embedding of {self._vocabulary} rows; "

@@ -1,0 +1,116 @@
+"""The command line: Lightning's own subcommands, and four of ours.
+
+Experiments are YAML; `fit --config configs/quickstart.yaml` is the first to try. What a user got wrong is said
+in one sentence; `--traceback` in front shows where it was found.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
+
+OWN_COMMANDS = {
+    "inspect": "hook points of a model, their d_in, and what a choice of them loads",
+    "bench": "how close this machine's stream is to the bare model",
+    "extract": "write activations to shards",
+    "report": "one HTML page about a finished run",
+}
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; exit with 1 and one sentence if the user has to change something."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    show_traceback = "--traceback" in words[:1]
+    words = words[1:] if show_traceback else words
+    try:
+        _run(words)
+    except _mistakes() as error:
+        if show_traceback:
+            raise
+        sys.exit(f"error: {_sentence(error)}")
+
+
+def _run(words: list[str]) -> None:
+    command = words[0] if words else "--help"
+    if command in OWN_COMMANDS:
+        _own(command, words[1:])
+    elif command in ("-h", "--help"):
+        own = "\n".join(f"  {name:10}{text}" for name, text in OWN_COMMANDS.items())
+        print(
+            "usage: deeplens-lightning [--traceback] COMMAND [--help]\n\n"
+            "  fit       train; also validate, test, predict: see Lightning's documentation of its CLI\n"
+            + own
+        )
+    elif command not in TRAINER_COMMANDS:
+        raise ValueError(
+            f"there is no command {command!r}; there are {', '.join((*TRAINER_COMMANDS, *OWN_COMMANDS))}"
+        )
+    else:
+        lightning_cli(words)
+
+
+def lightning_cli(words: list[str], run: bool = True) -> LightningCLI:
+    """Lightning's command line over our classes: any LightningModule, any data module, layered YAML."""
+    import jsonargparse
+    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+    from deeplens_lightning.callbacks.summary import FitSummary
+    from deeplens_lightning.callbacks.throughput import Throughput
+
+    class Command(LightningCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            parser.set_defaults(
+                {
+                    "model": "deeplens_lightning.SparseAutoencoder",
+                    "data": "deeplens_lightning.ActivationDataModule",
+                }
+            )
+            parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
+
+    jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    return Command(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=False,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"callbacks": [FitSummary(), Throughput()]},
+        parser_kwargs={"parser_mode": "omegaconf+"},
+        args=words,
+        run=run,
+    )
+
+
+def _own(command: str, words: list[str]) -> None:
+    """Parse and run one of `OWN_COMMANDS`; their modules are imported when they are needed."""
+    from jsonargparse import ArgumentParser
+
+    from deeplens_lightning import commands
+
+    run = getattr(commands, command)
+    parser = ArgumentParser(
+        prog=f"deeplens-lightning {command}", description=OWN_COMMANDS[command], parser_mode="omegaconf+"
+    )
+    parser.add_argument("--config", action="config", help="YAML with any of these")
+    parser.add_function_arguments(run, as_positional=command != "bench")
+    settings = parser.parse_args(words)
+    given = parser.instantiate_classes(settings)
+    given.pop("config", None)
+    run(**given.as_dict())
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    return (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, MisconfigurationException)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
