@@ -120,9 +120,12 @@ class RowsLoader:
         seen: Callable[[Tensor | dict[str, Tensor], Tensor], None],
     ) -> None:
         self._rows, self._batch_size, self._finish, self._seen = rows, batch_size, finish, seen
+        self._length: int | None = None
 
     def __len__(self) -> int:
-        return -(-len(self._rows()[1]) // self._batch_size)
+        if self._length is None:  # after an exception Lightning asks again, when the rows are gone
+            self._length = -(-len(self._rows()[1]) // self._batch_size)
+        return self._length
 
     def __iter__(self) -> Iterator[Tensor | dict[str, Tensor]]:
         rows, provenance = self._rows()
