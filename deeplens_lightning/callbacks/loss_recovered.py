@@ -7,9 +7,9 @@ activations ablated (zero, and their mean): CE recovered is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +22,7 @@ from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_to
 from deeplens_lightning.callbacks.spliced_loss import measure
 from deeplens_lightning.hook_points import HookPoint, resolve
 from deeplens_lightning.loading import locate
+from deeplens_lightning.packing import Blocks
 from deeplens_lightning.reporting.loggers import log_scalars
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder
 from deeplens_lightning.single_text import TextActivations, pick_device
@@ -39,7 +40,7 @@ class LossRecovered(Callback):
     measures alone: a `ModelCheckpoint` that monitors `val/ce_recovered` works on one device.
 
     Args:
-        n_blocks: held-out blocks to measure on, asked of the data module.
+        rows: held-out rows to measure on, asked of the data module; the last segment is taken whole.
         batch_size: segments to a model batch.
         texts: measure on these instead, e.g. with cached shards, which hold no text.
         hf_model: default the data module's.
@@ -50,7 +51,7 @@ class LossRecovered(Callback):
 
     def __init__(
         self,
-        n_blocks: int = 32,
+        rows: int = 4096,
         batch_size: int = 8,
         *,
         texts: Sequence[str] = (),
@@ -59,11 +60,11 @@ class LossRecovered(Callback):
         model_kwargs: dict[str, Any] | None = None,
         sae: str | None = None,
     ) -> None:
-        if n_blocks < 1 or batch_size < 1:
-            raise ValueError(f"n_blocks={n_blocks} and batch_size={batch_size} must be at least 1")
+        if rows < 1 or batch_size < 1:
+            raise ValueError(f"rows={rows} and batch_size={batch_size} must be at least 1")
         if isinstance(texts, str):
             raise TypeError("texts must be a list of texts, got one string")
-        self.n_blocks = n_blocks
+        self.rows = rows
         self.batch_size = batch_size
         self.texts = tuple(texts)
         self.hf_model = hf_model
@@ -81,6 +82,13 @@ class LossRecovered(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._path = run_folder(trainer) / "loss_recovered.jsonl"
         self._measured = -1
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find what is missing before the first step; nothing is loaded yet."""
+        require_sae(pl_module, hook_names(trainer), "LossRecovered", self.sae)
+        self._source(datamodule_of(trainer))
+        self._blocks(datamodule_of(trainer))
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,9 +132,7 @@ class LossRecovered(Callback):
     ) -> tuple[PreTrainedModel, tuple[HookPoint, ...]]:
         datamodule = datamodule_of(trainer)
         if self._model is None:
-            source = self.hf_model if self.hf_model is not None else getattr(datamodule, "hf_model", None)
-            if source is None:
-                raise ValueError('LossRecovered does not know which model to run; pass hf_model="..."')
+            source = self._source(datamodule)
             kwargs = self.model_kwargs or getattr(datamodule, "model_kwargs", None)
             frozen = getattr(datamodule, "model", None)
             device = frozen.device if frozen is not None and self.device == "auto" else module.device
@@ -136,7 +142,7 @@ class LossRecovered(Callback):
             self._batches = self._segments(datamodule, source, kwargs)
         if not any(bool(batch.scored.any()) for batch in self._batches):
             raise ValueError(
-                "LossRecovered found no held-out token to score; raise n_blocks or val_fraction, or pass "
+                "LossRecovered found no held-out token to score; raise rows or val_fraction, or pass "
                 "texts=[...]"
             )
         return self._model, resolve(self._model, None, sae.hooks)
@@ -146,36 +152,42 @@ class LossRecovered(Callback):
             reader = TextActivations(
                 source, tokenizer=getattr(datamodule, "tokenizer", None), model_kwargs=kwargs
             )
-            rows = [reader.token_ids(text) for text in self.texts]
+            read = [reader.token_ids(text) for text in self.texts]
             special = set(reader.tokenizer.all_special_ids)
-            kept = [(ids, [i not in special for i in ids]) for ids in rows]
+            kept = [(ids, [i not in special for i in ids]) for ids in read]
             return list(from_token_ids(kept, self.batch_size))
+        frozen = getattr(datamodule, "model", None)
+        whole_rows = getattr(frozen, "isolation", None) == "none"
+        blocks = self._blocks(datamodule)
+        return list(from_blocks(blocks, self.rows, whole_rows=whole_rows, batch_size=self.batch_size))
+
+    def _source(self, datamodule: Any) -> str | PreTrainedModel:
+        source: str | PreTrainedModel | None = self.hf_model or getattr(datamodule, "hf_model", None)
+        if source is None:
+            raise ValueError('LossRecovered does not know which model to run; pass hf_model="..."')
+        if isinstance(source, PreTrainedModel) and source.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"{type(source).__name__} has no language model head, so there is no next-token loss; hand "
+                "in the AutoModelForCausalLM, or its name, as hf_model="
+            )
+        return source
+
+    def _blocks(self, datamodule: Any) -> Iterable[Blocks]:
         ask = getattr(datamodule, "heldout_blocks", None)
-        blocks = None if ask is None else ask(self.n_blocks)
-        if blocks is None:
+        blocks = None if ask is None or self.texts else ask(self.rows)
+        if blocks is None and not self.texts:
             raise ValueError(
                 "LossRecovered needs held-out text, and this data module has none (cached shards hold "
                 "activations only); pass texts=[...]"
             )
-        frozen = getattr(datamodule, "model", None)
-        whole_rows = getattr(frozen, "isolation", None) == "none"
-        return list(from_blocks(blocks, whole_rows=whole_rows, batch_size=self.batch_size))
+        return () if blocks is None else cast("Iterable[Blocks]", blocks)
 
 
 def whole_model(
     source: str | PreTrainedModel, model_kwargs: Mapping[str, Any] | None, device: torch.device
 ) -> PreTrainedModel:
-    """The model with its head, in evaluation mode; one that was handed in is used as it is.
-
-    Raises:
-        ValueError: the model that was handed in has no head that predicts the next token.
-    """
+    """The model with its head, in evaluation mode; one that was handed in is used as it is."""
     if isinstance(source, PreTrainedModel):
-        if source.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
-            raise ValueError(
-                f"{type(source).__name__} has no language model head, so there is no next-token loss; hand "
-                "in the AutoModelForCausalLM, or its name"
-            )
         return source
     name, kwargs = locate(source, model_kwargs)
     with torch.random.fork_rng(devices=[]):

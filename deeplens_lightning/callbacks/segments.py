@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from deeplens_lightning.packing import Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +39,24 @@ class _Segment:
     joined: Tensor  # whether the next token continues the same document
 
 
-def from_blocks(blocks: Iterable[Any], *, whole_rows: bool, batch_size: int) -> Iterator[Segments]:
+def from_blocks(
+    blocks: Iterable[Blocks], rows: int, *, whole_rows: bool, batch_size: int
+) -> Iterator[Segments]:
     """Segments of blocks, in their order, some to a batch.
 
     Args:
-        blocks: `packing.Blocks`.
+        blocks: chunks of blocks.
+        rows: stop once so many positions are kept.
         whole_rows: documents are not isolated, so that a row of a block is one context.
         batch_size: segments to a batch.
     """
-    found = [segment for block in blocks for segment in _split(block, whole_rows)]
+    found: list[_Segment] = []
+    kept = 0
+    for segment in (segment for chunk in blocks for segment in _split(chunk, whole_rows)):
+        found.append(segment)
+        kept += int(segment.keep.sum())
+        if kept >= rows:
+            break
     yield from _batches(found, batch_size)
 
 
@@ -61,9 +71,9 @@ def from_token_ids(
     yield from _batches(found, batch_size)
 
 
-def _split(block: Any, whole_rows: bool) -> Iterator[_Segment]:
+def _split(chunk: Blocks, whole_rows: bool) -> Iterator[_Segment]:
     for tokens, positions, documents, keep in zip(
-        block.tokens.cpu(), block.positions.cpu(), block.documents.cpu(), block.keep.cpu(), strict=True
+        chunk.tokens.cpu(), chunk.positions.cpu(), chunk.documents.cpu(), chunk.keep.cpu(), strict=True
     ):
         n = int((positions >= 0).sum())
         tokens, positions, documents, keep = tokens[:n], positions[:n], documents[:n], keep[:n]

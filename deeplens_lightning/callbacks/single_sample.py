@@ -253,7 +253,7 @@ class ExtractSingleSample(Callback):
             tokenizer=self._tokenizer_source or getattr(datamodule, "tokenizer", None),
             model_kwargs=self.model_kwargs or getattr(datamodule, "model_kwargs", None),
             frozen=frozen,
-            prepend_bos=getattr(datamodule, "prepend_bos", None),
+            prepend_bos=getattr(getattr(datamodule, "source", None), "prepend_bos", None),
         )
         self._points = self._bound_points(trainer, module)
 

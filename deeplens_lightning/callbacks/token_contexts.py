@@ -16,7 +16,9 @@ from torch import Tensor
 
 from deeplens_lightning.callbacks.sae_view import SaeView
 from deeplens_lightning.model import FrozenModel
-from deeplens_lightning.text import special_affixes
+from deeplens_lightning.packing import Packing
+from deeplens_lightning.sources import IndexedSource
+from deeplens_lightning.text import document_hash, tokenize
 from deeplens_lightning.token_text import token_strings
 
 Wanted = tuple[int, float, Sequence[int]]
@@ -70,8 +72,8 @@ class ContextReader:
     """Reads contexts through a data module.
 
     Args:
-        datamodule: `document_tokens(index, hash)` gives a document's token ids (without special tokens),
-            or None where its text cannot be had again; without it only the row's own token is shown.
+        datamodule: whose rows they are. Where the text of a document cannot be had again (streams, shards),
+            only the row's own token is shown.
         sae: whose latents.
         before: tokens shown before the peak.
         after: tokens shown after it.
@@ -81,13 +83,14 @@ class ContextReader:
         self.sae = sae
         self.before, self.after = before, after
         self.tokenizer = getattr(datamodule, "tokenizer", None)
-        self._tokens = getattr(datamodule, "document_tokens", None)
-        self._seq_length = getattr(datamodule, "seq_length", None)
-        self._prefix, self._suffix = special_affixes(self.tokenizer, getattr(datamodule, "prepend_bos", None))
+        text = getattr(datamodule, "source", None)
+        source, packing = getattr(text, "source", None), getattr(text, "packing", None)
+        self._source = source if isinstance(source, IndexedSource) else None
+        self._packing = packing if isinstance(packing, Packing) else None
         frozen = getattr(datamodule, "model", None)
         whole = isinstance(frozen, FrozenModel) and frozen.isolation != "none"
         self._model: FrozenModel | None = frozen if whole else None
-        self._known: dict[tuple[int, int], Sequence[int] | None] = {}
+        self._known: dict[int, Sequence[int] | None] = {}
 
     def read(self, wanted: Sequence[Wanted]) -> list[Context]:
         """One context per row, in their order; call it under `observing`."""
@@ -96,21 +99,28 @@ class ContextReader:
         return [self._context(w, s, shade) for w, s, shade in zip(wanted, segments, shades, strict=True)]
 
     def _segment(self, place: Sequence[int]) -> _Segment | None:
-        document_hash, index, position, token = place
-        if self._tokens is None:
+        identity, index, position, token = place
+        packing = self._packing
+        document = self._document(index, identity)
+        if document is None or packing is None:
             return None
-        key = (index, document_hash)
-        if key not in self._known:
-            self._known[key] = self._tokens(index, document_hash)
-        document = self._known[key]
-        if document is None or not 0 <= position < len(document) or int(document[position]) != token:
+        if not 0 <= position < len(document) or int(document[position]) != token:
             return None
-        room = (self._seq_length or len(document)) - len(self._prefix) - len(self._suffix)
-        start = position // room * room
-        end = min(start + room, len(document), position + 1 + self.after)
-        ids = [*self._prefix, *(int(i) for i in document[start:end])]
-        peak = len(self._prefix) + position - start
+        start = position // packing.segment_tokens * packing.segment_tokens
+        end = min(start + packing.segment_tokens, len(document), position + 1 + self.after)
+        ids = [*packing.prefix, *(int(i) for i in document[start:end])]
+        peak = len(packing.prefix) + position - start
         return _Segment(ids, peak, max(0, peak - self.before))
+
+    def _document(self, index: int, document: int) -> Sequence[int] | None:
+        """A document's token ids, if the source still has the one of that hash under that number."""
+        if index not in self._known:
+            self._known[index] = None
+            if self._source is not None and 0 <= index < len(self._source):
+                row = self._source.rows[index]
+                if document_hash(row) == document:
+                    self._known[index] = tokenize([row], self.tokenizer)[0].tolist()
+        return self._known[index]
 
     def _shades(
         self, latents: Sequence[int], segments: Sequence[_Segment | None]

@@ -178,7 +178,7 @@ class TopActivatingTokens(Callback):
 def _provenance(trainer: Trainer, batch: Any) -> Tensor | None:
     """Int64 `(batch, 4)`: document hash, document index, position, token id; None where nobody knows."""
     found = datamodule_of(trainer).provenance(batch)  # type: ignore[union-attr]
-    if found is None:
+    if found is None or bool((found.token_id < 0).all()):
         return None
     columns = (found.document_hash, found.document_index, found.position, found.token_id)
     return torch.stack([column.to(torch.int64) for column in columns], dim=1)

@@ -3,61 +3,57 @@
 from __future__ import annotations
 
 import json
+import pydoc_data.topics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from deeplens_lightning.callbacks import TopActivatingTokens
 from deeplens_lightning.callbacks.strongest import Strongest
+from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.token_text import token_strings
+
+TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:40]  # what the fixtures train on
 
 
 def _read(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "top_tokens" / "latents.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_contexts_are_the_strongest_rows_of_all_training(fit: Callable[..., Any], tmp_path: Path) -> None:
+def test_contexts_show_where_a_row_came_from_and_what_the_sae_makes_of_it(
+    fit: Callable[..., Any], tmp_path: Path, lm_folder: str
+) -> None:
     run = fit([TopActivatingTokens(latents=range(256), keep=4, every_n_steps=1)])
-    dm = run.datamodule
-    n = dm.n_batches * dm.batch_size
+    rows = torch.cat(run.batches)
     with torch.no_grad():
-        z = run.sae.eval().encode(dm._rows[:n])
+        z = run.sae.eval().encode(rows)
+    where = {(d, p): i for i, (_, d, p, _) in enumerate(run.provenance.tolist())}
+    tokenizer = AutoTokenizer.from_pretrained(lm_folder)
     found = _read(tmp_path)
-    assert found["rows"] == 2 * n
+    assert found["rows"] == len(rows) == 24 * 64
     assert [entry["latent"] for entry in found["latents"]] == list(range(256))
-    compared = 0
+    filled = 0
     for entry in found["latents"]:
         values = [context["value"] for context in entry["contexts"]]
         assert values == sorted(values, reverse=True)
         places = [(context["document"], context["position"]) for context in entry["contexts"]]
-        assert len(set(places)) == len(places)  # two epochs served each row twice
-        if values:
-            compared += 1
-            # Early looks kept candidates by an untrained SAE; nothing beats the true strongest.
-            assert values[0] <= float(z[:, entry["latent"]].max()) * (1 + 1e-3)
-        for context in entry["contexts"]:
-            document = dm.document_tokens(context["document"], _hash(dm, context["document"]))
-            texts = token_strings(dm.tokenizer, document)
-            start = context["position"] - context["peak"]
-            assert context["tokens"] == texts[start : start + len(context["tokens"])]
-            row = _row_of(dm, context["document"], context["position"])
-            assert context["value"] == pytest.approx(float(z[row, entry["latent"]]), rel=1e-3)
+        assert len(set(places)) == len(places)
+        filled += bool(values)
+        for context, place in zip(entry["contexts"], places, strict=True):
+            document = tokenizer(TEXTS[place[0]])["input_ids"]
+            start = place[1] - context["peak"]
+            texts = token_strings(tokenizer, document[start : start + len(context["tokens"])])
+            assert context["tokens"] == texts
+            assert context["value"] == pytest.approx(float(z[where[place], entry["latent"]]), rel=1e-3)
             assert context["values"][context["peak"]] == context["value"]
             assert None not in context["values"]
-    assert compared > 100
-
-
-def _hash(dm: Any, document: int) -> int:
-    return int(dm._provenance[dm._provenance[:, 1] == document][0, 0])
-
-
-def _row_of(dm: Any, document: int, position: int) -> int:
-    found = (dm._provenance[:, 1] == document) & (dm._provenance[:, 2] == position)
-    return int(found.nonzero()[0])
+    assert filled > 100
 
 
 def test_random_latents_are_seeded_and_chosen_ones_are_kept(fit: Callable[..., Any], tmp_path: Path) -> None:
@@ -82,23 +78,28 @@ def test_without_a_model_only_the_token_itself_has_a_value(
 
 
 def test_without_the_documents_text_only_the_token_is_shown(
-    fit: Callable[..., Any], shards: Callable[[], Any], tmp_path: Path
+    fit: Callable[..., Any], live: Callable[..., Any], tmp_path: Path
 ) -> None:
-    datamodule = shards()
-    datamodule.document_tokens = lambda index, document: None
-    fit([TopActivatingTokens(latents=64, every_n_steps=2)], datamodule=datamodule)
+    stream = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    fit([TopActivatingTokens(latents=64, every_n_steps=2)], datamodule=live(dataset_name=stream))
     contexts = [context for entry in _read(tmp_path)["latents"] for context in entry["contexts"]]
     assert contexts
     assert {len(context["tokens"]) for context in contexts} == {1}
 
 
-def test_a_datamodule_without_provenance_is_refused(
-    fit: Callable[..., Any], shards: Callable[[], Any]
-) -> None:
-    datamodule = shards()
-    datamodule.provenance = None
+class _Anonymous(L.LightningDataModule):
+    """Rows from nowhere."""
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.randn(64, 128), batch_size=8)
+
+
+def test_a_datamodule_without_provenance_is_refused(lm_folder: str, tmp_path: Path) -> None:
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[TopActivatingTokens()]
+    )
     with pytest.raises(ValueError, match=r"says where rows came from"):
-        fit([TopActivatingTokens()], datamodule=datamodule)
+        trainer.fit(SparseAutoencoder(128, 256, k=8), _Anonymous())
 
 
 def test_batches_and_weights_are_bit_identical_with_and_without_it(
