@@ -110,6 +110,7 @@ class ShardStream:
         self._counts = np.diff(self._rows.count_below(self._starts))
         self._sizes = np.array([shard.nbytes for shard in shards], np.int64)
         self._open: dict[int, OpenShard] = {}
+        self._near: list[list[int]] = []
         self._checked: set[int] = set()
         self._shuffle, self._window_bytes = self._choose(shuffle, window_bytes)
         self.identity: dict[str, Any] = {
@@ -240,10 +241,11 @@ class ShardStream:
     def _prepare(self, order: Order, place: int) -> None:
         """Have the shards around a place at hand or on their way, and let go of others."""
         windows = order.shards(place)
-        if windows and not set(windows[0]) <= set(self._open):
-            near = {number for window in windows for number in window}
+        if windows != self._near:
+            self._near = windows
+            near = [number for window in windows for number in window]
             self._open = {number: shard for number, shard in self._open.items() if number in near}
-            for number in [number for window in windows for number in window]:
+            for number in near:
                 self._read_ahead(self.catalog.shards[number])
 
     def _read_ahead(self, shard: Shard) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from deeplens_lightning.shards import Manifest, Rows, ShardWriter
+from deeplens_lightning.shards import Manifest, Rows, ShardStream, ShardWriter
 
 WIDE, NARROW = "layers.0.mlp_out", "layers.1.resid_post"
 
@@ -68,3 +69,33 @@ def read_back(where: str | Path) -> tuple[dict[str, Tensor], Tensor]:
         {name: torch.cat([file["rows"][name] for file in files]) for name in names},
         torch.cat([file["provenance"] for file in files]),
     )
+
+
+def write_here(folder: str, rows: int, file_limit: int | None = None) -> None:
+    """Begin or continue a cache of `make_rows(rows)` in a process of its own, with a limit on file sizes."""
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    with ShardWriter(folder, manifest(), shard_bytes=500 * manifest().row_bytes) as writer:
+        feed(writer, *make_rows(rows), batch=50)
+        writer.finish()
+
+
+def read_windows(folder: str, window_bytes: int | None) -> None:
+    """Read a cache and print the growth of peak memory, and of what is not mapped files, in bytes."""
+    shuffle = "window" if window_bytes else "global"
+    stream = ShardStream(folder, batch_size=1024, shuffle=shuffle, window_bytes=window_bytes)
+    batches = stream.batches(None, 0)
+    next(batches)
+    before, own = _peak(), _own()
+    for _ in batches:
+        own = min(own, _own())
+    print(_peak() - before, max(_own() - own, 0))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _own() -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024

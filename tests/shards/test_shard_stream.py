@@ -1,6 +1,9 @@
 """Reading: every row once, in any shuffle, on any number of ranks, from any place."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from making_shards import NARROW, WIDE, make_rows, write_cache
 
-from deeplens_lightning.shards import ShardError, ShardStream, heldout
+from deeplens_lightning.shards import Manifest, Rows, ShardError, ShardStream, ShardWriter, heldout
 
 N = 3000
 
@@ -51,7 +54,7 @@ def test_an_epoch_serves_every_row_once_with_its_provenance(cache, shuffle, batc
     assert [batch.certain for batch in batches] == list(range(len(batches), 0, -1))
 
 
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     batch_size=st.integers(1, 400),
     seed=st.integers(0, 2**40),
@@ -251,3 +254,28 @@ def test_the_global_random_state_is_neither_used_nor_touched(cache):
     list(ShardStream(cache, batch_size=100).batches(None, 0))
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])  # noqa: NPY002
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's memory accounts")
+def test_reading_a_cache_takes_the_memory_of_batches_not_of_the_cache(tmp_path):
+    """Windows bound even what is mapped; of a global shuffle the kernel can drop everything but batches."""
+    described = Manifest(hook_points={"a": Rows(d_in=1024, dtype="float32")})
+    with ShardWriter(tmp_path, described, shard_bytes=4 * 2**20) as writer:
+        for first in range(0, 60_000, 1000):
+            rows = torch.full((1000, 1024), float(first))
+            writer.append({"a": rows}, torch.zeros(1000, 4, dtype=torch.int64), source=None, first_row=first)
+        writer.finish()
+    cache = 60_000 * described.row_bytes
+    for window, limit in ((16 * 2**20, 64 * 2**20), (None, None)):
+        code = f"import making_shards as m; m.read_windows({str(tmp_path)!r}, {window})"
+        output = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=Path(__file__).parent,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+        peak, own = map(int, output.split())
+        assert own < 32 * 2**20
+        assert cache > 200 * 2**20
+        assert limit is None or peak < limit

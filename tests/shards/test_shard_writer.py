@@ -1,16 +1,13 @@
 """Writing: complete, in order, continued after a kill, stopped with a reason."""
 
 import json
-import signal
-import subprocess
-import sys
-import textwrap
+import multiprocessing
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from making_shards import NARROW, WIDE, feed, make_rows, manifest, read_back, write_cache
+from making_shards import NARROW, WIDE, feed, make_rows, manifest, read_back, write_cache, write_here
 
 from deeplens_lightning.shards import (
     DamagedShardError,
@@ -23,8 +20,6 @@ from deeplens_lightning.shards import (
     verify,
 )
 from deeplens_lightning.shards.format import INDEX, done_name, shard_name, sidecar_name
-
-HERE = Path(__file__).parent
 
 
 def shards_of(rows: int) -> int:
@@ -252,40 +247,30 @@ def test_too_little_room_is_said_before_starting(tmp_path):
         ShardWriter(tmp_path, manifest(), expected_rows=10**15)
 
 
-def run_writer(folder: Path, code: str = "", rows: int = 20_000) -> subprocess.Popen[bytes]:
-    script = f"""
-    import sys
-    sys.path.insert(0, {str(HERE)!r})
-    from making_shards import *
-    {code}
-    with ShardWriter({str(folder)!r}, manifest(), shard_bytes=500 * manifest().row_bytes) as writer:
-        print("ready", flush=True)
-        feed(writer, *make_rows({rows}), batch=50)
-        writer.finish()
-    """
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@pytest.fixture(scope="module")
+def processes():
+    """Starts real processes that have the slow imports behind them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deeplens_lightning.shards"])
+    return context
 
 
-def test_a_full_disk_stops_the_writer_and_leaves_a_valid_cache(tmp_path):
+def test_a_full_disk_stops_the_writer_and_leaves_a_valid_cache(tmp_path, processes, capfd):
     """A file-size limit fails writes half way through a file, as a full disk does."""
-    limit = 500 * manifest().row_bytes // 2
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))"
     write_cache(tmp_path / "whole", n=2000, shard_rows=500)
     rows, provenance = make_rows(2000)
     with ShardWriter(tmp_path / "a", manifest(), shard_bytes=shards_of(500)) as writer:
         feed(writer, rows, provenance, stop=1000)
-    process = run_writer(tmp_path / "a", code, rows=2000)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert b"bytes are missing. Its 2 finished shards (1,000 rows) are valid" in errors
-    assert not list((tmp_path / "a").glob(".writing*"))
-    assert not (tmp_path / "a" / INDEX).exists()
-    assert ShardStream(tmp_path / "a", batch_size=10).rows == 1000
-    process = run_writer(tmp_path / "a", rows=2000)
-    process.communicate(timeout=120)
-    assert process.returncode == 0
+    for limit, code in ((shards_of(250), 1), (None, 0)):
+        process = processes.Process(target=write_here, args=(str(tmp_path / "a"), 2000, limit))
+        process.start()
+        process.join(120)
+        assert process.exitcode == code
+        assert not list((tmp_path / "a").glob(".writing*"))
+        if code:
+            assert "bytes are missing. Its 2 finished shards (1,000 rows) are valid" in capfd.readouterr().err
+            assert not (tmp_path / "a" / INDEX).exists()
+            assert ShardStream(tmp_path / "a", batch_size=10).rows == 1000
     assert_same_cache(tmp_path / "a", tmp_path / "whole")
 
 
@@ -304,23 +289,26 @@ def test_a_writer_that_failed_cannot_go_on_and_lose_rows(tmp_path, monkeypatch):
     assert not (tmp_path / INDEX).exists()
 
 
-def test_killed_at_any_moment_and_rerun_equals_uninterrupted_and_nothing_half_is_ever_seen(tmp_path):
+def test_killed_at_any_moment_and_rerun_equals_uninterrupted_and_nothing_half_is_ever_seen(
+    tmp_path, processes
+):
     write_cache(tmp_path / "whole", n=20_000, shard_rows=500)
     folder, kills, checked = tmp_path / "killed", 0, 0
-    delays = iter([0.0, 0.01, 0.02, 0.04, 0.06, 0.09, 0.13])
+    delays = iter([0.01, 0.02, 0.04, 0.06, 0.09, 0.13])
     while True:
-        process = run_writer(folder)
-        assert process.stdout is not None
-        process.stdout.readline()
+        process = processes.Process(target=write_here, args=(str(folder), 20_000))
+        process.start()
+        found = _check_finished(folder)
+        while process.is_alive() and _check_finished(folder) == found:
+            checked += 1
         deadline = time.monotonic() + next(delays, 1000)
-        while process.poll() is None and time.monotonic() < deadline:
+        while process.is_alive() and time.monotonic() < deadline:
             checked += _check_finished(folder)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.communicate()
+        kills += process.is_alive()
+        process.kill()
+        process.join()
         checked += _check_finished(folder)
-        if process.returncode == 0:
+        if process.exitcode == 0:
             break
     assert kills >= 5
     assert checked > 10
