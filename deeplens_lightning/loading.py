@@ -215,7 +215,10 @@ def cut(config: PretrainedConfig, layers: Sequence[int | None]) -> PretrainedCon
     for key, value in vars(text).items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, key, value[:depth])
-    text.num_hidden_layers = depth
+    try:
+        text.num_hidden_layers = depth
+    except NotImplementedError:  # several depths in one configuration
+        return copy.deepcopy(config)
     if trace(short).operations[: depth + 1] != full.operations[: depth + 1]:
         logger.info("every layer is loaded: in this architecture, layers depend on how many there are")
         return copy.deepcopy(config)

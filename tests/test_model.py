@@ -6,7 +6,15 @@ import pytest
 import torch
 from tiny_models import FAMILIES, randomised, tiny_config, tiny_model
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    Gemma3Config,
+    PreTrainedModel,
+)
 
 from deeplens_lightning.hook_points import resolve
 from deeplens_lightning.isolation import Isolation, relative_error
@@ -310,3 +318,37 @@ def test_a_compiled_model_gives_the_same_rows_and_is_left_as_it_was() -> None:
     after = snapshot(model)
     assert before.pop("weights").keys() == after.pop("weights").keys()
     assert before == after
+
+
+def small(**changes: object) -> dict[str, object]:
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "intermediate_size": 48,
+        "head_dim": 8,
+        "vocab_size": 97,
+    }
+    return {**text, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, **changes}
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "gemma3"])
+def test_heads_decoders_and_eyes_are_left_out(name: str, tmp_path: Path) -> None:
+    auto = {
+        "llama": AutoModelForCausalLM,
+        "bert": AutoModelForMaskedLM,
+        "t5": AutoModelForSeq2SeqLM,
+        "gemma3": AutoModelForImageTextToText,
+    }[name]
+    vision = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    multimodal = Gemma3Config(text_config=small(), vision_config=vision, image_token_index=96)
+    model = randomised(auto.from_config(multimodal if name == "gemma3" else tiny_config(name)))
+    model.save_pretrained(tmp_path)
+    whole = model.get_encoder() if name == "t5" else model
+    with torch.no_grad():
+        expected = whole(SEGMENTS[3][None].clamp(max=95), output_hidden_states=True).hidden_states[2]
+    for source in (model, str(tmp_path)):
+        frozen = FrozenModel.load(source, resolve(model.config, 1, "resid_post"), device="cpu")
+        rows = frozen.activations(SEGMENTS[3][None].clamp(max=95))["layers.1.resid_post"]
+        assert relative_error(rows, expected).max() < 1e-5
+    layers = frozen._base.get_submodule(resolve(model.config, 1, "resid_post")[0].module.rpartition(".")[0])
+    assert len(layers) == 2
