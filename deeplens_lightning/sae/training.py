@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -99,7 +100,7 @@ class DictionaryTraining(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start the sums of held-out metrics."""
-        if not self.trainer.training and not self.trainer.sanity_checking:
+        if self.trainer.state.fn != TrainerFn.FITTING:
             self._prepare()
         self._held_out = {name: sae.new_metrics() for name, sae in self.dictionaries.items()}
 
@@ -139,7 +140,12 @@ class DictionaryTraining(LightningModule):
 
     def _prepare(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        served = getattr(data, "d_in", None)
         for sae in self.dictionaries.values():
+            if served is not None and sae.hparams["d_in"] != served:
+                raise ValueError(
+                    f"the data serves d_in={served}, but the SAE was built for {sae.hparams['d_in']}"
+                )
             sae.prepare(getattr(data, "scaling", None))
 
     def _describe_rows(self, batch: Batch) -> Callable[[Tensor], str]:

@@ -11,6 +11,7 @@ import torch
 from deeplens_lightning.sae import SparseAutoencoder
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,70 @@
+"""On the real data module: transcoders, crosscoders, one SAE for each hook point, resuming, a wrong width."""
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from deeplens_lightning import ActivationDataModule
+from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
+from tests.conftest import paragraphs
+from tests.sae.synthetic import trainer
+
+
+def data(tiny, **settings) -> ActivationDataModule:
+    sizes = {
+        "seq_length": 64,
+        "inference_batch_size": 8,
+        "batch_size": 128,
+        "buffer_size": 1024,
+        "val_rows": 1000,
+    }
+    return ActivationDataModule(
+        tiny("llama"), dataset_name=paragraphs(300), **{"layer": 1, **sizes, **settings}
+    )
+
+
+def test_a_transcoder_predicts_the_mlp_better_than_its_mean(tiny, tmp_path):
+    dm = data(tiny, hook=["mlp_in", "mlp_out"])
+    read, write = dm.hook_names
+    sae = SparseAutoencoder(dm.d_in, 256, k=8, input_hook=read, output_hook=write, skip=True, lr=3e-3)
+    fit = trainer(tmp_path, max_steps=150)
+    fit.fit(sae, dm)
+    assert fit.validate(sae, dm, verbose=False)[0]["val/fvu"] < 0.5  # predicting the mean gives 1
+
+
+def test_a_crosscoder_beats_per_layer_saes_of_the_same_total_l0(tiny, tmp_path):
+    hooks = {"layer": [0, 1], "hook": "resid_post", "normalize": "standardize"}
+    dm = data(tiny, **hooks)
+    shared = {"d_sae": 256, "lr": 3e-3}
+    crosscoder = SparseAutoencoder(dm.d_in, k=8, **shared)
+    fit = trainer(tmp_path, max_steps=200)
+    fit.fit(crosscoder, dm)
+    joint = fit.validate(crosscoder, dm, verbose=False)[0]["val/fvu"]
+    grid = SparseAutoencoderGrid(dm.d_in, {"input_hook": list(dm.hook_names)}, {"k": 4, **shared})
+    fit = trainer(tmp_path, max_steps=200)
+    fit.fit(grid, data(tiny, **hooks))
+    metrics = fit.validate(grid, data(tiny, **hooks), verbose=False)[0]
+    apart = sum(metrics[f"val/fvu/{name}"] for name in grid.names) / 2
+    assert joint < apart
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_a_run_stopped_and_resumed_on_the_stream_is_the_uninterrupted_run(tiny, tmp_path, architecture):
+    def run(steps_saved: int, folder: str, ckpt=None) -> SparseAutoencoder:
+        sae = SparseAutoencoder(32, 128, k=4, architecture=architecture, dead_after_tokens=600)
+        saver = ModelCheckpoint(tmp_path / folder, "stop", every_n_train_steps=steps_saved, save_top_k=-1)
+        fit = trainer(
+            tmp_path, max_steps=20, enable_checkpointing=True, callbacks=[saver], num_sanity_val_steps=0
+        )
+        fit.fit(sae, data(tiny, hook="mlp_out", normalize="mean_norm"), ckpt_path=ckpt)
+        return sae
+
+    whole = run(7, "a")
+    resumed = run(100, "b", tmp_path / "a" / "stop.ckpt")
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name
+
+
+def test_an_sae_of_another_width_is_refused_before_training(tiny, tmp_path):
+    with pytest.raises(ValueError, match="the data serves d_in=32, but the SAE was built for 48"):
+        trainer(tmp_path, max_steps=1).fit(SparseAutoencoder(48, 96, k=4), data(tiny, hook="mlp_out"))
