@@ -5,7 +5,7 @@ Primitives and tensors only, so that it loads with `weights_only=True`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 STATE_VERSION = 1
@@ -36,13 +36,21 @@ def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     ]
 
 
-def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str], unused: Collection[str] = ()) -> None:
     """Refuse to go on with other data than before.
+
+    Args:
+        saved: of the checkpoint.
+        now: of this run.
+        unused: what may differ all the same.
 
     Raises:
         ValueError: naming each difference.
     """
-    if found := differences(saved, now):
+    found = differences(
+        *({key: value for key, value in each.items() if key not in unused} for each in (saved, now))
+    )
+    if found:
         raise ValueError(
             "this checkpoint was taken on other data; going on would not continue it.\n  "
             + "\n  ".join(found)

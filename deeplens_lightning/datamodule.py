@@ -146,7 +146,8 @@ class ActivationDataModule(LightningDataModule):
         self._train: ActivationLoader | None = None
         self._heldout: tuple[dict[str, Tensor], Tensor] | None = None
         self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._ready_at_start = 0
+        self._statistics_loaded = False
+        self._ready_at_start = self._ready_seen = 0
 
     # ---- what it serves
 
@@ -194,11 +195,13 @@ class ActivationDataModule(LightningDataModule):
         """Load text, tokenizer and model, unless they are. Training begins at the beginning, or at a checkpoint."""
         if self.source.model is None:
             self._state = {}
+            if self._statistics_loaded:
+                self._statistics, self._statistics_loaded = None, False
         self.source.open(self._site())
 
     def train_dataloader(self) -> ActivationLoader:
         """Training batches, which go on where they stopped."""
-        if self._train is not None and self._train.batch_size == self.batch_size:
+        if self._train is not None and self._train.batch_size == self.batch_size and not self._rewound():
             return self._train
         site = self._site()
         self._expect_state()
@@ -221,6 +224,7 @@ class ActivationDataModule(LightningDataModule):
             unprocessed=self._unprocessed,
             seen=self._remember,
             warn=rank_zero_warn,
+            endless=self._trainer_counts,
             overfit=bool(self.trainer is not None and self.trainer.overfit_batches),  # type: ignore[attr-defined]
         )
         self._train = loader
@@ -259,16 +263,16 @@ class ActivationDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last batch trained on, and what it is a stream of."""
         position = self._train.position() if self._train is not None else None
-        if self._train is None or position is None:
+        if self.source.model is None or (position is None and self._state):
             return self._state
-        statistics = self._measured()
+        statistics = self._statistics
         return {
             "version": STATE_VERSION,
             "fingerprint": self._fingerprint(),
             "position": position,
-            "buffer_rows": getattr(self._train.stream, "buffer_rows", None),
-            "scalings": scalings_state(statistics.scalings),
-            "max_norms": dict(statistics.max_norms),
+            "buffer_rows": getattr(self._train.stream, "buffer_rows", None) if self._train else None,
+            "scalings": scalings_state(statistics.scalings) if statistics else {},
+            "max_norms": dict(statistics.max_norms) if statistics else {},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -280,18 +284,29 @@ class ActivationDataModule(LightningDataModule):
         if not state_dict:
             return
         check_version(state_dict)
-        scalings = {name: Scaling.from_state_dict(x) for name, x in state_dict["scalings"].items()}
-        self._statistics = Statistics(scalings=scalings, max_norms=dict(state_dict["max_norms"]))
-        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
-            if not self._resume_anyway:
-                check_fingerprint(state_dict["fingerprint"], self._fingerprint())
+        fitting = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and not self._resume_anyway:
+            unused = (
+                set() if state_dict["position"] else {"batch_size"}
+            )  # nothing was served: tuners change it
+            check_fingerprint(state_dict["fingerprint"], self._fingerprint(), unused)
+        if state_dict["scalings"]:
+            scalings = {name: Scaling.from_state_dict(x) for name, x in state_dict["scalings"].items()}
+            self._statistics = Statistics(scalings=scalings, max_norms=dict(state_dict["max_norms"]))
+            self._statistics_loaded = True
+        if fitting:
             self._state = state_dict
+            if self._train is not None:
+                self._train.close()
+                self._train = None
 
     # ---- inside
 
     def _go_on(self, loader: ActivationLoader, site: Site) -> None:
         """Stand where the checkpoint was taken, whatever the number of ranks is now."""
         position = self._state["position"]
+        if position is None:
+            return
         table = served_table(position)
         if len(table) == site.ranks:
             where, step, _ = table[site.rank]
@@ -358,8 +373,21 @@ class ActivationDataModule(LightningDataModule):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         if loader.served == 0:
             self._ready_at_start = progress.total.ready
+        self._ready_seen = progress.total.ready
         begun = progress.current.ready - progress.current.processed
         return loader.served - (progress.total.ready - self._ready_at_start - begun)
+
+    def _rewound(self) -> bool:
+        """Whether the Trainer went back, as tuners do after their trials."""
+        if self.trainer is None or self._train is None or not self._train.served:
+            return False
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.ready < self._ready_seen
+
+    def _trainer_counts(self) -> bool:
+        """Whether the Trainer knows how many batches an epoch of its own has, and so ends it itself."""
+        trainer = self.trainer
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        return fitting and trainer.fit_loop.max_batches != float("inf")  # type: ignore[union-attr]
 
     def _close(self) -> None:
         self._state = self.state_dict()

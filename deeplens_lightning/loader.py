@@ -42,11 +42,13 @@ class Grant:
     Attributes:
         at: batches this loader had served.
         epoch_batches: batches of the data epoch that were served.
+        rows_dropped: rows that earlier epochs could not serve.
         table: of every rank: a position, batches served since, and rows in the batches that are certain.
     """
 
     at: int
     epoch_batches: int
+    rows_dropped: int
     table: list[tuple[dict[str, Any], int, int]]
 
 
@@ -68,6 +70,7 @@ class ActivationLoader:
         unprocessed: how many of the batches served last have not been trained on.
         seen: called with every batch and its provenance `(batch, 4)`.
         warn: for what the user should know, on one rank.
+        endless: whether somebody else counts the batches of an iteration, who must not be left without one.
         overfit: begin every iteration with the very same batches.
     """
 
@@ -85,6 +88,7 @@ class ActivationLoader:
         unprocessed: Callable[[], int],
         seen: Callable[[Batch, Tensor], None],
         warn: Callable[[str], None],
+        endless: Callable[[], bool] = lambda: False,
         overfit: bool = False,
     ) -> None:
         self.stream, self.dtype, self.device, self.prefetch = stream, dtype, device, prefetch
@@ -92,9 +96,11 @@ class ActivationLoader:
         self.scalings = scalings
         self.batches_per_epoch, self.known_length = batches_per_epoch, known_length
         self._unprocessed, self._seen, self._warn, self._overfit = unprocessed, seen, warn, overfit
+        self._endless = endless
         self._live: Iterator[Served] | None = None
         self._head: Served | None = None
         self._granted = 0
+        self._ended = False
         self._grants: deque[Grant] = deque()
         self._recent: deque[tuple[Batch, Tensor]] = deque()
         self._again: deque[tuple[Batch, Tensor]] = deque()
@@ -121,17 +127,17 @@ class ActivationLoader:
     def _iterate(self) -> Iterator[Batch]:
         if self._overfit:
             self._stop()
-            self._granted, self._position, self._skip = 0, self.stream.start(0), 0
+            self._granted, self._position, self._skip, self._ended = 0, self.stream.start(0), 0, False
         else:
             self._take_back(self._unprocessed())
         limit = self.batches_per_epoch
         if limit is None or self.in_epoch >= limit:
             self.in_epoch = 0
         served = False
-        while limit is None or self.in_epoch < limit:
+        while limit is None or self.in_epoch < limit or self._endless():
             item = self._next()
             if item is None:
-                if served and limit is None:
+                if served and limit is None and not self._endless():
                     self.in_epoch = 0
                     return
                 self._begin_epoch()
@@ -175,14 +181,14 @@ class ActivationLoader:
             "batch_size": self.batch_size,
             "epoch_batches": grant.epoch_batches + since,
             "in_epoch": max(0, self.in_epoch - (self.served - completed)),
-            "rows_dropped": self.rows_dropped,
+            "rows_dropped": grant.rows_dropped,
         }
 
     def go_to(self, position: dict[str, Any], skip: int, state: Mapping[str, Any]) -> None:
         """Stand at a position of the stream, with the counters of a state from `position`."""
         self.close()
         self._grants.clear()
-        self._position, self._skip = position, skip
+        self._position, self._skip, self._ended = position, skip, False
         self.in_epoch, self.epoch_batches = state["in_epoch"], state["epoch_batches"]
         self.rows_dropped = state["rows_dropped"]
 
@@ -199,8 +205,9 @@ class ActivationLoader:
             item = self._again.popleft()
         else:
             begun = time.perf_counter()
-            if self._granted == 0:
+            if self._granted == 0 and not self._ended:
                 self._granted = self._agree()
+                self._ended = self._granted == 0
             served = self._take() if self._granted else None
             self.wait_seconds += time.perf_counter() - begun
             if served is None:
@@ -226,7 +233,14 @@ class ActivationLoader:
         granted = min(certain for certain, *_ in everyone)
         if granted:
             table = [(position, step, rows) for _, position, step, rows in everyone]
-            self._grants.append(Grant(at=self.served, epoch_batches=self.epoch_batches, table=table))
+            self._grants.append(
+                Grant(
+                    at=self.served,
+                    epoch_batches=self.epoch_batches,
+                    rows_dropped=self.rows_dropped,
+                    table=table,
+                )
+            )
             completed = self.served - self._unprocessed()
             while len(self._grants) > 1 and self._grants[1].at <= completed:
                 self._grants.popleft()
@@ -238,15 +252,14 @@ class ActivationLoader:
         """Another rank has no rows left: count what this one cannot serve."""
         position = self._head.position if self._head else self._position
         self._stop()
-        served = [self.epoch_batches]
-        dropped = sum(gather(self.stream.dropped(position, served[0])))
+        dropped = sum(gather(max(0, self.stream.dropped(position, self.epoch_batches))))
         self.rows_dropped += dropped
         self._warn(f"the ranks ran out of rows unevenly: {dropped} rows of this epoch are dropped")
 
     def _begin_epoch(self) -> None:
         self._stop()
         self._position, self._skip = self.stream.start(self._position["epoch"] + 1), 0
-        self.epoch_batches = 0
+        self.epoch_batches, self._ended = 0, False
 
     def _peek(self) -> Served | None:
         if self._live is None:

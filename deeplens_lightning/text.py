@@ -78,7 +78,7 @@ class Dealing:
             frontier = self.earlier.frontiers[passed[0]]
             if at < frontier[:2]:
                 return None
-            segment = frontier[2] if at == frontier[:2] else passed[1]
+            segment = max(frontier[2], passed[1]) if at == frontier[:2] else passed[1]
         rank = at[0] % self.ranks if self.by_shards else min(range(self.ranks), key=self.loads.__getitem__)
         self.loads[rank] += size
         return rank, segment
