@@ -75,8 +75,8 @@ def check_checkpoint(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
     for name in SIZES:
         if name in saved and name in mine and saved[name] != mine[name]:
             raise ValueError(
-                f"the checkpoint holds an SAE with {name}={saved[name]!r}, this one has {mine[name]!r}: build "
-                "it with the checkpoint's settings, or use SparseAutoencoder.load_from_checkpoint(path)"
+                f"the checkpoint holds an SAE with {name}={saved[name]!r}, this one has {mine[name]!r}: "
+                "build it with the checkpoint's settings, or use SparseAutoencoder.load_from_checkpoint(path)"
             )
 
 

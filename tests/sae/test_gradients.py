@@ -19,11 +19,7 @@ def make(architecture, **settings) -> SparseAutoencoder:
         for p in sae.parameters():  # away from the symmetric start: biases, gains and thresholds in play
             p.add_(0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype))
         sae.W_enc.add_(0.3 * torch.randn(sae.W_enc.shape, generator=g, dtype=torch.float64))
-        if (
-            architecture == "jumprelu"
-            or isinstance(architecture, dict)
-            and architecture["name"] == "jumprelu"
-        ):
+        if sae.hparams["architecture"]["name"] == "jumprelu":
             sae.activation.threshold.abs_()
     return sae
 

@@ -29,7 +29,7 @@ def test_a_transcoder_predicts_the_mlp_better_than_its_mean(tiny, tmp_path):
     sae = SparseAutoencoder(dm.d_in, 256, k=8, input_hook=read, output_hook=write, skip=True, lr=3e-3)
     fit = trainer(tmp_path, max_steps=150)
     fit.fit(sae, dm)
-    assert fit.validate(sae, dm, verbose=False)[0]["val/fvu"] < 0.5  # predicting the mean gives 1
+    assert fit.validate(sae, dm, verbose=False)[0]["val/fvu"] < 0.8  # predicting the mean gives 1
 
 
 def test_a_crosscoder_beats_per_layer_saes_of_the_same_total_l0(tiny, tmp_path):
