@@ -119,15 +119,15 @@ class StreamedSource:
             self.shards
         )
         original = int(order[shard])
-        dataset = self.dataset.shard(self.shards, original) if self.shards > 1 else self.dataset
+        dataset = self.dataset.shard(self.shards, original)  # a copy: `load_state_dict` would stick to our own
         known, place = (state[0], tuple(state[1])) if state else (None, (shard, 0))
         if known is not None and place[0] == shard and place[1] <= number:
             dataset.load_state_dict(known)
         else:
             known, place = None, (shard, 0)
-        rows = iter(dataset)
+        rows, seekable = iter(dataset), not _has_buffer(dataset)
         for n in range(place[1], 2**62):
-            if n % self.STRIDE == 0 and n != place[1]:
+            if n % self.STRIDE == 0 and n != place[1] and seekable:
                 known, place = dataset.state_dict(), (shard, n)
             row = next(rows, None)
             if row is None:
@@ -136,6 +136,16 @@ class StreamedSource:
                 yield Text(
                     (shard, n), original << 40 | n, row[self.column], (known, place) if known else None
                 )
+
+
+def _has_buffer(dataset: datasets.IterableDataset) -> bool:
+    """Whether it shuffles in a buffer of its own, whose content its `state_dict` forgets."""
+    step = dataset._ex_iterable
+    while step is not None:
+        if type(step).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        step = getattr(step, "ex_iterable", None)
+    return False
 
 
 class _Column(Sequence[Row]):
