@@ -36,8 +36,8 @@ class LossRecovered(Callback):
     `val/ce_zero`, `val/ce_mean`, `val/kl` (from the clean to the spliced prediction), and
     `val/ce_recovered`, 1 for a perfect reconstruction and 0 for zeros. Written: `loss_recovered.jsonl`.
 
-    The whole model, head included, is loaded once, when first needed, on rank 0 alone, which also
-    measures alone: a `ModelCheckpoint` that monitors `val/ce_recovered` works on one device.
+    The whole model, head included, is loaded once, when first needed, on rank 0, which measures alone
+    and tells the other ranks.
 
     Args:
         rows: held-out rows to measure on, asked of the data module; the last segment is taken whole.
@@ -92,16 +92,17 @@ class LossRecovered(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.is_global_zero:
-            for name, value in self._measure(trainer, pl_module).items():
-                pl_module.log(name, value, rank_zero_only=True, batch_size=1)
+        if not trainer.sanity_checking:
+            for name, value in self._shared(trainer, pl_module).items():
+                pl_module.log(name, value, sync_dist=True, batch_size=1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and self._measured != trainer.global_step:
-            values = self._measure(trainer, pl_module)
-            log_scalars(trainer.loggers, values, trainer.global_step)
+        if self._measured != trainer.global_step:
+            values = self._shared(trainer, pl_module)
             trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+            if trainer.is_global_zero:
+                log_scalars(trainer.loggers, values, trainer.global_step)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -114,8 +115,14 @@ class LossRecovered(Callback):
     def _release(self) -> None:
         self._model, self._batches, self._ablated = None, [], {}
 
-    def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+    def _shared(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """What rank 0 measures, on every rank: a checkpoint callback may monitor it."""
         self._measured = trainer.global_step
+        values = self._measure(trainer, module) if trainer.is_global_zero else {}
+        shared: dict[str, float] = trainer.strategy.broadcast(values)
+        return shared
+
+    def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         with observing(module):
             sae = require_sae(module, hook_names(trainer), "LossRecovered", self.sae)
             model, points = self._prepare(trainer, module, sae)

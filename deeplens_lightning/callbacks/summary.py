@@ -139,9 +139,20 @@ def summary_table(summary: dict[str, Any]) -> Table:
             table.add_row(heading + suffix.replace("/", " ", 1), text)
     if not _suffixes(metrics, "val/fvu"):
         table.add_row("held-out FVU", "not measured: no validation ran")
-    for path in summary["written"]:
-        table.add_row("written", path)
+    if summary["written"]:
+        table.add_row("written", _places([Path(path) for path in summary["written"]]))
     return table
+
+
+def _places(paths: list[Path]) -> str:
+    """The first folder, and under it what lies inside it; the rest as it is."""
+    folder, inside, outside = paths[0], [], []
+    for path in paths[1:]:
+        if path.is_relative_to(folder):
+            inside.append(f"  {path.relative_to(folder)}")
+        else:
+            outside.append(str(path))
+    return "\n".join([str(folder), *inside, *outside])
 
 
 def _suffixes(metrics: dict[str, float], name: str) -> list[str]:

@@ -21,6 +21,12 @@ from deeplens_lightning.sae import SparseAutoencoder
 TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:40]
 
 
+@pytest.fixture
+def texts() -> list[str]:
+    """The documents that runs are trained on."""
+    return TEXTS
+
+
 @pytest.fixture(scope="session")
 def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random GPT-2-shaped model (4 layers of 32, 64 positions) and a BPE tokenizer."""

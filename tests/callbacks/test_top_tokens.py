@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pydoc_data.topics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,13 @@ from deeplens_lightning.callbacks.strongest import Strongest
 from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.token_text import token_strings
 
-TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:40]  # what the fixtures train on
-
 
 def _read(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "top_tokens" / "latents.json").read_text())  # type: ignore[no-any-return]
 
 
 def test_contexts_show_where_a_row_came_from_and_what_the_sae_makes_of_it(
-    fit: Callable[..., Any], tmp_path: Path, lm_folder: str
+    fit: Callable[..., Any], texts: list[str], tmp_path: Path, lm_folder: str
 ) -> None:
     run = fit([TopActivatingTokens(latents=range(256), keep=4, every_n_steps=1)])
     rows = torch.cat(run.batches)
@@ -46,10 +43,10 @@ def test_contexts_show_where_a_row_came_from_and_what_the_sae_makes_of_it(
         assert len(set(places)) == len(places)
         filled += bool(values)
         for context, place in zip(entry["contexts"], places, strict=True):
-            document = tokenizer(TEXTS[place[0]])["input_ids"]
+            document = tokenizer(texts[place[0]])["input_ids"]
             start = place[1] - context["peak"]
-            texts = token_strings(tokenizer, document[start : start + len(context["tokens"])])
-            assert context["tokens"] == texts
+            shown = token_strings(tokenizer, document[start : start + len(context["tokens"])])
+            assert context["tokens"] == shown
             assert context["value"] == pytest.approx(float(z[where[place], entry["latent"]]), rel=1e-3)
             assert context["values"][context["peak"]] == context["value"]
             assert None not in context["values"]
@@ -78,9 +75,9 @@ def test_without_a_model_only_the_token_itself_has_a_value(
 
 
 def test_without_the_documents_text_only_the_token_is_shown(
-    fit: Callable[..., Any], live: Callable[..., Any], tmp_path: Path
+    fit: Callable[..., Any], live: Callable[..., Any], texts: list[str], tmp_path: Path
 ) -> None:
-    stream = datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    stream = datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()
     fit([TopActivatingTokens(latents=64, every_n_steps=2)], datamodule=live(dataset_name=stream))
     contexts = [context for entry in _read(tmp_path)["latents"] for context in entry["contexts"]]
     assert contexts
