@@ -135,8 +135,9 @@ def _own_tokenizer(source: str, model_kwargs: Mapping[str, Any] | None) -> PreTr
     return found
 
 
-def max_positions(config: PretrainedConfig) -> int | None:
+def max_positions(model: PretrainedConfig | PreTrainedModel) -> int | None:
     """The longest sequence that a model takes, in tokens; None where nothing bounds it."""
+    config = model if isinstance(model, PretrainedConfig) else model.config
     text = config.get_text_config()
     limit: int | None = next(
         (
@@ -148,7 +149,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
     )
     if _rope_types(config) & {"dynamic"}:
         return None  # made to be exceeded
-    for path, module in trace(config).base.named_modules():
+    for path, module in trace(model).base.named_modules():
         if isinstance(module, nn.Embedding) and "position" in path and module.padding_idx is not None:
             limit = module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from there
     return limit

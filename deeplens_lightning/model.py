@@ -27,7 +27,7 @@ from deeplens_lightning.loading import (
     max_positions,
     original_context,
 )
-from deeplens_lightning.tracing import base_of, first_input, first_output, trace
+from deeplens_lightning.tracing import Trace, base_of, first_input, first_output, trace
 
 __all__ = ["FrozenModel", "Isolation", "load_config", "load_tokenizer", "max_positions"]
 
@@ -61,8 +61,10 @@ class FrozenModel:
         hook_points: Sequence[HookPoint],
         *,
         name: str,
+        traced: Trace,
         isolation: Isolation | Literal["auto"] = "auto",
-        seq_length: int | None = None,
+        max_length: int | None = None,
+        scaled_beyond: int | None = None,
         compile_model: bool = False,
     ) -> None:
         self.hook_points = tuple(hook_points)
@@ -76,9 +78,9 @@ class FrozenModel:
         self._vocabulary = int(cast(Tensor, base.get_input_embeddings().weight).shape[0])
         first = self.activations(torch.zeros(1, 2, dtype=torch.int64))
         self.dtypes = {key: x.dtype for key, x in first.items()}
-        self.isolation = self._isolate(seq_length) if isolation == "auto" else isolation
+        self.isolation = self._isolate(max_length, scaled_beyond) if isolation == "auto" else isolation
         if compile_model:
-            self._exit.enter_context(_compiled(base, self.hook_points))
+            self._exit.enter_context(_compiled(base, traced.layers, self.hook_points))
         layers = [point.layer for point in self.hook_points]
         cut = None if None in layers else max(layer for layer in layers if layer is not None)
         self.identity = {
@@ -86,7 +88,7 @@ class FrozenModel:
             "revision": str(getattr(config, "_commit_hash", None) or ""),
             "architecture": type(base).__name__,
             "dtype": str(base.dtype),
-            "weights": _digest(base, trace(config).layers, cut),
+            "weights": _digest(base, traced.layers, cut),
         }
 
     @classmethod
@@ -125,7 +127,8 @@ class FrozenModel:
             base, config, name = base_of(hf_model), hf_model.config, str(hf_model.name_or_path)
         else:
             config, name = load_config(hf_model, model_kwargs), hf_model
-        limit = max_positions(config)
+        original = original_context(config)
+        limit = max_positions(config if isinstance(hf_model, str) else hf_model)
         if seq_length is not None and limit is not None and seq_length > limit:
             raise ValueError(
                 f"seq_length={seq_length} exceeds the {limit} positions of {name}; give at most {limit}"
@@ -137,8 +140,12 @@ class FrozenModel:
             config,
             hook_points,
             name=name,
+            traced=trace(config if isinstance(hf_model, str) else hf_model),
             isolation=isolation,
-            seq_length=seq_length,
+            max_length=seq_length or limit,
+            scaled_beyond=original
+            if original and original < (seq_length or _LONGEST_UNASKED_PROBE)
+            else None,
             compile_model=compile_model,
         )
 
@@ -205,16 +212,12 @@ class FrozenModel:
             self._base = None
             self._scaled_ropes = []
 
-    def _isolate(self, seq_length: int | None) -> Isolation:
-        original = original_context(self.config)
-        if original is not None and original >= (seq_length or _LONGEST_UNASKED_PROBE):
-            original = None
-        limits = [limit for limit in (max_positions(self.config), seq_length) if limit is not None]
+    def _isolate(self, max_length: int | None, scaled_beyond: int | None) -> Isolation:
         mode = choose(
             self.activations,
             vocab_size=min(self._vocabulary, self.config.get_text_config().vocab_size),
-            max_length=min(limits, default=None),
-            original=original,
+            max_length=max_length,
+            original=scaled_beyond,
         )
         logger.info("segments are kept apart by isolation=%r", mode)
         return mode
@@ -298,9 +301,8 @@ def _unscaled(rope: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _compiled(base: nn.Module, hook_points: Sequence[HookPoint]) -> Iterator[None]:
+def _compiled(base: nn.Module, layers: str, hook_points: Sequence[HookPoint]) -> Iterator[None]:
     """The largest layers and parts of layers with no hook point strictly inside, compiled."""
-    layers = trace(base.config).layers  # type: ignore[arg-type]
     hooked = [point.module for point in hook_points]
     with ExitStack() as stack:
         pending = [f"{layers}.{name}" for name, _ in base.get_submodule(layers).named_children()]

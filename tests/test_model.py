@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     Gemma3Config,
+    LlamaConfig,
+    LlamaModel,
     PreTrainedModel,
 )
 
@@ -203,12 +205,14 @@ def test_rope_scaled_by_length_is_noticed_beyond_its_original_context(name: str)
     assert beyond.isolation == "equal"
     assert FrozenModel.load(model, points, device="cpu").isolation == "equal"
     assert FrozenModel.load(model, points, device="cpu", seq_length=24).isolation == "packed"
-    for segment in (*SEGMENTS, *reversed(SEGMENTS)):  # long ones first and last: nothing is remembered
-        fresh = randomised(AutoModel.from_config(config))
-        expected = fresh(segment[None]).last_hidden_state
-        last = FrozenModel.load(model, resolve(config, None, "final_norm"), device="cpu", isolation="equal")
+    last = FrozenModel.load(model, resolve(config, None, "final_norm"), device="cpu", seq_length=40)
+    assert last.isolation == "equal"
+    for segment in (*SEGMENTS, *reversed(SEGMENTS)):  # long ones in between: nothing is remembered
+        expected = randomised(AutoModel.from_config(config))(segment[None]).last_hidden_state
         rows = together(last, [segment], "equal")[0]["final_norm"]
         assert relative_error(rows, expected).max() < 1e-5
+        beside_another = last.activations(torch.stack([segment, segment.roll(1)]))["final_norm"][:1]
+        assert torch.equal(beside_another, rows)
 
 
 def test_isolation_can_be_forced_and_none_means_none() -> None:
@@ -318,6 +322,23 @@ def test_a_compiled_model_gives_the_same_rows_and_is_left_as_it_was() -> None:
     after = snapshot(model)
     assert before.pop("weights").keys() == after.pop("weights").keys()
     assert before == after
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaModel):
+    config_class = OwnConfig
+
+
+def test_a_model_that_transformers_does_not_know_can_be_handed_in() -> None:
+    model = randomised(OwnModel(OwnConfig(**small())))
+    points = resolve(model, 1, ["mlp_out", "resid_post"])
+    frozen = FrozenModel.load(model, points, device="cpu", seq_length=64)
+    expected = model(SEGMENTS[3][None], output_hidden_states=True).hidden_states[2]
+    rows = frozen.activations(SEGMENTS[3][None])["layers.1.resid_post"]
+    assert relative_error(rows, expected).max() < 1e-5
 
 
 def small(**changes: object) -> dict[str, object]:
