@@ -53,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--inference-batch-size", type=int, default=16)
+    parser.add_argument("--buffer-batches", type=int, default=16, help="both shuffle buffers, in batches")
     parser.add_argument("--val-rows", type=int, default=200_000, help="held-out rows of the quality part")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training rows of the quality part")
     parser.add_argument("--saelens-lr", type=float, default=3e-4)
@@ -203,6 +204,11 @@ def main() -> None:
     if "memory" in args.parts:
         result["memory"] = measure_memory(d_in)
     ours, theirs = endless(data), their_store(args, d_in)
+    if {"stream", "end-to-end"} & set(
+        args.parts
+    ):  # full buffers: ours grows while it serves, theirs fills first
+        _consume(ours, 2 * args.buffer_batches)
+        _consume(theirs, 2 * args.buffer_batches)
     if "stream" in args.parts:
         lines.append(measure_stream(args, ours, theirs))
     if "end-to-end" in args.parts:

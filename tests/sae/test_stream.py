@@ -6,7 +6,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from deeplens_lightning import ActivationDataModule
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from tests.conftest import paragraphs
+from tests.tiny import paragraphs
 from tests.sae.synthetic import trainer
 
 
