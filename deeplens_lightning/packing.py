@@ -8,8 +8,9 @@ from consecutive segments alone, so that a chunk can be made again from its firs
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -127,18 +128,41 @@ class Packing:
     def chunks(self, documents: Iterable[TokenizedDocument]) -> Iterator[Chunk]:
         """Pack documents into chunks, all of `blocks` blocks but the last.
 
-        A document may end in a later chunk than it began in; its segments stay whole.
+        A chunk takes as many of the next segments as fit into its blocks, which is nearly all that their lengths
+        allow. A document may end in a later chunk than it began in; its segments stay whole.
         """
-        chunk: _Filling | None = None
+        waiting: deque[_Segment] = deque()
+        room = 0
         for document in documents:
-            for segment in range(document.first_segment, -(-len(document.tokens) // self.segment_tokens)):
-                if chunk is None or not chunk.place(document, segment):
-                    if chunk is not None:
-                        yield chunk.close()
-                    chunk = _Filling(self, {"document": document.cursor, "segment": segment})
-                    chunk.place(document, segment)
-        if chunk is not None:
-            yield chunk.close()
+            for number in range(document.first_segment, -(-len(document.tokens) // self.segment_tokens)):
+                waiting.append(_Segment.cut(self, document, number))
+                room += waiting[-1].room
+            while room > self.blocks * self.seq_length:
+                yield self._chunk(waiting)
+                room = sum(segment.room for segment in waiting)
+        while waiting:
+            yield self._chunk(waiting)
+
+    def _chunk(self, waiting: deque[_Segment]) -> Chunk:
+        """Take the longest run of segments that fits."""
+        rooms = list(_while_sum((s.room for s in waiting), self.blocks * self.seq_length))
+        while (places := best_fit(rooms, self.blocks, self.seq_length)) is None:
+            rooms.pop()
+        segments = [waiting.popleft() for _ in rooms]
+        blocks = Blocks.empty(max(row for row, _ in places) + 1, self.seq_length)
+        arrays = [tensor.numpy() for tensor in blocks.tensors()]
+        for segment, (row, column) in zip(segments, places, strict=True):
+            segment.write(self, arrays, row, column)
+        if self.excluded:
+            blocks.keep.logical_and_(torch.isin(blocks.tokens, torch.tensor(self.excluded)).logical_not())
+        if self.drop_first_n:
+            blocks.keep.logical_and_(blocks.positions >= self.drop_first_n)
+        first = segments[0]
+        return Chunk(
+            start={"document": first.document.cursor, "segment": first.number},
+            blocks=blocks,
+            documents=sum(segment.number == 0 for segment in segments),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +171,7 @@ class Chunk:
 
     Attributes:
         start: JSON-like: `document`, the cursor of the first document, and `segment`, its first segment here.
-        blocks: the blocks, in the order in which they were opened.
+        blocks: the packed blocks.
         documents: documents that began in this chunk.
     """
 
@@ -156,62 +180,70 @@ class Chunk:
     documents: int
 
 
-@dataclass(slots=True)
-class _Filling:
-    """A chunk being packed: best fit among its own blocks."""
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """A segment that waits to be packed: its first token in the document, its tokens, the positions it takes up."""
 
-    packing: Packing
-    start: dict[str, Any]
-    free: list[tuple[int, int]] = field(default_factory=list)
-    opened: int = 0
-    documents: int = 0
-    blocks: Blocks = field(init=False)
+    document: TokenizedDocument
+    number: int
+    begin: int
+    text: int
+    length: int
+    room: int
 
-    def __post_init__(self) -> None:
-        self.blocks = Blocks.empty(self.packing.blocks, self.packing.seq_length)
+    @classmethod
+    def cut(cls, packing: Packing, document: TokenizedDocument, number: int) -> _Segment:
+        begin = number * packing.segment_tokens
+        text = min(packing.segment_tokens, len(document.tokens) - begin)
+        length = len(packing.prefix) + text + len(packing.suffix)
+        return cls(document, number, begin, text, length, packing.seq_length if packing.alone else length)
 
-    def place(self, document: TokenizedDocument, segment: int) -> bool:
-        """Put a segment where it leaves the least room, or say that it fits nowhere."""
-        packing = self.packing
-        begin = segment * packing.segment_tokens
-        text = document.tokens[begin : begin + packing.segment_tokens]
-        length = len(packing.prefix) + len(text) + len(packing.suffix)
-        at = bisect_left(self.free, (length, -1))
-        if at < len(self.free):
-            room, row = self.free.pop(at)
-        elif self.opened < packing.blocks:
-            room, row = packing.seq_length, self.opened
-            self.opened += 1
+    def write(self, packing: Packing, arrays: Sequence[np.ndarray[Any, Any]], row: int, column: int) -> None:
+        """Put it into blocks, given as arrays in the order of their fields."""
+        tokens, positions, documents, hashes, offsets, keep = (array[row] for array in arrays)
+        first = column + len(packing.prefix)
+        end, last = first + self.text, column + self.length
+        tokens[column:first] = packing.prefix
+        tokens[first:end] = self.document.tokens[self.begin : self.begin + self.text]
+        tokens[end:last] = packing.suffix
+        positions[column:last] = np.arange(self.length)
+        documents[column:last] = self.document.index
+        hashes[column:last] = self.document.hash
+        offsets[first:end] = np.arange(self.begin, self.begin + self.text)
+        keep[column:last] = True
+
+
+def best_fit(lengths: Sequence[int], blocks: int, seq_length: int) -> list[tuple[int, int]] | None:
+    """Best-fit decreasing: the longest first, each where it leaves the least room.
+
+    Returns:
+        The block and the first position of each segment, blocks counted from 0; None if they do not fit.
+    """
+    free: list[tuple[int, int]] = []
+    places = [(0, 0)] * len(lengths)
+    opened = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(free, (lengths[i], -1))
+        if at < len(free):
+            room, row = free.pop(at)
+        elif opened < blocks:
+            room, row, opened = seq_length, opened, opened + 1
         else:
-            return False
-        if room > length and not packing.alone:
-            insort(self.free, (room - length, row))
-        first = packing.seq_length - room
-        body = slice(first + len(packing.prefix), first + len(packing.prefix) + len(text))
-        whole = slice(first, first + length)
-        tokens, positions, documents, hashes, offsets, keep = self._arrays()
-        tokens[row, whole] = (*packing.prefix, *text, *packing.suffix)
-        positions[row, whole] = np.arange(length)
-        documents[row, whole] = document.index
-        hashes[row, whole] = document.hash
-        offsets[row, body] = np.arange(begin, begin + len(text))
-        keep[row, whole] = True
-        self.documents += segment == 0
-        return True
+            return None
+        places[i] = (row, seq_length - room)
+        if room > lengths[i]:
+            insort(free, (room - lengths[i], row))
+    return places
 
-    def close(self) -> Chunk:
-        """The chunk's blocks, with what is not wanted taken out of `keep`."""
-        blocks = Blocks.of([tensor[: self.opened] for tensor in self.blocks.tensors()])
-        if self.packing.excluded:
-            blocks.keep.logical_and_(
-                torch.isin(blocks.tokens, torch.tensor(self.packing.excluded)).logical_not()
-            )
-        if self.packing.drop_first_n:
-            blocks.keep.logical_and_(blocks.positions >= self.packing.drop_first_n)
-        return Chunk(start=self.start, blocks=blocks, documents=self.documents)
 
-    def _arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
-        return tuple(tensor.numpy() for tensor in self.blocks.tensors())
+def _while_sum(values: Iterable[int], limit: int) -> Iterator[int]:
+    """The first values whose sum stays within a limit."""
+    total = 0
+    for value in values:
+        total += value
+        if total > limit:
+            return
+        yield value
 
 
 def model_batches(blocks: Blocks, size: int, isolation: str) -> list[Tensor]:

@@ -119,7 +119,9 @@ class StreamedSource:
             self.shards
         )
         original = int(order[shard])
-        dataset = self.dataset.shard(self.shards, original)  # a copy: `load_state_dict` would stick to our own
+        dataset = self.dataset.shard(
+            self.shards, original
+        )  # a copy: `load_state_dict` would stick to our own
         known, place = (state[0], tuple(state[1])) if state else (None, (shard, 0))
         if known is not None and place[0] == shard and place[1] <= number:
             dataset.load_state_dict(known)
@@ -186,6 +188,11 @@ def open_source(
     kwargs = dict(dataset_kwargs or {})
     if isinstance(dataset_name, datasets.Dataset | datasets.IterableDataset):
         return _of_dataset(dataset_name, text_column, {"dataset": _dataset_name(dataset_name)})
+    if isinstance(dataset_name, Mapping):
+        raise ValueError(
+            f"this dataset has the splits {', '.join(dataset_name)}; give one of them: "
+            f"dataset[{next(iter(dataset_name))!r}]"
+        )
     if not isinstance(dataset_name, str):
         return _of_texts(dataset_name)
     if dataset_name == "demo:docs":
@@ -269,10 +276,6 @@ def _no_dataset(name: str, error: Exception) -> FileNotFoundError:
 
 
 def _of_dataset(dataset: Any, column: str, identity: dict[str, str]) -> Source:
-    if isinstance(dataset, Mapping):
-        raise ValueError(
-            f"this dataset has splits {', '.join(dataset)}; give one of them: dataset['{next(iter(dataset))}']"
-        )
     if dataset.column_names is None:
         dataset = dataset._resolve_features()
     columns = list(dataset.column_names)
