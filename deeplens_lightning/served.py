@@ -7,7 +7,7 @@ yields what followed that `Served`, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -40,8 +40,31 @@ class Served:
 
 
 class Stream(Protocol):
-    """Where batches come from."""
+    """Where one rank's batches come from."""
+
+    def start(self, epoch: int) -> dict[str, Any]:
+        """The position at which an epoch begins."""
+        ...
 
     def batches(self, position: dict[str, Any] | None, skip: int) -> Iterator[Served]:
         """Batches after the first `skip` ones that follow `position`, to the end of the epoch."""
+        ...
+
+    def rescaled(self, table: Sequence[tuple[dict[str, Any], int, int]]) -> tuple[dict[str, Any], int]:
+        """Go on with another number of ranks.
+
+        Args:
+            table: of every old rank: a position, and the batches and rows served since.
+
+        Returns:
+            A position for every new rank, and how many rows are served again.
+        """
+        ...
+
+    def dropped(self, position: dict[str, Any], epoch_batches: int) -> int:
+        """Rows of this epoch that this rank has beyond its first `epoch_batches` batches."""
+        ...
+
+    def close(self) -> None:
+        """Let go of memory, files and threads."""
         ...

@@ -14,21 +14,17 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from deeplens_lightning.served import Served
-from deeplens_lightning.shards.catalog import Catalog, Shard, local_path, open_catalog
-from deeplens_lightning.shards.errors import DamagedShardError, ShardError
-from deeplens_lightning.shards.folder import LocalFolder
-from deeplens_lightning.shards.format import DTYPES
+from deeplens_lightning.shards.catalog import Catalog, Shard, open_catalog
+from deeplens_lightning.shards.errors import ShardError
+from deeplens_lightning.shards.gather import Gatherer, chosen_hook_points, shard_starts
 from deeplens_lightning.shards.order import GlobalOrder, Order, Shuffle, WindowOrder
 from deeplens_lightning.shards.remote import CACHE_BYTES, LocalCopies
 from deeplens_lightning.shards.rowset import split_rows
-from deeplens_lightning.shards.save import sha256_of
 from deeplens_lightning.shards.sources import Source
-from deeplens_lightning.shards.tensors import OpenShard, open_bare, open_shard
 
 Split = Literal["train", "val", "all"]
 
@@ -39,7 +35,8 @@ class ShardStream:
     """Batches of cached activations.
 
     Args:
-        sources: folders that `extract` wrote, bare `.pt` tensors, globs; local or fsspec URLs.
+        sources: folders that `extract` wrote, bare `.pt` tensors, globs; local or fsspec URLs; or a `Catalog`
+            of them.
         batch_size: rows per batch (of each rank).
         seed: of the shuffle; every epoch has an order of its own.
         rank: whose batches these are, below `world_size`. All ranks walk through one common order and
@@ -53,6 +50,7 @@ class ShardStream:
         val_fraction: fraction of the documents that is held out.
         max_rows: serve only the documents with the lowest hashes, up to so many rows.
         hook: hook name for bare tensors.
+        only: serve these hook points of those in the cache, in this order; default all.
         window_bytes: size of a window; default an eighth of this machine's memory.
         drop_last: leave out the smaller batch at the end.
         checksums: check every local shard's checksum when it is first read (remote ones always are).
@@ -71,7 +69,7 @@ class ShardStream:
 
     def __init__(
         self,
-        sources: Source | Iterable[Source],
+        sources: Source | Iterable[Source] | Catalog,
         *,
         batch_size: int,
         seed: int = 0,
@@ -82,6 +80,7 @@ class ShardStream:
         val_fraction: float = 0.0,
         max_rows: int | None = None,
         hook: str | None = None,
+        only: Sequence[str] | None = None,
         window_bytes: int | None = None,
         drop_last: bool = False,
         checksums: bool = False,
@@ -96,22 +95,20 @@ class ShardStream:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: nothing to serve")
         copies = Path(cache_dir) / f"rank{rank}" if cache_dir is not None else None
         self._copies = LocalCopies(copies, cache_bytes)
-        self.catalog: Catalog = open_catalog(sources, hook, self._copies)
-        self.hook_points = self.catalog.hook_points
+        self.catalog = sources if isinstance(sources, Catalog) else open_catalog(sources, hook, self._copies)
+        self.hook_points = chosen_hook_points(self.catalog, only)
         self.d_in = {name: rows.d_in for name, rows in self.hook_points.items()}
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self._seed, self._drop_last, self._checksums, self._hook = seed, drop_last, checksums, hook
+        self._seed, self._drop_last = seed, drop_last
         shards = self.catalog.shards
         hashes = np.concatenate([shard.document_hashes for shard in shards])
         lengths = np.concatenate([shard.document_rows for shard in shards])
         self._rows = split_rows(hashes, lengths, val_fraction, split, max_rows)
         self.rows = len(self._rows)
-        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._counts = np.diff(self._rows.count_below(self._starts))
+        self._counts = np.diff(self._rows.count_below(shard_starts(shards)))
         self._sizes = np.array([shard.nbytes for shard in shards], np.int64)
-        self._open: dict[int, OpenShard] = {}
         self._near: list[list[int]] = []
-        self._checked: set[int] = set()
+        self._gatherer = Gatherer(self.catalog, self.hook_points, self._copies, hook, checksums)
         self._shuffle, self._window_bytes = self._choose(shuffle, window_bytes)
         self.identity: dict[str, Any] = {
             "shards": _digest(shards),
@@ -143,10 +140,10 @@ class ShardStream:
         plan = self._plan(self._whole(position))
         return plan.rows - self.world_size * (plan.full * self.batch_size + plan.tail)
 
-    def dropped(self, position: dict[str, Any], served: int) -> int:
-        """How many rows this rank still has after `served` batches from `position`."""
+    def dropped(self, position: dict[str, Any], epoch_batches: int) -> int:
+        """How many rows this rank still has after so many batches; all ranks have equally many."""
         plan = self._plan(self._whole(position))
-        return max(0, plan.full * self.batch_size + plan.tail - served * self.batch_size)
+        return max(0, plan.full * self.batch_size + plan.tail - epoch_batches * self.batch_size)
 
     def batches(self, position: dict[str, Any] | None, skip: int) -> Iterator[Served]:
         """Batches after the first `skip` ones that follow `position`, to the end of the epoch.
@@ -165,7 +162,7 @@ class ShardStream:
         for step in range(skip, plan.steps):
             places = plan.places(step, self.rank, self.world_size, self.batch_size)
             self._prepare(order, int(places[0]))
-            rows, provenance = self._gather(self._rows[order[places]], staging)
+            rows, provenance = self._gatherer.take(self._rows[order[places]], staging)
             yield Served(
                 rows=rows,
                 provenance=provenance,
@@ -175,27 +172,25 @@ class ShardStream:
                 step=step + 1,
             )
 
-    def rescaled(self, table: Sequence[tuple[dict[str, Any], int]]) -> tuple[dict[str, Any], int]:
+    def rescaled(self, table: Sequence[tuple[dict[str, Any], int, int]]) -> tuple[dict[str, Any], int]:
         """Go on with another number of ranks or another batch size.
 
         Args:
-            table: `(position, step)` of every old rank, of the last batch each one used.
+            table: of every old rank: a position, and the batches and rows served since.
 
         Returns:
             A position for every new rank, and how many rows are served again: none, unless the old ranks
             had gone unequally far.
         """
         position = table[0][0]
-        steps = [step for _, step in table]
-        used = min(steps) * position["world_size"] * position["batch_size"]
-        again = sum(step - min(steps) for step in steps) * position["batch_size"]
-        start = min(position["start"] + used, self.rows)
+        served = [rows for _, _, rows in table]
+        start = position["start"] + min(served) * position["world_size"]
         changed = {"start": start, "world_size": self.world_size, "batch_size": self.batch_size}
-        return {**position, **changed}, again
+        return {**position, **changed}, sum(served) - len(served) * min(served)
 
     def close(self) -> None:
         """Let go of files and local copies."""
-        self._open.clear()
+        self._gatherer.close()
         self._copies.close()
 
     def _choose(self, shuffle: Shuffle, window_bytes: int | None) -> tuple[str, int]:
@@ -243,67 +238,7 @@ class ShardStream:
         windows = order.shards(place)
         if windows != self._near:
             self._near = windows
-            near = [number for window in windows for number in window]
-            self._open = {number: shard for number, shard in self._open.items() if number in near}
-            for number in near:
-                self._read_ahead(self.catalog.shards[number])
-
-    def _read_ahead(self, shard: Shard) -> None:
-        if not isinstance(shard.folder, LocalFolder):
-            self._copies.fetch(shard.folder, shard.file, shard.nbytes, shard.sha256)
-        elif hasattr(os, "posix_fadvise"):
-            try:
-                file = os.open(shard.folder.path / shard.file, os.O_RDONLY)
-            except FileNotFoundError as error:
-                raise DamagedShardError(f"{shard.where} is missing") from error
-            try:
-                os.posix_fadvise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(file)
-
-    def _shard(self, number: int) -> OpenShard:
-        found = self._open.get(number)
-        if found is None:
-            shard = self.catalog.shards[number]
-            path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, self._copies)
-            if self._checksums and number not in self._checked:
-                check_sum(shard, path)
-                self._checked.add(number)
-            if shard.storage == "bare":
-                found = open_bare(path, self._hook)
-            else:
-                found = open_shard(path, self.hook_points, shard.storage, shard.rows)
-            self._open[number] = found
-        return found
-
-    def _gather(
-        self, index: NDArray[np.int64], staging: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """The rows at `index` and their provenance, in that order."""
-        back = None
-        if (index[1:] < index[:-1]).any():
-            by_place = np.argsort(index)
-            index = index[by_place]
-            back = torch.empty(len(index), dtype=torch.int64)
-            back[torch.from_numpy(by_place)] = torch.arange(len(index))
-        numbers = np.unique(np.searchsorted(self._starts, index, "right") - 1).tolist()
-        bounds = np.searchsorted(index, self._starts)
-        parts = [
-            (self._shard(number), slice(bounds[number], bounds[number + 1]), int(self._starts[number]))
-            for number in numbers
-        ]
-        lines = torch.from_numpy(index)
-        provenance = torch.empty(len(index), 4, dtype=torch.int64)
-        for shard, span, start in parts:
-            shard.gather_provenance(lines[span] - start, provenance[span])
-        rows = {}
-        for name, kind in self.hook_points.items():
-            out = torch.empty(len(index), kind.d_in, dtype=DTYPES[kind.dtype])
-            target = out if back is None else staging.setdefault(name, torch.empty_like(out))[: len(index)]
-            for shard, span, start in parts:
-                shard.gather(name, lines[span] - start, target[span])
-            rows[name] = out if back is None else torch.index_select(target, 0, back, out=out)
-        return rows, provenance if back is None else provenance[back]
+            self._gatherer.move_to([number for window in windows for number in window])
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,19 +259,6 @@ class _Plan:
         size = batch_size if step < self.full else self.tail
         first = self.start + step * world_size * batch_size + rank * size
         return np.arange(first, first + size)
-
-
-def check_sum(shard: Shard, path: Path) -> None:
-    """Refuse a shard whose bytes are not those that were written.
-
-    Raises:
-        DamagedShardError: its checksum differs.
-    """
-    if shard.sha256 is not None and (found := sha256_of(path)) != shard.sha256:
-        raise DamagedShardError(
-            f"{shard.where} is altered: its checksum is {found}, its sidecar says {shard.sha256}. Copy it "
-            "again, or delete it and run the extract command again"
-        )
 
 
 def _digest(shards: Sequence[Shard]) -> str:
