@@ -70,10 +70,10 @@ def find_sae(
     module = _one_of(module, sae)
     if not (callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))):
         return None
-    inputs, outputs = getattr(module, "inputs", None), getattr(module, "outputs", None)
-    if isinstance(inputs, Mapping) and isinstance(outputs, Mapping):
-        reads = tuple(name or choose_hook(names, hook) for name in inputs)
-        writes = tuple(name or choose_hook(names, hook) for name in outputs)
+    read, write = (getattr(getattr(module, side, None), "hooks", None) for side in ("read", "write"))
+    if isinstance(read, Mapping) and isinstance(write, Mapping):  # a SparseAutoencoder's two sides
+        reads = tuple(name or choose_hook(names, hook) for name in read)
+        writes = tuple(name or choose_hook(names, hook) for name in write)
         return SaeView(module, reads, writes, by_forward=True)
     one = (choose_hook(names, hook),)
     return SaeView(module, one, one, by_forward=False)

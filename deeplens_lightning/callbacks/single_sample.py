@@ -226,8 +226,12 @@ class ExtractSingleSample(Callback):
     def _own_point(self, reader: TextActivations, layer: int | None, hook: str | None) -> HookPoint:
         if layer is None and hook is None and self._points:
             return self._points[0]
-        named = layer if layer is not None else self.layer
-        return reader.point(3 if named is None else named, hook or self.hook or "mlp_act")
+        return reader.point(*self._named(layer, hook))
+
+    def _named(self, layer: int | None, hook: str | None) -> tuple[int, str]:
+        """What was asked for, else what this object was made for, else DeepLens's defaults."""
+        layer = self.layer if layer is None else layer
+        return 3 if layer is None else layer, hook or self.hook or "mlp_act"
 
     def _bind(self, trainer: Trainer, module: LightningModule) -> None:
         datamodule = datamodule_of(trainer)

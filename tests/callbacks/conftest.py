@@ -102,7 +102,7 @@ class Recorder(L.Callback):
         self.provenance: list[Tensor] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.batches.append(batch.clone())
+        self.batches.append(torch.cat(list(batch.values()), 1) if isinstance(batch, dict) else batch.clone())
         p = trainer.datamodule.provenance(batch)
         self.provenance.append(torch.stack([p.document_hash, p.document_index, p.position, p.token_id], 1))
 

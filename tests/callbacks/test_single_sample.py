@@ -69,6 +69,14 @@ def test_the_tutorials_snippet_gives_one_row_per_token(lm_folder: str) -> None:
     assert _relative_error(activations, _independently(lm_folder, TEXT, "h.3.mlp.act", False)) < 1e-5
 
 
+def test_alone_it_is_gpt2_layer_3_as_in_the_tutorial() -> None:
+    extractor = ExtractSingleSample()
+    assert extractor._own_reader().hf_model == "gpt2"
+    assert extractor._named(None, None) == (3, "mlp_act")
+    assert extractor.max_length == 1024
+    assert extractor.device == "auto"
+
+
 @pytest.mark.parametrize("kind", PLACES)
 def test_every_kind_equals_a_hook_on_the_untouched_model(lm_folder: str, kind: str) -> None:
     extractor = ExtractSingleSample(lm_folder, layer=1, hook=kind)
