@@ -28,3 +28,9 @@ def untouched_rng() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture
+def save_lm() -> Callable[..., Path]:
+    """`save_tiny`, for tests that need a model of another shape, or one to damage."""
+    return save_tiny
