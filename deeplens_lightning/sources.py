@@ -242,30 +242,26 @@ def _of_files(name: str, files: list[str], text_column: str, kwargs: dict[str, A
 
 
 def _of_hub(name: str, text_column: str, split: str, kwargs: dict[str, Any]) -> Source:
-    repository, _, configuration = name.partition("/")
-    if "/" in configuration:  # owner/name/configuration
-        repository, configuration = (
-            f"{repository}/{configuration.split('/', 1)[0]}",
-            configuration.split("/", 1)[1],
-        )
     kwargs.setdefault("streaming", True)
-    attempts = [name] if "/" not in name or name.count("/") == 1 else []
-    dataset: Any = None
-    if attempts:
+    for repository, configuration in _repositories(name):
         try:
-            dataset = datasets.load_dataset(name, split=split, **kwargs)
+            dataset = datasets.load_dataset(
+                repository, split=split, **({"name": configuration} if configuration else {}), **kwargs
+            )
         except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-            if "/" not in name or "name" in kwargs:
-                raise _no_dataset(name, error) from error
-    if dataset is None:
-        try:
-            dataset = datasets.load_dataset(repository, split=split, **{"name": configuration, **kwargs})
-        except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
-            raise _no_dataset(name, error) from error
-    revision = getattr(getattr(dataset, "info", None), "version", None)
-    return _of_dataset(
-        dataset, text_column, {"dataset": name, "split": split, "dataset version": str(revision or "")}
-    )
+            missing = error
+            continue
+        revision = str(dataset.info.version or "")
+        return _of_dataset(dataset, text_column, {"dataset": name, "split": split, "dataset version": revision})
+    raise _no_dataset(name, missing) from missing
+
+
+def _repositories(name: str) -> list[tuple[str, str | None]]:
+    """What `name` may mean: a repository, or one with a configuration behind it."""
+    parts = name.split("/")
+    if len(parts) == 3:
+        return [(f"{parts[0]}/{parts[1]}", parts[2])]
+    return [(name, None), (parts[0], parts[1])] if len(parts) == 2 else [(name, None)]
 
 
 def _no_dataset(name: str, error: Exception) -> FileNotFoundError:
