@@ -201,15 +201,22 @@ def _draw_heatmap(
     axes: Axes, values: NDArray[np.float32], colours: str, label: str, *, centred: bool
 ) -> None:
     from matplotlib import colormaps
+    from matplotlib.colors import Normalize, PowerNorm
 
     finite = values[np.isfinite(values)]
     top = float(np.abs(finite).max()) if len(finite) else 1.0
     top = top or 1.0
+    bottom = float(finite.min()) if len(finite) else 0.0
+    if centred:
+        norm = Normalize(-top, top)
+    elif bottom < 0:
+        norm = Normalize(bottom, top)
+    else:
+        norm = PowerNorm(0.5, 0.0, top)  # a square root: one huge activation must not hide all others
     image = axes.imshow(
         np.ma.masked_invalid(values),
         cmap=colormaps[colours].with_extremes(bad=_MISSING),
-        vmin=-top if centred else min(0.0, float(finite.min()) if len(finite) else 0.0),
-        vmax=top,
+        norm=norm,
         aspect="auto",
         interpolation="nearest",
     )

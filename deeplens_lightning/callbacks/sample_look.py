@@ -43,7 +43,8 @@ class Look:
         values: `(seq_length, n)` the strongest latents' activations, strongest first.
         latents: `(seq_length, n)` int64, their numbers.
         columns: `(seq_length, m)` activations of the latents in `column_ids`, for a picture.
-        column_ids: int64 `(m,)` the latents with the highest peak on this text.
+        column_ids: int64 `(m,)` the latents that matter most on this text, by their share of each token's
+            strongest activation.
     """
 
     norm: Tensor
@@ -87,9 +88,9 @@ def look_at(rows: Mapping[str, Tensor], sae: SaeView | None, n_latents: int, n_c
     chunks = _chunks(rows)
     parts = [_look_at_chunk(chunk, sae, n_latents) for chunk in chunks]
     norm, error, l0, values, latents = (torch.cat([part[i] for part in parts]).cpu() for i in range(5))
-    peaks = torch.stack([part[5] for part in parts]).amax(0)
-    column_ids = peaks.topk(min(n_columns, len(peaks))).indices
-    column_ids = column_ids[peaks[column_ids] > 0]
+    shares = torch.stack([part[5] for part in parts]).sum(0)
+    column_ids = shares.topk(min(n_columns, len(shares))).indices
+    column_ids = column_ids[shares[column_ids] > 0]
     columns = torch.zeros(len(norm), 0)
     if len(column_ids):
         columns = torch.cat([sae.encode(chunk)[:, column_ids].float().cpu() for chunk in chunks])
@@ -117,7 +118,9 @@ def _look_at_chunk(rows: Mapping[str, Tensor], sae: SaeView, n_latents: int) -> 
     target = side_by_side(rows, sae.writes)
     error = (side_by_side(sae.reconstruct(rows), sae.writes) - target).norm(dim=1)
     values, ids = latents.topk(min(n_latents, latents.shape[1]), dim=1)
-    return target.norm(dim=1), error, (latents > 0).sum(1), values, ids, latents.amax(0)
+    # Of each token's strongest activation: else one token of a huge norm decides what all are shown by.
+    shares = (latents.clamp(min=0) / values[:, :1].clamp(min=1e-12)).sum(0)
+    return target.norm(dim=1), error, (latents > 0).sum(1), values, ids, shares
 
 
 def records(sample: Sample, look: Look, step: int, index: int) -> list[dict[str, Any]]:

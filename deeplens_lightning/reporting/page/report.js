@@ -39,7 +39,8 @@ function chartGroups(names) {
 document.getElementById('name').textContent = run.name;
 main.replaceChildren();
 if (run.summary) section('summary', 'Summary', summaryTable(run.summary));
-const groups = chartGroups(run.charts);
+// A single point is no curve; the summary has its value.
+const groups = chartGroups(run.charts).filter(([, names]) => !run.summary || names.some((n) => run.curves[n].length > 1));
 if (groups.length) {
   const cards = groups.map(([title, names]) => lineChart(title, names.map((n) => [n, run.curves[n]])));
   section('curves', 'Curves', element('div', { class: 'grid' }, ...cards));

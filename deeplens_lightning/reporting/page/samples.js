@@ -46,7 +46,8 @@ function sampleSection(samples, latents, jump) {
       return node;
     }));
     const names = ['', 'token', ...Object.keys(MEASURES).filter((n) => now[n]).map((n) => MEASURES[n][0]), 'strongest latents'];
-    const head = element('tr', {}, ...names.map((n) => element('th', {}, n)));
+    const quantities = Object.values(MEASURES).map((m) => m[0]);
+    const head = element('tr', {}, ...names.map((n) => element('th', quantities.includes(n) ? { class: 'number' } : {}, n)));
     const order = [token, ...sample.tokens.keys()].filter((i, n, all) => all.indexOf(i) === n);
     table.replaceChildren(element('table', {}, head, ...order.map((i) => row(now, i))));
   }
