@@ -99,7 +99,9 @@ def _own(command: str, words: list[str]) -> None:
         prog=f"deeplens-lightning {command}", description=OWN_COMMANDS[command], parser_mode="omegaconf+"
     )
     parser.add_argument("--config", action="config", help="YAML with any of these")
-    parser.add_function_arguments(run, as_positional=command != "bench")
+    parser.add_function_arguments(run, as_positional=command in ("inspect", "report"))
+    if command in ("bench", "extract"):
+        parser.set_defaults({"data": "deeplens_lightning.ActivationDataModule"})
     settings = parser.parse_args(words)
     given = parser.instantiate_classes(settings)
     given.pop("config", None)

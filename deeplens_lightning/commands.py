@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.shards.writer import SHARD_BYTES
 
 
 def inspect(
@@ -54,3 +55,40 @@ def report(run_dir: str, out: str | None = None) -> None:
     from deeplens_lightning.reporting.report import write_report
 
     print(write_report(run_dir, out))
+
+
+def extract(
+    data: ActivationDataModule,
+    out: str,
+    max_rows: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    storage: Literal["exact", "int8"] = "exact",
+    nonfinite: Literal["refuse", "drop"] = "refuse",
+    plan: bool = False,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+) -> None:
+    """Write activations to shards; the same command again goes on where it was killed.
+
+    Args:
+        data: what to extract; the arguments of ActivationDataModule.
+        out: folder of the cache, a path or an fsspec URL.
+        max_rows: rows to write; default all.
+        shard_bytes: size of a shard on disk.
+        storage: exact, or int8 (8 bits and a scale a row).
+        nonfinite: refuse or drop rows that hold NaN or infinity.
+        plan: only say how many rows, bytes and hours it takes.
+        accelerator: Lightning's.
+        devices: Lightning's.
+        num_nodes: Lightning's.
+        strategy: Lightning's; every rank writes its own shards.
+    """
+    from deeplens_lightning.extract_run import run
+
+    where = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
+    settings = {"max_rows": max_rows, "shard_bytes": shard_bytes, "storage": storage, "nonfinite": nonfinite}
+    estimate = run(data, out, plan=plan, **settings, **where)
+    if estimate is not None:
+        print(estimate)

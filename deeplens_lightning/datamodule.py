@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deeplens_lightning.cached import CachedActivations
 from deeplens_lightning.checkpoint import STATE_VERSION, check_fingerprint, check_version, served_table
 from deeplens_lightning.heldout import RowsLoader
 from deeplens_lightning.live import LiveActivations, Site, device_of
@@ -21,6 +22,8 @@ from deeplens_lightning.loader import ActivationLoader, Batch, Provenance, finis
 from deeplens_lightning.model import FrozenModel, Isolation
 from deeplens_lightning.packing import Blocks
 from deeplens_lightning.scaling import Normalize, Scaling, check_normalize, scalings_state
+from deeplens_lightning.shards.order import Shuffle
+from deeplens_lightning.shards.remote import CACHE_BYTES
 from deeplens_lightning.statistics import Statistics
 
 CUDA_PREFETCH = 2
@@ -62,7 +65,13 @@ class ActivationDataModule(LightningDataModule):
         exclude_special_tokens: special tokens are context, but no rows.
         prepend_bos: put a BOS before every segment; default what the tokenizer does.
         drop_first_n: leave out so many tokens at the start of every segment.
-        seed: of the order of documents and of both shuffles.
+        shards: folders that `extract` wrote, bare `.pt` tensors as DeepLens saves them, globs, or fsspec URLs. Batches
+            come from there; no model and no text are loaded, and what describes them is not used.
+        shuffle: of shards: `global`, `window` (for caches larger than memory), `none`, or `auto` by size.
+        checksums: check every shard when it is first read.
+        cache_dir: for copies of remote shards; default a temporary folder.
+        cache_bytes: bound on those copies.
+        seed: of the order of documents and of all shuffles.
         device: of the model where there is no Trainer; `auto` is cuda, then mps, then cpu.
         resume_anyway: go on from a checkpoint although the configuration differs.
 
@@ -77,6 +86,7 @@ class ActivationDataModule(LightningDataModule):
         hook: str | list[str] = "mlp_act",
         dataset_name: str | list[str] | datasets.Dataset | datasets.IterableDataset = "demo:docs",
         *,
+        shards: str | list[str] | None = None,
         text_column: str = "text",
         dataset_split: str = "train",
         dataset_kwargs: dict[str, Any] | None = None,
@@ -101,6 +111,10 @@ class ActivationDataModule(LightningDataModule):
         exclude_special_tokens: bool = True,
         prepend_bos: bool | None = None,
         drop_first_n: int = 0,
+        shuffle: Shuffle = "auto",
+        checksums: bool = False,
+        cache_dir: str | None = None,
+        cache_bytes: int = CACHE_BYTES,
         seed: int = 0,
         device: str = "auto",
         resume_anyway: bool = False,
@@ -115,29 +129,42 @@ class ActivationDataModule(LightningDataModule):
             val_rows,
             normalize,
         )
-        self.source = LiveActivations(
-            hf_model=hf_model,
-            layer=layer,
-            hook=hook,
-            dataset_name=dataset_name,
-            text_column=text_column,
-            dataset_split=dataset_split,
-            dataset_kwargs=dataset_kwargs,
-            tokenizer_name=tokenizer,
-            model_kwargs=model_kwargs,
-            compile_model=compile_model,
-            isolation=isolation if isolate_documents else "none",
-            seq_length=seq_length,
-            inference_batch_size=inference_batch_size,
-            seed=seed,
-            buffer_size=buffer_size,
-            shuffle_blocks=shuffle_blocks,
-            val_fraction=val_fraction,
-            val_rows=val_rows,
-            exclude_special_tokens=exclude_special_tokens,
-            prepend_bos=prepend_bos,
-            drop_first_n=drop_first_n,
-        )
+        self.source: LiveActivations | CachedActivations
+        if shards is not None:
+            self.source = CachedActivations(
+                shards=shards,
+                shuffle=shuffle,
+                checksums=checksums,
+                cache_dir=cache_dir,
+                cache_bytes=cache_bytes,
+                seed=seed,
+                val_fraction=val_fraction,
+                val_rows=val_rows,
+            )
+        else:
+            self.source = LiveActivations(
+                hf_model=hf_model,
+                layer=layer,
+                hook=hook,
+                dataset_name=dataset_name,
+                text_column=text_column,
+                dataset_split=dataset_split,
+                dataset_kwargs=dataset_kwargs,
+                tokenizer_name=tokenizer,
+                model_kwargs=model_kwargs,
+                compile_model=compile_model,
+                isolation=isolation if isolate_documents else "none",
+                seq_length=seq_length,
+                inference_batch_size=inference_batch_size,
+                seed=seed,
+                buffer_size=buffer_size,
+                shuffle_blocks=shuffle_blocks,
+                val_fraction=val_fraction,
+                val_rows=val_rows,
+                exclude_special_tokens=exclude_special_tokens,
+                prepend_bos=prepend_bos,
+                drop_first_n=drop_first_n,
+            )
         self._buffer_device, self._device, self._prefetch = buffer_device, device, prefetch
         self._dtype = None if dtype == "auto" else getattr(torch, dtype)
         self._max_norm_ratio, self._resume_anyway = max_norm_ratio, resume_anyway
@@ -270,7 +297,9 @@ class ActivationDataModule(LightningDataModule):
             "version": STATE_VERSION,
             "fingerprint": self._fingerprint(),
             "position": position,
-            "buffer_rows": getattr(self._train.stream, "buffer_rows", None) if self._train else None,
+            "buffer_rows": getattr(self._train.stream, "buffer_rows", None)
+            if self._train is not None
+            else None,
             "scalings": scalings_state(statistics.scalings) if statistics else {},
             "max_norms": dict(statistics.max_norms) if statistics else {},
         }

@@ -7,7 +7,7 @@ What can be wrong is found out in the order of its cost: names, configuration, d
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any, Literal
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from deeplens_lightning.extraction import Extraction
 from deeplens_lightning.heldout import Heldout
 from deeplens_lightning.hook_points import HookPoint, resolve
 from deeplens_lightning.loading import load_config, load_tokenizer, max_positions
@@ -185,6 +186,18 @@ class LiveActivations:
             normalize=normalize,
             max_norm_ratio=max_norm_ratio,
             progress=site.progress,
+        )
+
+    def extraction(self, max_rows: int | None) -> Extraction:
+        """This rank's rows in the order of the documents, held out or not, for a cache."""
+        _, model, packing = self._opened()
+        return Extraction(
+            model=model,
+            documents=replace(self._documents("train"), val_fraction=0.0),
+            packing=packing,
+            inference_batch_size=self.inference_batch_size,
+            config={"seed": self.seed},
+            max_rows=max_rows,
         )
 
     def heldout_rows(self) -> tuple[dict[str, Tensor], Tensor]:
