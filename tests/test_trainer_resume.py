@@ -1,0 +1,236 @@
+"""Trainer checkpoints, however they came about: what follows equals what would have followed, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from running import Recorder, assert_same, data, sae, texts, trainer
+
+from deeplens_lightning.datamodule import ActivationDataModule
+
+SIZED = {"max_tokens": 12 * 16}
+EVERY = {"save_top_k": -1, "filename": "{epoch}-{step}", "enable_version_counter": True}
+
+
+class Run:
+    """One `fit`, and what it was given and left."""
+
+    def __init__(
+        self,
+        folder: Path,
+        dm: ActivationDataModule,
+        callbacks: list[Any],
+        ckpt_path: str | None = None,
+        raises: type[BaseException] | None = None,
+        **options: Any,
+    ) -> None:
+        self.recorder = Recorder()
+        self.sae = sae(dm)
+        self.trainer = trainer(folder, self.recorder, callbacks, **options)
+        if raises is None:
+            self.trainer.fit(self.sae, dm, ckpt_path=ckpt_path)
+        else:
+            with pytest.raises(raises):
+                self.trainer.fit(self.sae, dm, ckpt_path=ckpt_path)
+
+
+def processed(path: Path) -> int:
+    """Batches that had been trained on when a checkpoint was taken."""
+    loops = torch.load(path, weights_only=True)["loops"]["fit_loop"]
+    return loops["epoch_loop.batch_progress"]["total"]["processed"]
+
+
+def assert_goes_on(again: Run, whole: Run, at: int, *, weights: bool = True) -> None:
+    assert_same(again.recorder.batches, whole.recorder.batches[at:])
+    if not weights:
+        return
+    assert again.recorder.losses == whole.recorder.losses[at:]
+    for name, value in whole.sae.state_dict().items():
+        assert torch.equal(value, again.sae.state_dict()[name]), name
+    ours, theirs = (run.trainer.optimizers[0].state_dict()["state"] for run in (again, whole))
+    for index, state in theirs.items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(ours[index][name])), name
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "mid-epoch": {"save": {"every_n_train_steps": 7}, "trainer": {"max_steps": 40}},
+    "of known length": {"save": {"every_n_train_steps": 5}, "trainer": {"max_steps": 40}, "data": SIZED},
+    "at the end of an epoch": {
+        "save": {"every_n_epochs": 1},
+        "trainer": {"max_epochs": 4},
+        "data": SIZED,
+    },
+    "at the end of a pass over the data": {"save": {"every_n_epochs": 1}, "trainer": {"max_epochs": 3}, "documents": 20},
+    "after validation": {
+        "save": {},
+        "trainer": {"max_steps": 40, "val_check_interval": 6, "check_val_every_n_epoch": None},
+    },
+    "after validation inside an epoch": {
+        "save": {},
+        "trainer": {"max_epochs": 3, "val_check_interval": 4},
+        "data": SIZED,
+    },
+    "accumulated": {
+        "save": {"every_n_train_steps": 4},
+        "trainer": {"max_steps": 14, "accumulate_grad_batches": 3},
+        "data": SIZED,
+    },
+    "limited": {"save": {"every_n_train_steps": 3}, "trainer": {"max_epochs": 5, "limit_train_batches": 5}},
+    "limited below a known length": {
+        "save": {"every_n_train_steps": 3},
+        "trainer": {"max_epochs": 5, "limit_train_batches": 5},
+        "data": SIZED,
+    },
+    "prefetched": {"save": {"every_n_train_steps": 7}, "trainer": {"max_steps": 30}, "data": {"prefetch": 3}},
+    "by time": {"save": {"train_time_interval": timedelta(milliseconds=40)}, "trainer": {"max_steps": 40}},
+    "normalised": {
+        "save": {"every_n_train_steps": 7},
+        "trainer": {"max_steps": 30},
+        "data": {"normalize": "zscore", "max_norm_ratio": 3.0},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_checkpoints_go_on_bit_for_bit(case: str, tiny: Any, tmp_path: Path) -> None:
+    what = CASES[case]
+    documents = texts(what.get("documents", 60))
+
+    def fresh() -> ActivationDataModule:
+        return data(tiny("gpt2"), documents, **what.get("data", {}))
+
+    keep = ModelCheckpoint(tmp_path / "kept", **(EVERY | what["save"]))
+    whole = Run(tmp_path, fresh(), [keep], **what["trainer"])
+    saved = sorted((tmp_path / "kept").glob("*.ckpt"), key=processed)
+    total = len(whole.recorder.batches)
+    saved = [path for path in saved if processed(path) < total]
+    assert len(saved) >= 2
+    for path in {saved[0], saved[len(saved) // 2], saved[-1]}:
+        again = Run(tmp_path, fresh(), [], str(path), **what["trainer"])
+        assert_goes_on(again, whole, processed(path))
+        assert again.trainer.global_step == whole.trainer.global_step
+
+
+def test_twice_in_a_row(tiny: Any, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=9, **EVERY)
+    whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=40)
+    Run(tmp_path, data(tiny("gpt2")), [keep, At(10, _fail)], raises=RuntimeError, max_steps=40)
+    first = str(tmp_path / "kept" / "epoch=0-step=9.ckpt")
+    Run(tmp_path, data(tiny("gpt2")), [keep, At(20, _fail)], first, raises=RuntimeError, max_steps=40)
+    second = tmp_path / "kept" / "epoch=0-step=27.ckpt"
+    third = Run(tmp_path, data(tiny("gpt2")), [], str(second), max_steps=40)
+    assert_goes_on(third, whole, 27)
+
+
+class At(L.Callback):
+    """Does something at a batch."""
+
+    def __init__(self, batch: int, what: Callable[[], Any], hook: str = "on_train_batch_start") -> None:
+        self.batch, self.what = batch, what
+        setattr(self, hook, self._count)
+
+    def _count(self, *_: Any, **__: Any) -> None:
+        self.batch -= 1
+        if self.batch == -1:
+            self.what()
+
+
+def _fail() -> None:
+    raise RuntimeError("as the test wants it")
+
+
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("batch", [0, 1, 12, 23])
+def test_an_exception_saves_and_goes_on(batch: int, sized: bool, tiny: Any, tmp_path: Path) -> None:
+    options = SIZED if sized else {}
+    whole = Run(tmp_path, data(tiny("gpt2"), **options), [], max_steps=30)
+    Run(
+        tmp_path,
+        data(tiny("gpt2"), **options),
+        [At(batch, _fail), OnExceptionCheckpoint(tmp_path)],
+        raises=RuntimeError,
+        max_steps=30,
+    )
+    path = tmp_path / "on_exception.ckpt"
+    assert processed(path) == batch
+    again = Run(tmp_path, data(tiny("gpt2"), **options), [], str(path), max_steps=30)
+    assert_goes_on(again, whole, batch)
+
+
+def test_sigterm_saves_and_goes_on(tiny: Any, tmp_path: Path) -> None:
+    whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=30)
+    stop = At(11, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    save = ModelCheckpoint(tmp_path / "kept", save_on_exception=True, **EVERY)
+    Run(tmp_path, data(tiny("gpt2")), [stop, save], raises=SIGTERMException, max_steps=30)
+    (path,) = (tmp_path / "kept").glob("*.ckpt")
+    again = Run(tmp_path, data(tiny("gpt2")), [], str(path), max_steps=30)
+    assert_goes_on(again, whole, processed(path))
+
+
+def test_out_of_time_and_on_again(tiny: Any, tmp_path: Path) -> None:
+    whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=400)
+    keep = ModelCheckpoint(tmp_path / "kept", save_on_train_epoch_end=True, **EVERY)
+    first = Run(tmp_path, data(tiny("gpt2")), [keep], max_steps=400, max_time={"seconds": 0.3})
+    (path,) = (tmp_path / "kept").glob("*.ckpt")
+    at = processed(path)
+    assert at == len(first.recorder.batches) < 400
+    again = Run(tmp_path, data(tiny("gpt2")), [], str(path), max_steps=400)
+    assert_same(again.recorder.batches, whole.recorder.batches[at:])
+
+
+def test_saving_after_the_fit_keeps_the_place(tiny: Any, tmp_path: Path) -> None:
+    whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=30)
+    first = Run(tmp_path, data(tiny("gpt2")), [], max_steps=17)
+    first.trainer.save_checkpoint(tmp_path / "after.ckpt")
+    again = Run(tmp_path, data(tiny("gpt2")), [], str(tmp_path / "after.ckpt"), max_steps=30)
+    assert_goes_on(again, whole, 17, weights=False)  # the schedule knew another end
+
+
+def test_the_validation_set_stays_the_same(tiny: Any, tmp_path: Path) -> None:
+    class Rows(L.Callback):
+        def __init__(self) -> None:
+            self.rows: list[torch.Tensor] = []
+
+        def on_validation_batch_start(self, trainer: Any, module: Any, batch: Any, *_: Any) -> None:
+            self.rows.append(batch.clone())
+
+    keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=10, **EVERY)
+    options: dict[str, Any] = {"max_steps": 20, "val_check_interval": 5, "check_val_every_n_epoch": None}
+    first, second = Rows(), Rows()
+    Run(tmp_path, data(tiny("gpt2")), [first, keep], **options)
+    path = tmp_path / "kept" / "epoch=0-step=10.ckpt"
+    Run(tmp_path, data(tiny("gpt2")), [second], str(path), **options)
+    assert len(first.rows) == 8
+    assert all(torch.equal(row, first.rows[i % 2]) for i, row in enumerate(first.rows + second.rows))
+
+
+def test_a_checkpoint_without_our_state_is_refused(tiny: Any, tmp_path: Path) -> None:
+    class Renamed(ActivationDataModule):
+        pass
+
+    first = Run(tmp_path, data(tiny("gpt2")), [], max_steps=5)
+    first.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    dm = data(tiny("gpt2"))
+    renamed = Renamed(tiny("gpt2"), layer=1, dataset_name=texts(60), batch_size=16, buffer_size=96, seq_length=32)
+    with pytest.raises(ValueError, match=r"holds no state of .*Renamed, so the data would begin anew"):
+        trainer(tmp_path, max_steps=10).fit(sae(dm), renamed, ckpt_path=str(tmp_path / "a.ckpt"))
+
+
+def test_checkpoints_load_safely_and_grow_by_little(tiny: Any, tmp_path: Path) -> None:
+    run = Run(tmp_path, data(tiny("gpt2"), buffer_size=16_000), [], max_steps=5)
+    run.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    whole = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    ours = whole["ActivationDataModule"]
+    torch.save(ours, tmp_path / "ours.pt")
+    assert (tmp_path / "ours.pt").stat().st_size < 20_000
