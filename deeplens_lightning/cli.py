@@ -6,9 +6,12 @@ in one sentence; `--traceback` in front shows where it was found.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -27,12 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in words[:1]
     words = words[1:] if show_traceback else words
+    argv, sys.argv = sys.argv, [sys.argv[0], *words]  # where Lightning's command line reads from
     try:
         _run(words)
     except _mistakes() as error:
         if show_traceback:
             raise
         sys.exit(f"error: {_sentence(error)}")
+    finally:
+        sys.argv = argv
 
 
 def _run(words: list[str]) -> None:
@@ -51,11 +57,19 @@ def _run(words: list[str]) -> None:
             f"there is no command {command!r}; there are {', '.join((*TRAINER_COMMANDS, *OWN_COMMANDS))}"
         )
     else:
-        lightning_cli(words)
+        lightning_cli()
 
 
-def lightning_cli(words: list[str], run: bool = True) -> LightningCLI:
-    """Lightning's command line over our classes: any LightningModule, any data module, layered YAML."""
+def lightning_cli(words: list[str] | None = None, run: bool = True) -> LightningCLI:
+    """Lightning's command line over our classes: any LightningModule, any data module, layered YAML.
+
+    Args:
+        words: default those of the process.
+        run: run the subcommand, or only build what it would run with.
+
+    Raises:
+        ValueError: a `d_in` was given that is not the data's.
+    """
     import jsonargparse
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -65,6 +79,7 @@ def lightning_cli(words: list[str], run: bool = True) -> LightningCLI:
 
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            _refuse_d_in(sys.argv[1:] if words is None else words)
             parser.set_defaults(
                 {
                     "model": "deeplens_lightning.SparseAutoencoder",
@@ -86,6 +101,27 @@ def lightning_cli(words: list[str], run: bool = True) -> LightningCLI:
         args=words,
         run=run,
     )
+
+
+def _refuse_d_in(words: Sequence[str]) -> None:
+    """The data say what d_in is; what a user gives beside them would be ignored silently by a linked argument."""
+    from omegaconf import OmegaConf
+
+    given = [word for word in words if re.match(r"--model(\.init_args)?\.d_in\b", word)]
+    for flag, value in pairwise([*words, ""]):
+        path = (
+            value
+            if flag in ("--config", "-c")
+            else flag.removeprefix("--config=")
+            if "--config=" in flag
+            else ""
+        )
+        if path and Path(path).is_file():
+            for key in ("model.init_args.d_in", "model.d_in"):
+                if OmegaConf.select(OmegaConf.load(path), key) is not None:
+                    given.append(f"{key} in {path}")
+    if given:
+        raise ValueError(f"{given[0]}: d_in is taken from the data, so leave it out of the model's settings")
 
 
 def _own(command: str, words: list[str]) -> None:
@@ -115,4 +151,6 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
 
 def _sentence(error: Exception) -> str:
-    return str(error).strip() or type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    inner = re.search(r"Errors:\n\s*- (.+)", text)  # what a constructor said, in jsonargparse's wrapping
+    return inner.group(1) if inner else text
