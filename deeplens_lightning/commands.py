@@ -87,8 +87,18 @@ def extract(
     """
     from deeplens_lightning.extract_run import run
 
-    where = {"accelerator": accelerator, "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
-    settings = {"max_rows": max_rows, "shard_bytes": shard_bytes, "storage": storage, "nonfinite": nonfinite}
-    estimate = run(data, out, plan=plan, **settings, **where)
+    estimate = run(
+        data,
+        out,
+        max_rows=max_rows,
+        shard_bytes=shard_bytes,
+        storage=storage,
+        nonfinite=nonfinite,
+        plan=plan,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
+    )
     if estimate is not None:
         print(estimate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import datasets
 import torch
@@ -27,6 +27,7 @@ from deeplens_lightning.shards.remote import CACHE_BYTES
 from deeplens_lightning.statistics import Statistics
 
 CUDA_PREFETCH = 2
+T = TypeVar("T")
 
 
 class ActivationDataModule(LightningDataModule):
@@ -399,11 +400,11 @@ class ActivationDataModule(LightningDataModule):
         loader = self._train
         if loader is None or self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
         if loader.served == 0:
             self._ready_at_start = progress.total.ready
         self._ready_seen = progress.total.ready
-        begun = progress.current.ready - progress.current.processed
+        begun: int = progress.current.ready - progress.current.processed
         return loader.served - (progress.total.ready - self._ready_at_start - begun)
 
     def _rewound(self) -> bool:
@@ -427,7 +428,7 @@ class ActivationDataModule(LightningDataModule):
         self.source.close()
 
 
-def _one(values: Mapping[str, Any]) -> Any:
+def _one(values: Mapping[str, T]) -> T | dict[str, T]:
     return next(iter(values.values())) if len(values) == 1 else dict(values)
 
 

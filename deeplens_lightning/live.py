@@ -218,17 +218,15 @@ class LiveActivations:
     def buffer_rows(self, batch_size: int) -> int:
         """Slots of the buffer: a multiple of `batch_size`."""
         site, model, _ = self._opened()
-        rows = self.buffer_size
-        if rows == "auto":
-            row = sum(point.d_in * model.dtypes[point.name].itemsize for point in self.hook_points)
-            limit = MAX_BUFFER_BYTES
-            if site.buffer_device.type == "cuda":
-                limit = int(BUFFER_SHARE_OF_CUDA * torch.cuda.mem_get_info(site.buffer_device)[0])
-                rows = limit // row
-            else:
-                rows = min(MAX_BUFFER_ROWS, limit // row)
-            rows = max(rows, 4 * batch_size)
-        return rows // batch_size * batch_size
+        if self.buffer_size != "auto":
+            return self.buffer_size // batch_size * batch_size
+        row = sum(point.d_in * model.dtypes[point.name].itemsize for point in self.hook_points)
+        if site.buffer_device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(site.buffer_device)
+            rows = int(BUFFER_SHARE_OF_CUDA * free) // row
+        else:
+            rows = min(MAX_BUFFER_ROWS, MAX_BUFFER_BYTES // row)
+        return max(rows // batch_size, 4) * batch_size
 
     def fingerprint(self) -> dict[str, str]:
         """What must not change when a run goes on."""

@@ -267,7 +267,8 @@ class _RowArrivals:
         self.blocks = _BlockArrivals(stream, epoch, pooled["start"], pooled["kept"])
         self.pool = self._mixed_blocks(epoch, pooled["window"], pooled["skip"])
         self.tokens = 0
-        self.outliers, self.outliers_here = at["outliers"], 0
+        self.outliers: int = at["outliers"]
+        self.outliers_here = 0
         self.since = pooled["since"]
         self.here: dict[str, Any] = pooled
         self.work: list[Blocks] = []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import save_tiny

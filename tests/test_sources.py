@@ -11,7 +11,6 @@ from tiny import paragraphs
 
 from deeplens_lightning.sources import IndexedSource, Source, StreamedSource, open_source
 
-
 TEXTS = paragraphs(30)
 
 

@@ -229,7 +229,7 @@ def test_outliers_are_dropped_and_counted(tiny: Tiny) -> None:
     limit = data._measured().max_norms["layers.1.mlp_out"]
     counts = data._train.stream.counts  # type: ignore[union-attr]
     kept = sum(map(len, batches))
-    assert 0 < counts["outliers"]
+    assert counts["outliers"] > 0
     assert kept + counts["outliers"] == len(expected(tiny("llama"), 32))
     assert max(float(batch.norm(dim=1).max()) for batch in batches) <= limit * (1 + 1e-6)
     data.teardown("fit")
