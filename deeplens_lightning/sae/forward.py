@@ -65,6 +65,15 @@ class Pass:
     penalty: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a training step computed: the loss with its graph, and detached scalars to log."""
+
+    loss: Tensor
+    fvu: Tensor
+    l0: Tensor
+
+
 def encode(x: Tensor, w: Weights, activation: Activation) -> Tensor:
     """Latents `(..., d_sae)` of x `(..., d_in)` at inference."""
     pre = F.linear(x if w.center is None else x - w.center, w.encoder, w.encoder_bias)

@@ -7,7 +7,7 @@ Out: a self-contained dictionary: `encode`, `decode` and `forward` take and give
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from deeplens_lightning.sae.activity import Activity
 from deeplens_lightning.sae.distributed import mean_over_ranks
 from deeplens_lightning.sae.forward import (
     Pass,
+    Step,
     Weights,
     aux_fvu,
     decode,
@@ -37,15 +38,6 @@ from deeplens_lightning.sae.training import DictionaryTraining
 
 DEAD_AFTER_TOKENS = 10_000_000  # Gao et al. 2024
 AUX_CANDIDATES = 8  # times aux_k
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What a training step computed: the loss with its graph, and detached scalars to log."""
-
-    loss: Tensor
-    fvu: Tensor
-    l0: Tensor
 
 
 class SparseAutoencoder(DictionaryTraining):
@@ -72,6 +64,7 @@ class SparseAutoencoder(DictionaryTraining):
             million and a tenth of the planned rows.
         seed: of the initial dictionary.
         kernel: "sparse" touches active latents only, "dense" all of them, "auto" chooses.
+        compile_step: run the loss through `torch.compile`.
         on_nonfinite: "stop" at a row that holds NaN or infinity and name it, or "skip" and count it.
 
     Raises:
@@ -98,6 +91,7 @@ class SparseAutoencoder(DictionaryTraining):
         dead_after_tokens: int | None = None,
         seed: int = 0,
         kernel: Literal["auto", "sparse", "dense"] = "auto",
+        compile_step: bool = False,
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
@@ -119,6 +113,7 @@ class SparseAutoencoder(DictionaryTraining):
                 "dead_after_tokens": dead_after_tokens,
                 "seed": seed,
                 "kernel": kernel,
+                "compile_step": compile_step,
                 "on_nonfinite": on_nonfinite,
             }
         )
@@ -141,7 +136,7 @@ class SparseAutoencoder(DictionaryTraining):
             raise ValueError(
                 f"kernel='sparse' needs a top-k architecture, not {spec['name']!r}; use kernel='auto'"
             )
-        self.k, self.kernel, self.on_nonfinite = k, kernel, on_nonfinite
+        self.kernel, self.on_nonfinite = kernel, on_nonfinite
         self.lr = default_lr(self.d_sae) if lr is None else lr
         self.activity = Activity(self.d_sae)
         self.register_buffer("nonfinite_rows", torch.zeros((), dtype=torch.int64))
@@ -151,6 +146,7 @@ class SparseAutoencoder(DictionaryTraining):
         self.planned_tokens: int | None = None
         self._served: Scalings | None = None
         self._ready = False
+        self._compiled: Callable[..., tuple[Step, Pass]] | None = None
 
     def _make_weights(self, seed: int, skip: bool) -> None:
         rng = initialize.generator(seed)
@@ -204,6 +200,8 @@ class SparseAutoencoder(DictionaryTraining):
         its own, and batches are converted.
         """
         self._ready = bool(self.initialized)
+        if self.hparams["compile_step"]:
+            self._compiled = self._compiled or torch.compile(self.losses)
         for side in (self.read, self.write):
             if not self._ready:
                 side.adopt(served)
@@ -214,7 +212,9 @@ class SparseAutoencoder(DictionaryTraining):
     def initialize_from(self, batch: Batch) -> None:
         """Take units and the decoder's bias from the first batch, alike on all ranks; later calls do nothing.
 
-        The bias is the geometric median (Bricken et al. 2023; Gao et al. 2024).
+        The bias is the geometric median (Bricken et al. 2023; Gao et al. 2024). Where half of all
+        latents are active at first, the encoder is scaled so that reconstructions have the rows' norm
+        (the released code of Gao et al. 2024 does so too).
         """
         if self._ready:
             return
@@ -224,6 +224,10 @@ class SparseAutoencoder(DictionaryTraining):
         self._ready = True
         for side in (self.read, self.write):
             side.serve(self._served)
+        if self.activation.unit_norm and not isinstance(self.activation, TopK):
+            x, _ = self.rows(batch)
+            made = reconstruct(x, encode(x, self.weights, self.activation), self.weights) - self.b_dec
+            self.W_enc.div_(mean_over_ranks(initialize.rms_norm(made[made.isfinite().all(1)])))
 
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What to read and what to reconstruct of a served batch, in own units."""
@@ -241,7 +245,7 @@ class SparseAutoencoder(DictionaryTraining):
             report: words for the rows (their indices) that hold NaN, for the error.
         """
         x, y = screen(*self.rows(batch), self.b_dec, self.nonfinite_rows, self.on_nonfinite, report)
-        step, result = self.losses(x, y, progress)
+        step, result = (self._compiled or self.losses)(x, y, progress)
         self.activity.advance(result.fired, len(x))
         if isinstance(self.activation, BatchTopK):
             self.activation.observe(mean_over_ranks(result.smallest))
@@ -264,12 +268,17 @@ class SparseAutoencoder(DictionaryTraining):
         return Step(loss, last, result.active / len(x)), result
 
     def _pass(self, x: Tensor, y: Tensor, progress: float) -> Pass:
-        a = self.activation
-        if isinstance(a, TopK) and (
-            self.kernel == "sparse" or (self.kernel == "auto" and 16 * a.k <= self.d_sae)
-        ):
-            return sparse_pass(x, self.weights, a)
-        return dense_pass(x, y, self.weights, a, progress)
+        activation = self.activation
+        if isinstance(activation, TopK) and self._is_sparse(activation, x.device.type):
+            return sparse_pass(x, self.weights, activation)
+        return dense_pass(x, y, self.weights, activation, progress)
+
+    def _is_sparse(self, activation: TopK, device: str) -> bool:
+        """By choice, or where few latents are active and finding them does not wait for the device."""
+        if self.kernel != "auto":
+            return self.kernel == "sparse"
+        waits = isinstance(activation, BatchTopK) and device != "cpu"  # the number of candidates varies
+        return 16 * activation.k <= self.d_sae and not waits
 
     def encode_served(self, batch: Batch) -> Tensor:
         """Latents `(batch, d_sae)` of a data module's batch, which is normalised already."""

@@ -23,11 +23,8 @@ class Ours:
     def __init__(
         self, args: argparse.Namespace, d_in: int, architecture: str, lr: float | None = None
     ) -> None:
-        self.sae = SparseAutoencoder(d_in, args.d_sae, k=args.k, architecture=architecture, lr=lr).to(
-            args.device
-        )
-        if args.compile_sae:
-            self.sae.losses = torch.compile(self.sae.losses)  # type: ignore[method-assign]
+        settings = {"k": args.k, "architecture": architecture, "lr": lr, "compile_step": args.compile_sae}
+        self.sae = SparseAutoencoder(d_in, args.d_sae, **settings).to(args.device)
         self.sae.planned_tokens = args.planned_tokens
         self.sae.prepare(None)
         self.optimizer = torch.optim.Adam([self.sae.parameter_group()], fused=True)

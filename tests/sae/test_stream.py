@@ -6,8 +6,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from deeplens_lightning import ActivationDataModule
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from tests.tiny import paragraphs
 from tests.sae.synthetic import trainer
+from tests.tiny import paragraphs
 
 
 def data(tiny, **settings) -> ActivationDataModule:

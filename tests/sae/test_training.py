@@ -1,5 +1,7 @@
 """The Lightning side: metrics, resuming, counters, units, and what is refused."""
 
+import textwrap
+
 import lightning as L
 import pytest
 import torch
@@ -212,27 +214,62 @@ def test_steps_that_log_nothing_do_not_log(tmp_path):
     assert calls == [7, 15]
 
 
-def test_yaml_in_subclass_mode_builds_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "c.yaml").write_text(
-        "model:\n"
-        "  class_path: deeplens_lightning.sae.SparseAutoencoder\n"
-        "  init_args:\n"
-        "    d_in: 16\n"
-        "    d_sae: 64\n"
-        "    k: 4\n"
-        "    architecture: {name: jumprelu, penalty: tanh}\n"
-        "    optimization: {warmup: 0.2, clip_norm: null}\n"
-    )
+def from_yaml(tmp_path, monkeypatch, name: str, arguments: str) -> L.LightningModule:
+    monkeypatch.setattr("sys.argv", ["fit"])
+    lines = textwrap.indent(textwrap.dedent(arguments), "    ")
+    config = f"model:\n  class_path: deeplens_lightning.sae.{name}\n  init_args:\n{lines}"
+    (tmp_path / "c.yaml").write_text(config)
+    args = ["--config", str(tmp_path / "c.yaml")]
     cli = LightningCLI(
-        L.LightningModule,
-        subclass_mode_model=True,
-        run=False,
-        args=["--config", "c.yaml"],
-        save_config_callback=None,
+        L.LightningModule, subclass_mode_model=True, run=False, args=args, save_config_callback=None
     )
-    assert cli.model.activation.kind == "tanh"
-    assert cli.model.optimization == Optimization(warmup=0.2, clip_norm=None)
+    return cli.model
+
+
+def test_yaml_in_subclass_mode_builds_an_sae(tmp_path, monkeypatch):
+    sae = from_yaml(
+        tmp_path,
+        monkeypatch,
+        "SparseAutoencoder",
+        """
+        d_in: 16
+        d_sae: 64
+        k: 4
+        architecture: {name: jumprelu, penalty: tanh}
+        optimization: {warmup: 0.2, clip_norm: null}
+        """,
+    )
+    assert sae.activation.kind == "tanh"
+    assert sae.optimization == Optimization(warmup=0.2, clip_norm=None)
+
+
+def test_yaml_builds_transcoders_and_sweeps(tmp_path, monkeypatch):
+    transcoder = from_yaml(
+        tmp_path,
+        monkeypatch,
+        "SparseAutoencoder",
+        """
+        d_in: {layers.1.mlp_in: 8, layers.1.mlp_out: 6}
+        expansion_factor: 4
+        k: 4
+        input_hook: layers.1.mlp_in
+        output_hook: layers.1.mlp_out
+        skip: true
+        """,
+    )
+    assert (transcoder.d_sae, transcoder.W_dec.shape, transcoder.W_skip.shape) == (32, (32, 6), (6, 8))
+    grid = from_yaml(
+        tmp_path,
+        monkeypatch,
+        "SparseAutoencoderGrid",
+        """
+        d_in: 8
+        sweep: {k: [2, 4], lr: [0.001]}
+        shared: {d_sae: 32, optimization: {warmup: 0.2}}
+        """,
+    )
+    assert grid.names == ["k=2,lr=0.001", "k=4,lr=0.001"]
+    assert grid.saes[0].optimization.warmup == 0.2
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
