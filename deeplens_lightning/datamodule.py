@@ -405,7 +405,8 @@ class ActivationDataModule(LightningDataModule):
             self._ready_at_start = progress.total.ready
         self._ready_seen = progress.total.ready
         begun: int = progress.current.ready - progress.current.processed
-        return loader.served - (progress.total.ready - self._ready_at_start - begun)
+        done: int = progress.total.ready - self._ready_at_start - begun
+        return loader.served - done
 
     def _rewound(self) -> bool:
         """Whether the Trainer went back, as tuners do after their trials."""
