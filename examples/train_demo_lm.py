@@ -146,7 +146,10 @@ def main() -> None:
             model.save_pretrained(arguments.out)
     model = GPT2LMHeadModel.from_pretrained(arguments.out)  # no more than what half precision keeps
     model.half().save_pretrained(arguments.out)
-    shipped = GPT2LMHeadModel.from_pretrained(arguments.out, dtype=torch.float32)
+    model.config.dtype = torch.float32  # stored in half precision, computed in single
+    model.config.save_pretrained(arguments.out)
+    shipped = GPT2LMHeadModel.from_pretrained(arguments.out)
+    assert shipped.dtype == torch.float32
     loss = mean_loss(shipped, heldout_stream, arguments.context)
     print(f"held-out loss {loss:.4f} nats, unigram entropy {entropy:.4f} nats, ratio {loss / entropy:.2%}")
 
