@@ -1,6 +1,6 @@
-"""Taking rows out of shards: mapped files, sorted reads, one copy into place.
+"""Taking rows out of shards: mapped files, read in the order in which the rows lie.
 
-In: row numbers, in any order. Out: their rows and provenance in that order.
+In: numbers of rows. Out: these rows and their provenance.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deeplens_lightning.shards.catalog import Catalog, Shard, local_path
@@ -20,7 +19,12 @@ from deeplens_lightning.shards.folder import LocalFolder
 from deeplens_lightning.shards.format import DTYPES, Rows
 from deeplens_lightning.shards.remote import LocalCopies
 from deeplens_lightning.shards.save import sha256_of
-from deeplens_lightning.shards.tensors import OpenShard, open_bare, open_shard
+from deeplens_lightning.shards.tensors import Integers, OpenShard, open_bare, open_shard
+
+PIECES = 8
+"""Into so many random samples a batch is cut, each of which is in the order of the disk."""
+READS = 128
+"""Pieces get fewer where this many reads a batch would not do."""
 
 
 class Gatherer:
@@ -58,35 +62,39 @@ class Gatherer:
         """Let go of all shards."""
         self._open.clear()
 
-    def take(self, index: NDArray[np.int64], staging: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """The rows numbered `index` `(n,)` and their provenance, in that order.
+    def take(self, index: Integers) -> tuple[dict[str, Tensor], Tensor]:
+        """Some rows and their provenance.
 
-        `staging` is a dictionary of the caller's own, for room that is used again and again.
+        An index in ascending order is kept to. Any other is meant as a random sample: it is cut into up to
+        `PIECES` pieces, each a smaller sample, and the rows of a piece come in the order in which they lie,
+        since reading them in another order or moving them once more would take twice the time.
+
+        Args:
+            index: numbers of rows, int64 `(n,)`.
+
+        Returns:
+            Rows `(n, d_in)` by hook name, and their provenance, int64 `(n, 4)`.
         """
-        back = None
+        pieces = 1
+        touched = len(np.unique(np.searchsorted(self._starts, index, "right")))
         if (index[1:] < index[:-1]).any():
-            by_place = np.argsort(index)
-            index = index[by_place]
-            back = torch.empty(len(index), dtype=torch.int64)
-            back[torch.from_numpy(by_place)] = torch.arange(len(index))
-        numbers = np.unique(np.searchsorted(self._starts, index, "right") - 1).tolist()
-        bounds = np.searchsorted(index, self._starts)
-        parts = [
-            (self._shard(number), slice(bounds[number], bounds[number + 1]), int(self._starts[number]))
-            for number in numbers
-        ]
-        lines = torch.from_numpy(index)
+            pieces = max(1, min(PIECES, READS // touched))
+        total = int(self._starts[-1])
+        offsets = np.arange(pieces) * total
+        key = np.sort(index + np.repeat(offsets, -(-len(index) // pieces))[: len(index)])
+        bounds = np.searchsorted(key, (offsets[:, None] + self._starts).ravel()).reshape(pieces, -1)
+        rows = {
+            name: torch.empty(len(index), kind.d_in, dtype=DTYPES[kind.dtype])
+            for name, kind in self._hook_points.items()
+        }
         provenance = torch.empty(len(index), 4, dtype=torch.int64)
-        for shard, span, start in parts:
-            shard.gather_provenance(lines[span] - start, provenance[span])
-        rows = {}
-        for name, kind in self._hook_points.items():
-            out = torch.empty(len(index), kind.d_in, dtype=DTYPES[kind.dtype])
-            target = out if back is None else staging.setdefault(name, torch.empty_like(out))[: len(index)]
-            for shard, span, start in parts:
-                shard.gather(name, lines[span] - start, target[span])
-            rows[name] = out if back is None else torch.index_select(target, 0, back, out=out)
-        return rows, provenance if back is None else provenance[back]
+        for piece, number in np.argwhere(bounds[:, 1:] > bounds[:, :-1]).tolist():
+            span = slice(int(bounds[piece, number]), int(bounds[piece, number + 1]))
+            shard, here = self._shard(number), key[span] - (offsets[piece] + self._starts[number])
+            shard.gather_provenance(here, provenance[span])
+            for name, out in rows.items():
+                shard.gather(name, here, out[span])
+        return rows, provenance
 
     def _shard(self, number: int) -> OpenShard:
         found = self._open.get(number)
@@ -117,7 +125,7 @@ class Gatherer:
                 os.close(file)
 
 
-def shard_starts(shards: Sequence[Shard]) -> NDArray[np.int64]:
+def shard_starts(shards: Sequence[Shard]) -> Integers:
     """Number of each shard's first row, and of the row behind the last: int64 `(shards + 1,)`."""
     return np.cumsum([0, *(shard.rows for shard in shards)])
 

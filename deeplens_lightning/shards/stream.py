@@ -1,7 +1,6 @@
 """`ShardStream`: batches from shards, shuffled, split, dealt to ranks, resumable at any place at once.
 
-A batch is gathered, never collated: its rows are sorted by where they lie, read from the mapped shards
-in that order, and put back into the order of the shuffle.
+A batch is gathered from the mapped shards at once, never collated row by row.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from deeplens_lightning.served import Served
 from deeplens_lightning.shards.catalog import Catalog, Shard, open_catalog
@@ -158,11 +156,10 @@ class ShardStream:
         """
         position = self._whole(position)
         plan, order = self._plan(position), self._order(position)
-        staging: dict[str, Tensor] = {}
         for step in range(skip, plan.steps):
             places = plan.places(step, self.rank, self.world_size, self.batch_size)
             self._prepare(order, int(places[0]))
-            rows, provenance = self._gatherer.take(self._rows[order[places]], staging)
+            rows, provenance = self._gatherer.take(self._rows[order[places]])
             yield Served(
                 rows=rows,
                 provenance=provenance,
