@@ -14,21 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from deeplens_lightning.sae import forward as passes
 from deeplens_lightning.sae import initialize
 from deeplens_lightning.sae.activations import BatchTopK, TopK, architecture_spec, make_activation
 from deeplens_lightning.sae.activity import Activity
 from deeplens_lightning.sae.distributed import mean_over_ranks
-from deeplens_lightning.sae.forward import (
-    Pass,
-    Step,
-    Weights,
-    aux_fvu,
-    decode,
-    dense_pass,
-    encode,
-    reconstruct,
-    sparse_pass,
-)
+from deeplens_lightning.sae.forward import Pass, Step, Weights
 from deeplens_lightning.sae.interop import others, saelens
 from deeplens_lightning.sae.metrics import HeldOutMetrics, fvu
 from deeplens_lightning.sae.schedule import Optimization, default_lr
@@ -171,19 +162,19 @@ class SparseAutoencoder(DictionaryTraining):
 
     def encode(self, x: Batch) -> Tensor:
         """Latents `(..., d_sae)` of raw activations `(..., d_in)`, or of a dict of them by hook point."""
-        return encode(self.read.from_raw(x), self.weights, self.activation)
+        return passes.encode(self.read.from_raw(x), self.weights, self.activation)
 
     def decode(self, latents: Tensor) -> Any:
         """Raw activations `(..., d_in)` of latents `(..., d_sae)`; a dict when several are reconstructed.
 
         A skip connection is not in it: it needs the input, see `forward`.
         """
-        return self.write.split(self.write.to_raw(decode(latents, self.weights)))
+        return self.write.split(self.write.to_raw(passes.decode(latents, self.weights)))
 
     def forward(self, x: Batch) -> Any:
         """Raw reconstructions of raw activations x, shaped as `decode` gives them."""
         rows = self.read.from_raw(x)
-        out = reconstruct(rows, encode(rows, self.weights, self.activation), self.weights)
+        out = passes.reconstruct(rows, passes.encode(rows, self.weights, self.activation), self.weights)
         return self.write.split(self.write.to_raw(out))
 
     # ---- its share of training, called by `DictionaryTraining` for each dictionary that trains
@@ -226,7 +217,10 @@ class SparseAutoencoder(DictionaryTraining):
             side.serve(self._served)
         if self.activation.unit_norm and not isinstance(self.activation, TopK):
             x, _ = self.rows(batch)
-            made = reconstruct(x, encode(x, self.weights, self.activation), self.weights) - self.b_dec
+            made = (
+                passes.reconstruct(x, passes.encode(x, self.weights, self.activation), self.weights)
+                - self.b_dec
+            )
             self.W_enc.div_(mean_over_ranks(initialize.rms_norm(made[made.isfinite().all(1)])))
 
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -262,7 +256,7 @@ class SparseAutoencoder(DictionaryTraining):
             candidates = self.activity.candidates(self.dead_after_tokens, limit)
             if candidates is not None:
                 residual = y - result.reconstructions[-1]
-                aux = aux_fvu(x, residual, self.weights, *candidates, k=self.activation.aux_k)
+                aux = passes.aux_fvu(x, residual, self.weights, *candidates, k=self.activation.aux_k)
                 loss = loss + self.activation.aux_coefficient * aux
         last = fvu(errors[-1].detach(), deviation, energy)
         return Step(loss, last, result.active / len(x)), result
@@ -270,8 +264,8 @@ class SparseAutoencoder(DictionaryTraining):
     def _pass(self, x: Tensor, y: Tensor, progress: float) -> Pass:
         activation = self.activation
         if isinstance(activation, TopK) and self._is_sparse(activation, x.device.type):
-            return sparse_pass(x, self.weights, activation)
-        return dense_pass(x, y, self.weights, activation, progress)
+            return passes.sparse_pass(x, self.weights, activation)
+        return passes.dense_pass(x, y, self.weights, activation, progress)
 
     def _is_sparse(self, activation: TopK, device: str) -> bool:
         """By choice, or where few latents are active and finding them does not wait for the device."""
@@ -282,7 +276,7 @@ class SparseAutoencoder(DictionaryTraining):
 
     def encode_served(self, batch: Batch) -> Tensor:
         """Latents `(batch, d_sae)` of a data module's batch, which is normalised already."""
-        return encode(self.read.from_served(batch), self.weights, self.activation)
+        return passes.encode(self.read.from_served(batch), self.weights, self.activation)
 
     @property
     def dead_after_tokens(self) -> int:
@@ -331,8 +325,8 @@ class SparseAutoencoder(DictionaryTraining):
     def measure(self, batch: Batch, metrics: HeldOutMetrics) -> None:
         """Add a served batch of held-out rows to `metrics`."""
         x, y = self.rows(batch)
-        latents = encode(x, self.weights, self.activation)
-        metrics.update(y, reconstruct(x, latents, self.weights), latents)
+        latents = passes.encode(x, self.weights, self.activation)
+        metrics.update(y, passes.reconstruct(x, latents, self.weights), latents)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the SAE was trained on, for exports."""

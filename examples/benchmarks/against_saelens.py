@@ -203,18 +203,18 @@ def main() -> None:
         lines.append(measure_step(args, d_in))
     if "memory" in args.parts:
         result["memory"] = measure_memory(d_in)
-    ours, theirs = endless(data), their_store(args, d_in)
-    if {"stream", "end-to-end"} & set(
-        args.parts
-    ):  # full buffers: ours grows while it serves, theirs fills first
-        _consume(ours, 2 * args.buffer_batches)
+    if {"stream", "end-to-end"} & set(args.parts):
+        ours, theirs = endless(data), their_store(args, d_in)
+        _consume(
+            ours, 2 * args.buffer_batches
+        )  # full buffers: ours grows while it serves, theirs fills first
         _consume(theirs, 2 * args.buffer_batches)
-    if "stream" in args.parts:
-        lines.append(measure_stream(args, ours, theirs))
-    if "end-to-end" in args.parts:
-        lines.append(measure_training("streaming + training", args, d_in, ours, theirs))
+        if "stream" in args.parts:
+            lines.append(measure_stream(args, ours, theirs))
+        if "end-to-end" in args.parts:
+            lines.append(measure_training("streaming + training", args, d_in, ours, theirs))
     if "cache" in args.parts:
-        lines += measure_cache(args, d_in, ours)
+        lines += measure_cache(args, d_in, endless(data))
     result["speed"] = [{**line.summary(), "ours_s": line.ours, "saelens_s": line.theirs} for line in lines]
     if "quality" in args.parts:
         result["quality"] = measure_quality(args)
