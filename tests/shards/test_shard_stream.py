@@ -231,6 +231,13 @@ def test_what_has_no_rows_says_so(cache, tmp_path):
         ShardStream(cache, batch_size=1, split="val")
 
 
+def test_any_eighth_of_a_batch_is_a_sample_of_the_whole_cache(cache):
+    for batch in ShardStream(cache, batch_size=800, drop_last=True).batches(None, 0):
+        for piece in torch.tensor(rows_of(batch)).split(100):
+            assert len((piece // 700).unique()) == 5
+            assert (piece.diff() > 0).all()
+
+
 def test_two_iterators_of_one_stream_do_not_disturb_each_other(cache):
     stream = ShardStream(cache, batch_size=100)
     alone = list(stream.batches(None, 0))
