@@ -1,21 +1,26 @@
 """What each callback costs in training time, on the quickstart or any other configuration.
 
-    python examples/benchmarks/callback_cost.py --config configs/quickstart.yaml --max-steps 300 --rounds 3
+    python examples/benchmarks/callback_cost.py configs/quickstart.yaml --max-steps 300
 
-Runs with and without each callback take turns in one process; the time is that of the training loop
-(validation and start aside, as `FitSummary` counts it), and the cost is the median over rounds of
-`with / without - 1`. Looks fall on every 100th step, so take at least a few hundred steps.
+One run with all of them, a clock around each one's hooks: the cost is the time inside them, divided by
+the time of the training loop without them (validation and start aside, as `FitSummary` counts it). The end
+of training is shown by itself, since it comes once however long a run is. Looks fall on every 100th
+step, so take at least a few hundred steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import sys
 import tempfile
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import lightning as L
+import torch
 
 from deeplens_lightning.callbacks import (
     ExtractSingleSample,
@@ -26,67 +31,82 @@ from deeplens_lightning.callbacks import (
 )
 from deeplens_lightning.cli import lightning_cli
 
-TEXTS = ["The capital of France is Paris.", "Returns a new tensor with the same data but of another shape."]
-MAKE: dict[str, Callable[[], L.Callback]] = {
-    "ExtractSingleSample": lambda: ExtractSingleSample(texts=TEXTS, every_n_steps=100),
-    "TopActivatingTokens": lambda: TopActivatingTokens(),
-    "LatentStatistics": lambda: LatentStatistics(),
-    "Throughput": lambda: Throughput(),
-}
+TEXT = "The capital of France is Paris, and the tensor has the shape (batch, d_in)."
 
 
-class _Seconds(FitSummary):
-    """The summary's clock, and nothing printed; what callbacks do at the end of training counts too."""
+class Clock:
+    """Seconds inside a callback's hooks, while training and at its end."""
 
-    seconds = 0.0
+    def __init__(self, callback: L.Callback) -> None:
+        self.training = self.end = 0.0
+        for hook in ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end"):
+            setattr(callback, hook, self._timed(getattr(callback, hook), at_end=hook == "on_train_end"))
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        self.seconds = self._seconds
+    def _timed(self, hook: Callable[..., Any], *, at_end: bool) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            begun = _now()
+            hook(*args, **kwargs)
+            if at_end:
+                self.end += _now() - begun
+            else:
+                self.training += _now() - begun
+
+        return run
+
+
+class _Loop(FitSummary):
+    """The summary's clock, with nothing printed."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pass
 
-
-def seconds_of(config: str, max_steps: int, callbacks: list[L.Callback]) -> float:
-    """Seconds in the training loop of one run."""
-    with tempfile.TemporaryDirectory() as root:
-        words = ["fit", "--config", config, "--trainer.logger", "false", "--trainer.default_root_dir", root]
-        words += ["--trainer.limit_val_batches", "0", "--trainer.max_steps", str(max_steps)]
-        words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"]
-        cli = lightning_cli(words, run=False)
-        clock = _Seconds()  # last, so that the others' end of training is inside
-        own = [c for c in cli.trainer.callbacks if not isinstance(c, _OURS)]
-        cli.trainer.callbacks = [*own, *callbacks, clock]
-        cli.trainer.fit(cli.model, cli.datamodule)
-        return clock.seconds
+    @property
+    def seconds(self) -> float:
+        return self._seconds
 
 
-_OURS = (FitSummary, Throughput, ExtractSingleSample, LatentStatistics, TopActivatingTokens)
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", default="configs/quickstart.yaml")
+    parser.add_argument("config", nargs="?", default="configs/quickstart.yaml")
     parser.add_argument("--max-steps", type=int, default=300)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--callbacks", nargs="+", choices=list(MAKE), default=list(MAKE))
-    parser.add_argument("--out", help="JSON file for the results")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     args = parser.parse_args(argv)
-    costs: dict[str, list[float]] = {name: [] for name in args.callbacks}
-    for number in range(args.rounds):
-        bare = seconds_of(args.config, args.max_steps, [])
-        for name in args.callbacks:
-            costs[name].append(seconds_of(args.config, args.max_steps, [MAKE[name]()]) / bare - 1)
-        print(f"round {number + 1}: without callbacks {bare:.1f} s", flush=True)
-    for name, values in costs.items():
-        each = ", ".join(f"{value:+.1%}" for value in values)
-        print(f"{name:22}{statistics.median(values):+.2%}   ({each})")
+    watched: list[L.Callback] = [
+        ExtractSingleSample(texts=[TEXT], every_n_steps=100),
+        TopActivatingTokens(),
+        LatentStatistics(),
+        Throughput(),
+    ]
+    clocks = {type(callback).__name__: Clock(callback) for callback in watched}
+    loop = _Loop()  # first, so that the end of training of the others is outside its time
+    with tempfile.TemporaryDirectory() as root:
+        sys.argv = sys.argv[:1]
+        words = ["--config", args.config, "--trainer.logger", "false", "--trainer.default_root_dir", root]
+        words += ["--trainer.limit_val_batches", "0", "--trainer.max_steps", str(args.max_steps)]
+        words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"]
+        cli = lightning_cli(words, run=False)
+        own = [c for c in cli.trainer.callbacks if not isinstance(c, FitSummary | Throughput)]
+        cli.trainer.callbacks = [loop, *own, *watched]
+        cli.trainer.fit(cli.model, cli.datamodule)
+    bare = loop.seconds - sum(clock.training for clock in clocks.values())
+    print(f"training loop without them: {bare:.2f} s for {cli.trainer.global_step} steps")
+    for name, clock in clocks.items():
+        print(
+            f"{name:22}{clock.training / bare:+8.2%}, at the end {clock.end:.2f} s ({clock.end / bare:.2%})"
+        )
     if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:  # noqa: PTH123
-            json.dump({"max_steps": args.max_steps, "costs": costs}, file, indent=1)
+        costs = {name: {"training": c.training, "end": c.end} for name, c in clocks.items()}
+        args.out.write_text(
+            json.dumps({"seconds": bare, "max_steps": args.max_steps, "costs": costs}, indent=1)
+        )
 
 
 if __name__ == "__main__":

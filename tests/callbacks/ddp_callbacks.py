@@ -1,4 +1,4 @@
-"""Two ranks, every callback: run by test_ranks.py as a script; Lightning starts it again for rank 1."""
+"""Two ranks, every callback: run by test_callbacks_on_ranks.py as a script; Lightning starts it again for rank 1."""
 
 import sys
 
