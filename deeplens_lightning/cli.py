@@ -76,6 +76,10 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
 
     from deeplens_lightning.callbacks.summary import FitSummary
     from deeplens_lightning.callbacks.throughput import Throughput
+    from deeplens_lightning.newest import with_newest
+
+    if any("newest:" in word for word in (sys.argv[1:] if words is None else words)):
+        words = with_newest(sys.argv[1:] if words is None else words)
 
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -192,6 +192,11 @@ class ActivationLoader:
         self.in_epoch, self.epoch_batches = state["in_epoch"], state["epoch_batches"]
         self.rows_dropped = state["rows_dropped"]
 
+    def row_age(self) -> float | None:
+        """Rows served between the computing of a row of the batch taken last and that batch, on average."""
+        age = getattr(self.stream, "row_age", None)
+        return age(self._position, self._skip) if age is not None else None
+
     def close(self) -> None:
         """End the thread, let go of the batches; the next `iter` goes on behind the last one trained on."""
         if self._live is not None:

@@ -75,12 +75,7 @@ class ActivationStream:
         epoch, window = position["epoch"], position.get("window", 0)
         buffers = self._allocated()
         self._rows = _RowArrivals(self, epoch, position.get("rows"), buffers)
-        shuffle = RotatingShuffle(
-            batch_size=self.batch_size,
-            capacity=self.buffer_rows,
-            first_window=self.batch_size * min(FIRST_WINDOW, self.buffer_rows // self.batch_size),
-            entropy=(self.seed, self.documents.rank, epoch, 0),
-        )
+        shuffle = self._shuffle(epoch)
         replayed = shuffle.rows_to_replay(window, skip) if window or skip else 0
         names = [point.name for point in self.model.hook_points]
         with tqdm(
@@ -142,6 +137,15 @@ class ActivationStream:
         rows = {"blocks": blocks, "batch": 0, "row": 0, "outliers": 0}
         return {"epoch": table[0][0]["epoch"], "window": 0, "rows": rows}, again
 
+    def row_age(self, position: dict[str, Any], step: int) -> float:
+        """Rows served between the computing of a row and its own batch: the mean over the batch `step` of a window.
+
+        Rows of a window arrive evenly while the one before it is served, and are served in random order.
+        """
+        window = position.get("window", 0)
+        before = self._shuffle(position["epoch"]).window_size(window - 1) if window else 0
+        return before / 2 + max(step - 0.5, 0.0) * self.batch_size
+
     @property
     def counts(self) -> dict[str, int]:
         """Counts of this epoch since the stream was entered: `documents`, `tokens`, `outliers`, `empty`."""
@@ -156,6 +160,14 @@ class ActivationStream:
     def close(self) -> None:
         """Let go of the buffer."""
         self._buffers, self._rows = [], None
+
+    def _shuffle(self, epoch: int) -> RotatingShuffle:
+        return RotatingShuffle(
+            batch_size=self.batch_size,
+            capacity=self.buffer_rows,
+            first_window=self.batch_size * min(FIRST_WINDOW, self.buffer_rows // self.batch_size),
+            entropy=(self.seed, self.documents.rank, epoch, 0),
+        )
 
     def _allocated(self) -> list[Tensor]:
         if not self._buffers:

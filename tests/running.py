@@ -47,8 +47,8 @@ def take(dm: ActivationDataModule, count: int) -> list[tuple[Any, Tensor]]:
     """The next batches, over epochs if need be, with their provenance; no Trainer."""
     found: list[tuple[Any, Tensor]] = []
     while len(found) < count:
-        for batch in islice(dm.train_dataloader(), count - len(found)):
-            found.append((batch, provenance(dm, batch)))
+        batches = islice(dm.train_dataloader(), count - len(found))
+        found.extend((batch, provenance(dm, batch)) for batch in batches)
     return found
 
 
@@ -88,7 +88,9 @@ class Recorder(L.Callback):
         kept = {k: v.clone() for k, v in batch.items()} if isinstance(batch, dict) else batch.clone()
         self.batches.append((kept, provenance(trainer.datamodule, batch)))
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.losses.append(float(outputs["loss"]))
 
 

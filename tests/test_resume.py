@@ -64,7 +64,9 @@ def _shuffled(folder: Path, lm: str) -> datasets.IterableDataset:
 
 def _tokens(folder: Path, lm: str) -> datasets.Dataset:
     tokenizer = AutoTokenizer.from_pretrained(lm)
-    return datasets.Dataset.from_dict({"text": [tokenizer(text)["input_ids"] for text in texts(LONG) if text]})
+    return datasets.Dataset.from_dict(
+        {"text": [tokenizer(text)["input_ids"] for text in texts(LONG) if text]}
+    )
 
 
 SOURCES: dict[str, Callable[[Path, str], Any]] = {

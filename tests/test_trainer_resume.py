@@ -71,7 +71,11 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer": {"max_epochs": 4},
         "data": SIZED,
     },
-    "at the end of a pass over the data": {"save": {"every_n_epochs": 1}, "trainer": {"max_epochs": 3}, "documents": 20},
+    "at the end of a pass over the data": {
+        "save": {"every_n_epochs": 1},
+        "trainer": {"max_epochs": 3},
+        "documents": 20,
+    },
     "after validation": {
         "save": {},
         "trainer": {"max_steps": 40, "val_check_interval": 6, "check_val_every_n_epoch": None},
@@ -222,7 +226,9 @@ def test_a_checkpoint_without_our_state_is_refused(tiny: Any, tmp_path: Path) ->
     first = Run(tmp_path, data(tiny("gpt2")), [], max_steps=5)
     first.trainer.save_checkpoint(tmp_path / "a.ckpt")
     dm = data(tiny("gpt2"))
-    renamed = Renamed(tiny("gpt2"), layer=1, dataset_name=texts(60), batch_size=16, buffer_size=96, seq_length=32)
+    renamed = Renamed(
+        tiny("gpt2"), layer=1, dataset_name=texts(60), batch_size=16, buffer_size=96, seq_length=32
+    )
     with pytest.raises(ValueError, match=r"holds no state of .*Renamed, so the data would begin anew"):
         trainer(tmp_path, max_steps=10).fit(sae(dm), renamed, ckpt_path=str(tmp_path / "a.ckpt"))
 

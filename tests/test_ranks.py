@@ -1,0 +1,155 @@
+"""One rank or many: who gets which document, how an epoch ends for all, and how many ranks go on."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from ranks import fit, launch
+from running import data, texts
+
+from deeplens_lightning.sources import open_source
+from deeplens_lightning.text import Documents
+
+FIELDS = {"val_fraction": 0.0, "tokenizer": None}
+
+
+def tokens(lengths: list[int], shards: int = 1) -> Any:
+    """Pretokenised documents, no two alike, of these lengths; in shards, one after another."""
+    rng = np.random.default_rng(0)
+    dataset = datasets.Dataset.from_dict({"text": [rng.integers(1, 600, n).tolist() for n in lengths]})
+    return dataset if shards == 1 else dataset.to_iterable_dataset(num_shards=shards)
+
+
+def served(results: list[dict[str, Any]]) -> list[Counter[tuple[int, int]]]:
+    """How often each rank was served each token, by document and position."""
+    return [Counter((int(r[0]), int(r[2])) for rows in one["rows"] for r in rows) for one in results]
+
+
+def again(results: list[dict[str, Any]]) -> int:
+    """The announced number of rows that are served again."""
+    (found,) = (
+        int(n) for one in results for m in one["messages"] for n in re.findall(r"(\d+) rows are served", m)
+    )
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_documents_are_dealt_completely_and_disjointly(ranks: int, shards: int) -> None:
+    whole = [text for text in texts(90) if text.strip()]
+    dataset: Any = datasets.Dataset.from_dict({"text": [list(text.encode()) for text in whole]})
+    if shards > 1:
+        dataset = dataset.to_iterable_dataset(num_shards=shards)
+    got = [
+        [
+            document.index
+            for document in Documents(
+                source=open_source(dataset),
+                tokenizer=None,
+                split="train",
+                val_fraction=0.0,
+                seed=1,
+                rank=rank,
+                ranks=ranks,
+            ).read(0)
+        ]
+        for rank in range(ranks)
+    ]
+    assert len(set().union(*got)) == sum(map(len, got)) == len(whole)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_serve_every_row_once_and_count_what_they_drop(ranks: int, tiny: Any, tmp_path: Path) -> None:
+    lengths = [5 + 7 * i % 60 for i in range(70)]
+    make = partial(data, tiny("gpt2"), tokens(lengths), normalize="zscore", **FIELDS)
+    results = launch(ranks, fit, tmp_path, make, None, None)
+    counts = served(results)
+    assert max(sum(counts, Counter()).values()) == 1, "no row twice, on any rank"
+    owners = [{document for document, _ in count} for count in counts]
+    assert sum(map(len, owners)) == len(set().union(*owners)), "no document on two ranks"
+    assert len({len(one["rows"]) for one in results}) == 1, "all end at the same step"
+    dropped = results[0]["dropped"]
+    assert sum(sum(count.values()) for count in counts) + dropped == sum(lengths)
+    assert all(one["dropped"] == dropped for one in results)
+    assert all(np.array_equal(one["scaling"], results[0]["scaling"]) for one in results)
+    assert results[0]["state"] == results[1]["state"], "every rank's state is in the checkpoint"
+    if dropped:
+        assert any(f"{dropped} rows of this epoch are dropped" in m for m in results[0]["messages"])
+
+
+def test_uneven_ranks_end_together(tiny: Any, tmp_path: Path) -> None:
+    lengths = [30] * 3 + [300] * 3  # two shards: one rank gets a tenth of what the other gets
+    make = partial(data, tiny("gpt2"), tokens(lengths, shards=2), **FIELDS)
+    results = launch(2, fit, tmp_path, make, None, None)
+    rows = [sum(len(rows) for rows in one["rows"]) for one in results]
+    assert sorted(rows) == [90, 96]  # six batches each, the last one of the poor rank short
+    assert [one["dropped"] for one in results] == [990 - sum(rows)] * 2
+    both = launch(2, partial(fit, max_epochs=3), tmp_path, make, None, None)
+    assert [one["dropped"] for one in both] == [3 * (990 - sum(rows))] * 2
+
+
+def test_a_rank_without_documents_is_told_so(tiny: Any, tmp_path: Path) -> None:
+    make = partial(data, tiny("gpt2"), tokens([40]), **FIELDS)
+    with pytest.raises(AssertionError, match="there are fewer documents than ranks"):
+        launch(2, fit, tmp_path, make, None, None)
+
+
+def test_two_ranks_go_on_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
+    make = partial(data, tiny("gpt2"), texts(60))
+    whole = launch(2, partial(fit, max_steps=40), tmp_path, make, None, None)
+    path = str(tmp_path / "a.ckpt")
+    launch(2, partial(fit, max_steps=13), tmp_path, make, None, path)
+    rest = launch(2, partial(fit, max_steps=40), tmp_path, make, path, None)
+    for one, other in zip(whole, rest, strict=True):
+        assert len(one["batches"]) == 13 + len(other["batches"])
+        assert all(np.array_equal(a, b) for a, b in zip(one["batches"][13:], other["batches"], strict=True))
+
+
+LENGTHS = {
+    "alike": ([40] * 40, 1),
+    "tenfold by rank": ([200] * 10 + [20] * 10, 2),
+    "tenfold by document": ([20, 200] * 12, 1),
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "lengths"),
+    [(2, 1, "alike"), (2, 1, "tenfold by rank"), (2, 1, "tenfold by document"), (1, 2, "alike"),
+     (1, 2, "tenfold by rank"), (1, 2, "tenfold by document"), (2, 3, "tenfold by document")],
+)  # fmt: skip
+def test_another_number_of_ranks_goes_on(
+    before: int, after: int, lengths: str, tiny: Any, tmp_path: Path
+) -> None:
+    counts, shards = LENGTHS[lengths]
+    make = partial(data, tiny("gpt2"), tokens(counts, shards), **FIELDS)
+    path = str(tmp_path / "a.ckpt")
+    first = served(launch(before, partial(fit, max_steps=11), tmp_path, make, None, path))
+    results = launch(after, fit, tmp_path, make, path, None)
+    rest = served(results)
+    announced, dropped = again(results), results[0]["dropped"]
+    one, two = sum(first, Counter()), sum(rest, Counter())
+    assert max(two.values()) == 1
+    assert one.total() + two.total() + dropped == sum(counts) + announced
+    assert len(one | two) >= sum(counts) - dropped, "no row is lost but those dropped"
+    if not dropped:
+        assert sum((one & two).values()) == announced
+
+
+def test_the_number_of_ranks_can_change_twice(tiny: Any, tmp_path: Path) -> None:
+    counts = [90] * 30
+    make = partial(data, tiny("gpt2"), tokens(counts), **FIELDS)
+    a, b = str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt")
+    one = served(launch(2, partial(fit, max_steps=20), tmp_path, make, None, a))
+    second = launch(1, partial(fit, max_steps=23), tmp_path, make, a, b)
+    third = launch(2, fit, tmp_path, make, b, None)
+    rows = sum(one, Counter()), sum(served(second), Counter()), sum(served(third), Counter())
+    twice = again(second) + again(third)
+    assert sum(count.total() for count in rows) + third[0]["dropped"] == sum(counts) + twice
+    assert len(rows[0] | rows[1] | rows[2]) >= sum(counts) - third[0]["dropped"]
