@@ -40,7 +40,8 @@ class LossRecovered(Callback):
     and tells the other ranks.
 
     Args:
-        rows: held-out rows to measure on, asked of the data module; the last segment is taken whole.
+        rows: held-out rows to measure on, asked of the data module; the last segment is taken whole. A few
+            hundred are too few: what ablation costs is then smaller than what texts differ by.
         batch_size: segments to a model batch.
         texts: measure on these instead, e.g. with cached shards, which hold no text.
         hf_model: default the data module's.
@@ -51,7 +52,7 @@ class LossRecovered(Callback):
 
     def __init__(
         self,
-        rows: int = 4096,
+        rows: int = 8192,
         batch_size: int = 8,
         *,
         texts: Sequence[str] = (),
