@@ -21,6 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 
 from deeplens_lightning.callbacks import (
     ExtractSingleSample,
@@ -91,9 +92,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.argv = sys.argv[:1]
         words = ["--config", args.config, "--trainer.logger", "false", "--trainer.default_root_dir", root]
         words += ["--trainer.limit_val_batches", "0", "--trainer.max_steps", str(args.max_steps)]
-        words += ["--trainer.enable_progress_bar", "false", "--trainer.enable_checkpointing", "false"]
+        words += ["--trainer.enable_progress_bar", "false"]
         cli = lightning_cli(words, run=False)
-        own = [c for c in cli.trainer.callbacks if not isinstance(c, FitSummary | Throughput)]
+        ours = (FitSummary, Checkpoint, *map(type, watched))
+        own = [c for c in cli.trainer.callbacks if not isinstance(c, ours)]
         cli.trainer.callbacks = [loop, *own, *watched]
         cli.trainer.fit(cli.model, cli.datamodule)
     bare = loop.seconds - sum(clock.training for clock in clocks.values())
