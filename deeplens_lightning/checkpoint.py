@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 STATE_VERSION = 1
 
 Table = list[tuple[dict[str, Any], int, int]]
@@ -56,6 +58,31 @@ def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str], unused: 
             + "\n  ".join(found)
             + "\nUse the same configuration, or give resume_anyway=True to go on at the same place of the new data"
         )
+
+
+def lost_in_accumulation(trainer: Trainer) -> str | None:
+    """What Lightning itself does not restore from a checkpoint inside gradient accumulation, as a sentence.
+
+    Args:
+        trainer: whose loops were restored and have not run.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    every = trainer.accumulate_grad_batches
+    inside = progress.current.processed % every
+    if not inside:
+        return None
+    if not progress.is_last_batch:
+        return (
+            f"this checkpoint was taken {inside} batch(es) into an accumulation of {every}: Lightning saves no "
+            "gradients, so theirs are lost. The data go on exactly; save where global_step changes to lose nothing"
+        )
+    if trainer.fit_loop.max_batches == float("inf"):
+        return (
+            f"this checkpoint was taken on the last batch of an epoch of unknown length, {inside} batch(es) into "
+            f"an accumulation of {every}: Lightning goes on counting from there, so accumulations of the next epoch "
+            "begin elsewhere. The data go on exactly; give max_tokens to make epochs of a known length"
+        )
+    return None
 
 
 def served_table(position: Mapping[str, Any]) -> Table:

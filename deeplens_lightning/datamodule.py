@@ -15,7 +15,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.cached import CachedActivations
-from deeplens_lightning.checkpoint import STATE_VERSION, check_fingerprint, check_version, served_table
+from deeplens_lightning.checkpoint import (
+    STATE_VERSION,
+    check_fingerprint,
+    check_version,
+    lost_in_accumulation,
+    served_table,
+)
 from deeplens_lightning.heldout import RowsLoader
 from deeplens_lightning.live import LiveActivations, Site, device_of
 from deeplens_lightning.loader import ActivationLoader, Batch, Provenance, finish, key_of
@@ -25,6 +31,7 @@ from deeplens_lightning.scaling import Normalize, Scaling, check_normalize, scal
 from deeplens_lightning.shards.order import Shuffle
 from deeplens_lightning.shards.remote import CACHE_BYTES
 from deeplens_lightning.statistics import Statistics
+from deeplens_lightning.write_through import WriteThroughStream
 
 CUDA_PREFETCH = 2
 T = TypeVar("T")
@@ -68,6 +75,8 @@ class ActivationDataModule(LightningDataModule):
         drop_first_n: leave out so many tokens at the start of every segment.
         shards: folders that `extract` wrote, bare `.pt` tensors as DeepLens saves them, globs, or fsspec URLs. Batches
             come from there; no model and no text are loaded, and what describes them is not used.
+        write_shards: folder or fsspec URL of a cache that the first epoch writes while it trains; later epochs, and
+            later runs with the same settings, read it.
         shuffle: of shards: `global`, `window` (for caches larger than memory), `none`, or `auto` by size.
         checksums: check every shard when it is first read.
         cache_dir: for copies of remote shards; default a temporary folder.
@@ -88,6 +97,7 @@ class ActivationDataModule(LightningDataModule):
         dataset_name: str | list[str] | datasets.Dataset | datasets.IterableDataset = "demo:docs",
         *,
         shards: str | list[str] | None = None,
+        write_shards: str | None = None,
         text_column: str = "text",
         dataset_split: str = "train",
         dataset_kwargs: dict[str, Any] | None = None,
@@ -165,6 +175,7 @@ class ActivationDataModule(LightningDataModule):
                 exclude_special_tokens=exclude_special_tokens,
                 prepend_bos=prepend_bos,
                 drop_first_n=drop_first_n,
+                write_shards=write_shards,
             )
         self._buffer_device, self._device, self._prefetch = buffer_device, device, prefetch
         self._dtype = None if dtype == "auto" else getattr(torch, dtype)
@@ -172,10 +183,14 @@ class ActivationDataModule(LightningDataModule):
         self._statistics: Statistics | None = None
         self._state: dict[str, Any] = {}
         self._train: ActivationLoader | None = None
-        self._heldout: tuple[dict[str, Tensor], Tensor] | None = None
         self._seen: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._statistics_loaded = False
         self._ready_at_start = self._ready_seen = 0
+
+    def __str__(self) -> str:
+        """What it was made for; Lightning's own would go through every loader."""
+        name = self.hf_model if isinstance(self.hf_model, str) else type(self.hf_model).__name__
+        return f"{type(self).__name__}(hf_model={name!r}, batch_size={self.batch_size})"
 
     # ---- what it serves
 
@@ -216,12 +231,12 @@ class ActivationDataModule(LightningDataModule):
     # ---- Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Download model and dataset, once a node."""
-        self.source.check()
+        """Find mistakes and download what is not on this node."""
+        self.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Load text, tokenizer and model, unless they are. Training begins at the beginning, or at a checkpoint."""
-        if self.source.model is None:
+        if not self.source.is_open:
             self._state = {}
             if self._statistics_loaded:
                 self._statistics, self._statistics_loaded = None, False
@@ -264,7 +279,7 @@ class ActivationDataModule(LightningDataModule):
         """The validation set; nothing where no document is held out."""
         if not self.source.val_fraction or not self.val_rows:
             return []
-        return RowsLoader(self._heldout_rows, self.batch_size, self._finish, self._remember)
+        return RowsLoader(self.source.heldout_rows, self.batch_size, self._finish, self._remember)
 
     def test_dataloader(self) -> RowsLoader | list[Any]:
         """The validation set again: nothing else is held out."""
@@ -291,7 +306,9 @@ class ActivationDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands after the last batch trained on, and what it is a stream of."""
         position = self._train.position() if self._train is not None else None
-        if self.source.model is None or (position is None and self._state):
+        if self._train is not None and isinstance(self._train.stream, WriteThroughStream):
+            self._train.stream.sync()
+        if not self.source.is_open or (position is None and self._state):
             return self._state
         statistics = self._statistics
         return {
@@ -337,6 +354,8 @@ class ActivationDataModule(LightningDataModule):
         position = self._state["position"]
         if position is None:
             return
+        if self.trainer is not None and (lost := lost_in_accumulation(self.trainer)):
+            rank_zero_warn(lost)
         table = served_table(position)
         if len(table) == site.ranks:
             where, step, _ = table[site.rank]
@@ -384,11 +403,6 @@ class ActivationDataModule(LightningDataModule):
             "max_norm_ratio": str(self._max_norm_ratio),
         }
 
-    def _heldout_rows(self) -> tuple[dict[str, Tensor], Tensor]:
-        if self._heldout is None:
-            self._heldout = self.source.heldout_rows()
-        return self._heldout
-
     def _finish(self, rows: dict[str, Tensor]) -> Batch:
         return finish(rows, self._measured().scalings, self._dtype)
 
@@ -425,7 +439,7 @@ class ActivationDataModule(LightningDataModule):
         if self._train is not None:
             self._train.close()
             self._train.stream.close()
-        self._train, self._heldout = None, None
+        self._train = None
         self.source.close()
 
 

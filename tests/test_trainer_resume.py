@@ -16,7 +16,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from running import Recorder, assert_same, data, sae, texts, trainer
 
+from deeplens_lightning.callbacks import Preemption
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.newest import newest_checkpoint
 
 SIZED = {"max_tokens": 12 * 16}
 EVERY = {"save_top_k": -1, "filename": "{epoch}-{step}", "enable_version_counter": True}
@@ -240,3 +242,62 @@ def test_checkpoints_load_safely_and_grow_by_little(tiny: Any, tmp_path: Path) -
     ours = whole["ActivationDataModule"]
     torch.save(ours, tmp_path / "ours.pt")
     assert (tmp_path / "ours.pt").stat().st_size < 20_000
+
+
+def test_gradients_lost_inside_an_accumulation_are_said(tiny: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_steps": 8}
+    whole = Run(tmp_path, data(tiny("gpt2")), [], **options)
+    stop = [At(7, _fail), OnExceptionCheckpoint(tmp_path)]
+    Run(tmp_path, data(tiny("gpt2")), stop, raises=RuntimeError, **options)
+    path = tmp_path / "on_exception.ckpt"
+    with pytest.warns(
+        UserWarning, match=r"1 batch\(es\) into an accumulation of 3: Lightning saves no gradients"
+    ):
+        again = Run(tmp_path, data(tiny("gpt2")), [], str(path), **options)
+    assert_goes_on(again, whole, 7, weights=False)
+
+
+def test_accumulation_shifted_by_an_epoch_of_unknown_length_is_said(tiny: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": 4, "max_epochs": 2}
+    keep = ModelCheckpoint(tmp_path / "kept", every_n_epochs=1, **EVERY)
+    whole = Run(tmp_path, data(tiny("gpt2"), texts(14)), [keep], **options)
+    path = min((tmp_path / "kept").glob("*.ckpt"), key=processed)
+    assert processed(path) % 4, "the epoch must end inside an accumulation"
+    with pytest.warns(UserWarning, match="on the last batch of an epoch of unknown length"):
+        again = Run(tmp_path, data(tiny("gpt2"), texts(14)), [], str(path), **options)
+    assert_goes_on(again, whole, processed(path), weights=False)
+
+
+def test_a_preempted_run_saves_at_the_end_of_its_batch_and_goes_on(tiny: Any, tmp_path: Path) -> None:
+    whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=30)
+    before = signal.getsignal(signal.SIGTERM)
+    stop = At(11, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_before_optimizer_step")
+    Run(tmp_path, data(tiny("gpt2")), [stop, Preemption()], raises=SIGTERMException, max_steps=30)
+    assert signal.getsignal(signal.SIGTERM) is before
+    path = newest_checkpoint(tmp_path)
+    assert path == tmp_path / Preemption.FILE
+    assert processed(path) == 12, "the batch was finished first"
+    again = Run(tmp_path, data(tiny("gpt2")), [Preemption()], str(path), max_steps=30)
+    assert_goes_on(again, whole, 12)
+
+
+def test_slurm_requeues_through_lightning_at_the_end_of_the_batch(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/requeued\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    given = {"JOB_ID": "77", "JOB_NAME": "sae", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    whole = Run(tmp_path / "whole", data(tiny("gpt2")), [], max_steps=20)
+    warn = At(8, lambda: os.kill(os.getpid(), signal.SIGUSR1), "on_before_optimizer_step")
+    kill = At(10, _fail)  # SLURM ends the job a little later
+    Run(tmp_path, data(tiny("gpt2")), [warn, kill, Preemption()], raises=RuntimeError, max_steps=20)
+    assert (tmp_path / "requeued").read_text() == "requeue 77\n"
+    saved = tmp_path / "hpc_ckpt_1.ckpt"
+    assert processed(saved) == 9, "the batch was finished first"
+    again = Run(tmp_path, data(tiny("gpt2")), [Preemption()], max_steps=20)  # Lightning finds it by itself
+    assert_goes_on(again, whole, 9)

@@ -88,7 +88,7 @@ class Preemption(Checkpoint):
 
 def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
     """The signal on which Lightning requeues a SLURM job, if it does."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
+    environment = trainer._accelerator_connector.cluster_environment  # a strategy on one device has none
     if not getattr(environment, "auto_requeue", False):
         return None
     return getattr(environment, "requeue_signal", None) or signal.SIGUSR1
