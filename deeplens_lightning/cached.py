@@ -7,7 +7,7 @@ and no text are loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning.live import Site
-from deeplens_lightning.packing import Blocks
 from deeplens_lightning.scaling import Moments, Normalize, Scaling
 from deeplens_lightning.shards.catalog import Catalog, open_catalog
 from deeplens_lightning.shards.format import DTYPES
@@ -65,6 +64,7 @@ class CachedActivations:
     model: None = field(init=False, default=None)
     tokenizer: None = field(init=False, default=None)
     site: Site | None = field(init=False, default=None)
+    validation: tuple[dict[str, Tensor], Tensor] | None = field(init=False, default=None)
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -79,6 +79,10 @@ class CachedActivations:
     def widths(self) -> dict[str, int]:
         """d_in by hook point."""
         return {name: rows.d_in for name, rows in chosen_hook_points(self.catalog, self.only).items()}
+
+    def prepare(self) -> None:
+        """Find mistakes; there is nothing to download."""
+        self.check()
 
     def check(self) -> None:
         """Find what is wrong without reading a shard.
@@ -128,7 +132,12 @@ class CachedActivations:
         )
 
     def heldout_rows(self) -> tuple[dict[str, Tensor], Tensor]:
-        """This rank's validation rows: raw `(n, d_in)` by hook point, and provenance `(n, 4)`."""
+        """This rank's validation rows: raw `(n, d_in)` by hook point, and provenance `(n, 4)`; read once."""
+        if self.validation is None:
+            self.validation = self._read_validation()
+        return self.validation
+
+    def _read_validation(self) -> tuple[dict[str, Tensor], Tensor]:
         site = self._opened()
         points = chosen_hook_points(self.catalog, self.only)
         rows = {name: torch.empty(0, kind.d_in, dtype=DTYPES[kind.dtype]) for name, kind in points.items()}
@@ -142,10 +151,8 @@ class CachedActivations:
         rows = {name: torch.cat([batch.rows[name] for batch in batches]) for name in points}
         return rows, torch.cat([batch.provenance for batch in batches])
 
-    def heldout_blocks(self, rows: int) -> Iterator[Blocks]:
-        """Nothing: shards hold rows, not text."""
-        del rows
-        return iter(())
+    def heldout_blocks(self, rows: int) -> None:
+        """None: shards hold rows, not text."""
 
     def fingerprint(self) -> dict[str, str]:
         """What must not change when a run goes on."""
@@ -160,8 +167,14 @@ class CachedActivations:
             "seed": str(self.seed),
         }
 
+    @property
+    def is_open(self) -> bool:
+        """Whether `open` was called, and `close` not since."""
+        return self.site is not None
+
     def close(self) -> None:
-        """Nothing to let go of: streams close themselves."""
+        """Let go of the validation rows; streams close themselves."""
+        self.site = self.validation = None
 
     def _heldout_count(self) -> int:
         shards = self.catalog.shards

@@ -20,6 +20,7 @@ OWN_COMMANDS = {
     "inspect": "hook points of a model, their d_in, and what a choice of them loads",
     "bench": "how close this machine's stream is to the bare model",
     "extract": "write activations to shards",
+    "verify": "read every byte of a cache and say what is wrong with it",
     "report": "one HTML page about a finished run",
 }
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -121,9 +122,9 @@ def _refuse_d_in(words: Sequence[str]) -> None:
             else ""
         )
         if path and Path(path).is_file():
-            for key in ("model.init_args.d_in", "model.d_in"):
-                if OmegaConf.select(OmegaConf.load(path), key) is not None:
-                    given.append(f"{key} in {path}")
+            settings = OmegaConf.load(path)
+            keys = ("model.init_args.d_in", "model.d_in")
+            given.extend(f"{key} in {path}" for key in keys if OmegaConf.select(settings, key) is not None)
     if given:
         raise ValueError(f"{given[0]}: d_in is taken from the data, so leave it out of the model's settings")
 
@@ -139,7 +140,7 @@ def _own(command: str, words: list[str]) -> None:
         prog=f"deeplens-lightning {command}", description=OWN_COMMANDS[command], parser_mode="omegaconf+"
     )
     parser.add_argument("--config", action="config", help="YAML with any of these")
-    parser.add_function_arguments(run, as_positional=command in ("inspect", "report"))
+    parser.add_function_arguments(run, as_positional=command in ("inspect", "report", "verify"))
     if command in ("bench", "extract"):
         parser.set_defaults({"data": "deeplens_lightning.ActivationDataModule"})
     settings = parser.parse_args(words)
@@ -151,7 +152,10 @@ def _own(command: str, words: list[str]) -> None:
 def _mistakes() -> tuple[type[Exception], ...]:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    return (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, MisconfigurationException)
+    from deeplens_lightning.shards.errors import DiskFullError
+
+    missing = (FileNotFoundError, FileExistsError, ModuleNotFoundError)
+    return (ValueError, *missing, DiskFullError, MisconfigurationException)
 
 
 def _sentence(error: Exception) -> str:

@@ -102,3 +102,20 @@ def extract(
     )
     if estimate is not None:
         print(estimate)
+
+
+def verify(shards: str) -> None:
+    """Compare every shard with its checksum.
+
+    Args:
+        shards: folder, file, glob or fsspec URL.
+
+    Raises:
+        ValueError: something is damaged or missing; each is named, with what to do.
+    """
+    from deeplens_lightning.shards import verify as read_all
+
+    found = read_all(shards)
+    if found.problems:
+        raise ValueError("\n  ".join([f"{len(found.problems)} problem(s) in {shards}:", *found.problems]))
+    print(f"{shards}: {found.shards} shard(s), {found.rows:,} rows, {found.nbytes:,} bytes, all as written")

@@ -224,8 +224,11 @@ class ActivationDataModule(LightningDataModule):
         table = self._seen.get(key_of(batch))
         return Provenance(*table.unbind(1)) if table is not None else None
 
-    def heldout_blocks(self, rows: int) -> Iterator[Blocks]:
-        """Held-out text as the model sees it: chunks of blocks with at least so many rows, if there are."""
+    def heldout_blocks(self, rows: int) -> Iterator[Blocks] | None:
+        """Held-out text as the model sees it: chunks of blocks with at least so many rows, if there are.
+
+        None with shards, which hold no text.
+        """
         return self.source.heldout_blocks(rows)
 
     # ---- Lightning's hooks

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from deeplens_lightning.collective import gather
 from deeplens_lightning.model import FrozenModel
 from deeplens_lightning.packing import Blocks, Packing, TokenizedDocument, model_batches
+from deeplens_lightning.served import PROVENANCE
 from deeplens_lightning.stream import run_model
 from deeplens_lightning.text import Documents
 
@@ -58,7 +60,7 @@ class Heldout:
     def compute(
         self, model: FrozenModel, size: int, *, rank: int, ranks: int, progress: bool
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Run the model over this rank's share, every `ranks`-th model batch.
+        """Run the model over this rank's share: every `ranks`-th block of each model batch.
 
         Args:
             model: see `ActivationStream`.
@@ -69,11 +71,14 @@ class Heldout:
 
         Returns:
             Raw rows `(n, d_in)` by hook point and provenance `(n, 4)`, on the CPU; over all ranks at most
-            `rows` of them.
+            `rows` of them, rounded up to a multiple of the ranks.
         """
-        parts: dict[str, list[Tensor]] = {point.name: [] for point in model.hook_points}
-        provenance: list[Tensor] = []
-        left, number = self.rows, 0
+        parts = {
+            point.name: [torch.empty(0, point.d_in, dtype=model.dtypes[point.name])]
+            for point in model.hook_points
+        }
+        provenance = [torch.empty(0, len(PROVENANCE), dtype=torch.int64)]
+        left = self.rows
         bar = tqdm(
             total=self.rows,
             desc="held-out rows",
@@ -85,20 +90,17 @@ class Heldout:
         with bar:
             for blocks in self.blocks():
                 for index in model_batches(blocks, size, model.isolation):
-                    batch = blocks.select(index)
-                    count = min(left, int(batch.keep.sum()))
-                    bar.update(count)
-                    if count and number % ranks == rank:
-                        out, wanted, source = run_model(model, batch)
+                    everyone, mine = int(blocks.keep[index].sum()), blocks.select(index[rank::ranks])
+                    if len(mine):
+                        out, wanted, source = run_model(model, mine)
+                        share = -(-left // ranks)
                         for name, x in out.items():
-                            parts[name].append(x.index_select(0, wanted[:count].to(x.device)).cpu())
-                        provenance.append(source[:count])
-                    left, number = left - count, number + 1
-        if not provenance:
-            widths = {point.name: (point.d_in, model.dtypes[point.name]) for point in model.hook_points}
-            return {name: torch.empty(0, d, dtype=t) for name, (d, t) in widths.items()}, torch.empty(
-                0, 4, dtype=torch.int64
-            )
+                            parts[name].append(x.index_select(0, wanted[:share].to(x.device)).cpu())
+                        provenance.append(source[:share])
+                    bar.update(min(left, everyone))
+                    left -= everyone
+                    if left <= 0:
+                        break
         return {name: torch.cat(tensors) for name, tensors in parts.items()}, torch.cat(provenance)
 
 
@@ -124,13 +126,19 @@ class RowsLoader:
 
     def __len__(self) -> int:
         if self._length is None:  # after an exception Lightning asks again, when the rows are gone
-            self._length = -(-len(self._rows()[1]) // self._batch_size)
+            self._length = max(gather(-(-len(self._rows()[1]) // self._batch_size)))
         return self._length
 
     def __iter__(self) -> Iterator[Tensor | dict[str, Tensor]]:
+        length = len(self)  # the same on all ranks: some strategies talk at every batch
         rows, provenance = self._rows()
-        for first in range(0, len(provenance), self._batch_size):
-            part = slice(first, first + self._batch_size)
+        size = (
+            self._batch_size
+            if len(provenance) > (length - 1) * self._batch_size
+            else -(-len(provenance) // max(1, length))
+        )
+        for number in range(length):
+            part = slice(number * size, (number + 1) * size)
             batch = self._finish({name: x[part] for name, x in rows.items()})
             self._seen(batch, provenance[part])
             yield batch

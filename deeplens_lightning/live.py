@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -20,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deeplens_lightning.extraction import Extraction
 from deeplens_lightning.heldout import Heldout
 from deeplens_lightning.hook_points import HookPoint, resolve
-from deeplens_lightning.loading import load_config, load_tokenizer, max_positions
+from deeplens_lightning.loading import load_config, load_tokenizer, locate, max_positions
 from deeplens_lightning.model import FrozenModel, Isolation
 from deeplens_lightning.packing import Blocks, Packing
 from deeplens_lightning.scaling import Normalize, Scaling
@@ -28,6 +29,7 @@ from deeplens_lightning.sources import Source, open_source
 from deeplens_lightning.statistics import Statistics, measure
 from deeplens_lightning.stream import GROUPED, ActivationStream
 from deeplens_lightning.text import Documents, Split, special_affixes
+from deeplens_lightning.write_through import WriteThroughStream
 
 MAX_BUFFER_ROWS = 262_144
 MAX_BUFFER_BYTES = 10**9
@@ -78,12 +80,14 @@ class LiveActivations:
     exclude_special_tokens: bool
     prepend_bos: bool | None
     drop_first_n: int
+    write_shards: str | None = None
 
     site: Site | None = field(init=False, default=None)
     model: FrozenModel | None = field(init=False, default=None)
     source: Source | None = field(init=False, default=None)
     tokenizer: PreTrainedTokenizerBase | None = field(init=False, default=None)
     packing: Packing | None = field(init=False, default=None)
+    validation: tuple[dict[str, Tensor], Tensor] | None = field(init=False, default=None)
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -104,11 +108,15 @@ class LiveActivations:
         """d_in by hook point."""
         return {point.name: point.d_in for point in self.hook_points}
 
+    @property
+    def is_open(self) -> bool:
+        """Whether `open` was called, and `close` not since."""
+        return self.model is not None
+
     def prepare(self) -> None:
-        """Download what is not on this node."""
+        """Find mistakes, and download a model of the hub to this node's cache."""
         self.check()
-        self._open_text()
-        if isinstance(self.hf_model, str):
+        if isinstance(self.hf_model, str) and not Path(locate(self.hf_model, self.model_kwargs)[0]).exists():
             FrozenModel.load(
                 self.hf_model, self.hook_points, device="cpu", model_kwargs=self.model_kwargs
             ).close()
@@ -155,10 +163,12 @@ class LiveActivations:
             alone=self.model.isolation in ("padded", "equal"),
         )
 
-    def stream(self, batch_size: int, statistics: Statistics, buffer_rows: int | None) -> ActivationStream:
+    def stream(
+        self, batch_size: int, statistics: Statistics, buffer_rows: int | None
+    ) -> ActivationStream | WriteThroughStream:
         """This rank's training batches."""
         site, model, packing = self._opened()
-        return ActivationStream(
+        live = ActivationStream(
             model=model,
             documents=self._documents("train"),
             packing=packing,
@@ -170,6 +180,20 @@ class LiveActivations:
             pool=self.shuffle_blocks,
             max_norms=statistics.max_norms,
             show_progress=site.progress,
+        )
+        if self.write_shards is None:
+            return live
+        written = {
+            "val_fraction": self.val_fraction,
+            "val_rows": self.val_rows,
+            "max_norms": dict(statistics.max_norms),
+        }
+        return WriteThroughStream(
+            live=live,
+            folder=self.write_shards,
+            manifest=self.extraction(None, written).manifest(),
+            heldout=self.heldout_rows,
+            val_fraction=self.val_fraction,
         )
 
     def measure(self, normalize: Normalize, max_norm_ratio: float | None) -> Statistics:
@@ -188,7 +212,7 @@ class LiveActivations:
             progress=site.progress,
         )
 
-    def extraction(self, max_rows: int | None) -> Extraction:
+    def extraction(self, max_rows: int | None, config: Mapping[str, Any] | None = None) -> Extraction:
         """This rank's rows in the order of the documents, held out or not, for a cache."""
         _, model, packing = self._opened()
         return Extraction(
@@ -196,16 +220,18 @@ class LiveActivations:
             documents=replace(self._documents("train"), val_fraction=0.0),
             packing=packing,
             inference_batch_size=self.inference_batch_size,
-            config={"seed": self.seed},
+            config={"seed": self.seed, **(config or {})},
             max_rows=max_rows,
         )
 
     def heldout_rows(self) -> tuple[dict[str, Tensor], Tensor]:
-        """This rank's share of the validation set, see `Heldout.compute`."""
+        """This rank's share of the validation set, see `Heldout.compute`; computed once."""
         site, model, _ = self._opened()
-        return self._heldout(self.val_rows).compute(
-            model, self.inference_batch_size, rank=site.rank, ranks=site.ranks, progress=site.progress
-        )
+        if self.validation is None:
+            self.validation = self._heldout(self.val_rows).compute(
+                model, self.inference_batch_size, rank=site.rank, ranks=site.ranks, progress=site.progress
+            )
+        return self.validation
 
     def heldout_blocks(self, rows: int) -> Iterator[Blocks]:
         """Chunks of blocks with at least so many held-out rows, if there are."""
@@ -252,7 +278,7 @@ class LiveActivations:
         """Let go of the model and the text."""
         if self.model is not None:
             self.model.close()
-        self.model = self.source = self.packing = None
+        self.model = self.source = self.packing = self.validation = None
 
     def _open_text(self) -> None:
         if self.source is None:

@@ -252,7 +252,9 @@ def _of_hub(name: str, text_column: str, split: str, kwargs: dict[str, Any]) -> 
             missing = error
             continue
         revision = str(dataset.info.version or "")
-        return _of_dataset(dataset, text_column, {"dataset": name, "split": split, "dataset version": revision})
+        return _of_dataset(
+            dataset, text_column, {"dataset": name, "split": split, "dataset version": revision}
+        )
     raise _no_dataset(name, missing) from missing
 
 
@@ -302,7 +304,7 @@ def _local_files(name: str) -> list[str]:
             )
         return [str(path)]
     found = (
-        path.rglob("*") if path.is_dir() else (Path(match) for match in glob.glob(str(path), recursive=True))
+        path.rglob("*") if path.is_dir() else (Path(match) for match in glob.iglob(str(path), recursive=True))
     )
     return sorted(str(match) for match in found if match.is_file() and _format(str(match)) is not None)
 

@@ -9,7 +9,7 @@ began at a document.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -47,6 +47,8 @@ class ActivationStream:
         pool: whether blocks are shuffled before the model.
         max_norms: rows with a larger norm at a hook point of this name are dropped.
         show_progress: a bar while rows are computed again.
+        on_rows: called with the rows of every model batch by hook point, their provenance, and the number of the
+            first of them in the epoch; at the end with None.
     """
 
     model: FrozenModel
@@ -60,6 +62,7 @@ class ActivationStream:
     pool: bool = True
     max_norms: Mapping[str, float] = field(default_factory=dict)
     show_progress: bool = True
+    on_rows: Callable[[Mapping[str, Tensor] | None, Tensor, int], None] | None = None
     _buffers: list[Tensor] = field(init=False, default_factory=list)
     _rows: _RowArrivals | None = field(init=False, default=None)
 
@@ -134,7 +137,7 @@ class ActivationStream:
             "skip": 0,
             "since": 0,
         }
-        rows = {"blocks": blocks, "batch": 0, "row": 0, "outliers": 0}
+        rows = {"blocks": blocks, "batch": 0, "row": 0, "outliers": 0, "made": 0}
         return {"epoch": table[0][0]["epoch"], "window": 0, "rows": rows}, again
 
     def row_age(self, position: dict[str, Any], step: int) -> float:
@@ -156,6 +159,11 @@ class ActivationStream:
             "outliers": rows.outliers if rows else 0,
             "empty": self.documents.empty,
         }
+
+    def drain(self) -> None:
+        """Run what is left of the epoch for `on_rows` alone."""
+        if self._rows is not None:
+            self._rows.drain()
 
     def close(self) -> None:
         """Let go of the buffer."""
@@ -273,6 +281,7 @@ class _RowArrivals:
             "batch": 0,
             "row": 0,
             "outliers": 0,
+            "made": 0,
         }
         self.stream, self.buffers = stream, buffers
         pooled = at["blocks"]
@@ -281,6 +290,7 @@ class _RowArrivals:
         self.tokens = 0
         self.outliers: int = at["outliers"]
         self.outliers_here = 0
+        self.made: int = at["made"]
         self.since = pooled["since"]
         self.here: dict[str, Any] = pooled
         self.work: list[Blocks] = []
@@ -303,6 +313,7 @@ class _RowArrivals:
             "batch": max(self.batch, 0),
             "row": self.row,
             "outliers": self.outliers - self.outliers_here,
+            "made": self.made - len(self.wanted),
         }
 
     def fill(self, slots: Tensor) -> int:
@@ -326,7 +337,11 @@ class _RowArrivals:
 
     def _advance(self) -> bool:
         """Run the next model batch, if there is one."""
-        return self._run() or (self._load() and self._run())
+        if self._run() or (self._load() and self._run()):
+            return True
+        if self.stream.on_rows is not None:
+            self.stream.on_rows(None, self.provenance[:0], self.made)
+        return False
 
     def _load(self) -> bool:
         """Take the next blocks from the pool and sort them into model batches."""
@@ -354,7 +369,16 @@ class _RowArrivals:
             self.outliers_here = int(len(fine) - fine.sum())
             self.outliers += self.outliers_here
             self.wanted, self.provenance = self.wanted[fine], self.provenance[fine]
+        if self.stream.on_rows is not None:
+            rows = {name: x.index_select(0, self.wanted.to(x.device)) for name, x in self.out.items()}
+            self.stream.on_rows(rows, self.provenance, self.made)
+        self.made += len(self.wanted)
         return True
+
+    def drain(self) -> None:
+        """Run the rest of the epoch."""
+        while self._advance():
+            pass
 
     def _within_norms(self) -> Tensor:
         fine = torch.ones(len(self.wanted), dtype=torch.bool)

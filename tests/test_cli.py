@@ -96,18 +96,25 @@ def test_extract_then_train_without_a_model(
     data = [word for word in data if "max_tokens" not in word]
     main(["extract", *data, f"--out={out}"])
     assert json.loads((out / "manifest.json").read_text())["hook_points"]
+    main(["verify", str(out)])
     main(
         [
             "fit",
             "--config",
-            str(ROOT / "configs" / "quickstart.yaml"),
+            str(ROOT / "configs" / "cached.yaml"),
             *small[4:],
             f"--data.shards={out}",
             "--data.hf_model=/nowhere",
         ]
     )
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="hook_points|hook points"):
         main(["extract", *data, "--data.layer=0", f"--out={out}"])
+    shard = next(out.glob("*.pt"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-100] ^= 1
+    shard.write_bytes(damaged)
+    with pytest.raises(SystemExit, match="1 problem"):
+        main(["verify", str(out)])
 
 
 def test_extract_plan_writes_nothing(

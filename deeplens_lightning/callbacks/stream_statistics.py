@@ -15,7 +15,7 @@ from deeplens_lightning.loader import ActivationLoader
 
 
 class StreamStatistics(Callback):
-    """Logs, each time Lightning logs (`log_every_n_steps`), for rank 0:
+    """Logs what the stream does, each time Lightning logs (`log_every_n_steps`), for rank 0.
 
     - `stream/rows`: rows trained on so far, over all ranks; it goes on after a checkpoint.
     - `stream/documents`, `stream/tokens`: read in this epoch since the stream was entered. A token that is in no row

@@ -7,12 +7,14 @@ Out: a self-contained dictionary: `encode`, `decode` and `forward` take and give
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deeplens_lightning.sae import forward as passes
 from deeplens_lightning.sae import initialize
@@ -26,6 +28,7 @@ from deeplens_lightning.sae.schedule import Optimization, default_lr
 from deeplens_lightning.sae.screen import check_checkpoint, raise_if_counted, screen
 from deeplens_lightning.sae.side import Batch, Scalings, Side, choose_hooks
 from deeplens_lightning.sae.training import DictionaryTraining
+from deeplens_lightning.splicing import spliced
 
 DEAD_AFTER_TOKENS = 10_000_000  # Gao et al. 2024
 AUX_CANDIDATES = 8  # times aux_k
@@ -336,6 +339,22 @@ class SparseAutoencoder(DictionaryTraining):
         """Refuse a checkpoint of another architecture or size, in one sentence."""
         check_checkpoint(dict(self.hparams), checkpoint.get("hyper_parameters", {}))
         self.trained_on = dict(checkpoint.get("trained_on", {}))
+
+    def spliced(self, model: PreTrainedModel, hook: str) -> AbstractContextManager[PreTrainedModel]:
+        """Run `model` with what the SAE makes of it at a hook point in its place: `with sae.spliced(model, name):`.
+
+        Args:
+            model: a whole Hugging Face model.
+            hook: canonical name, TransformerLens name or module path.
+
+        Raises:
+            ValueError: it does not write what it reads (a transcoder, a crosscoder).
+        """
+        if self.is_transcoder or len(self.read.hooks) > 1:
+            raise ValueError(
+                "only an autoencoder of one hook point can take its place; splice what you need with spliced()"
+            )
+        return spliced(model, hook, self)
 
     # ---- other libraries
 

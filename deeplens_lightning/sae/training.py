@@ -115,7 +115,10 @@ class DictionaryTraining(LightningModule):
         for name, metrics in self._held_out.items():
             for metric, value in metrics.compute().items():
                 self.log(
-                    _key(stage, metric, name), value.float().cpu(), prog_bar=not name and metric == "fvu"
+                    _key(stage, metric, name),
+                    value.float().cpu(),
+                    prog_bar=not name and metric == "fvu",
+                    sync_dist=True,  # equal on all ranks already; Lightning warns where this is not said
                 )
 
     def on_test_epoch_start(self) -> None:
@@ -144,7 +147,8 @@ class DictionaryTraining(LightningModule):
         for sae in self.dictionaries.values():
             if served is not None and sae.hparams["d_in"] != served:
                 raise ValueError(
-                    f"the data serves d_in={served}, but the SAE was built for {sae.hparams['d_in']}"
+                    f"the data serves d_in={served}, but the SAE was built for {sae.hparams['d_in']}: "
+                    f"give d_in={served}"
                 )
             sae.prepare(getattr(data, "scaling", None))
 
