@@ -304,7 +304,7 @@ def _local_files(name: str) -> list[str]:
             )
         return [str(path)]
     found = (
-        path.rglob("*") if path.is_dir() else (Path(match) for match in glob.iglob(str(path), recursive=True))
+        path.rglob("*") if path.is_dir() else (Path(match) for match in glob.glob(str(path), recursive=True))
     )
     return sorted(str(match) for match in found if match.is_file() and _format(str(match)) is not None)
 

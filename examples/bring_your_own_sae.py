@@ -1,6 +1,6 @@
 """A sparse autoencoder of your own: any LightningModule trains on the data module's batches.
 
-    python examples/bring_your_own_sae.py
+python examples/bring_your_own_sae.py
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class MySAE(L.LightningModule):
 
 
 def main(steps: int = 200) -> float:
-    dm = ActivationDataModule("demo:lm", layer=3, hook="mlp_out", dataset_name="demo:docs", normalize="standardize")
+    dm = ActivationDataModule(
+        "demo:lm", layer=3, hook="mlp_out", dataset_name="demo:docs", normalize="standardize"
+    )
     trainer = L.Trainer(max_steps=steps, val_check_interval=steps, logger=False, enable_checkpointing=False)
     trainer.fit(MySAE(dm.d_in, 8 * dm.d_in), dm)  # type: ignore[operator,arg-type]
     return float(trainer.callback_metrics["val/fvu"])

@@ -107,7 +107,7 @@ def test_extract_then_train_without_a_model(
             "--data.hf_model=/nowhere",
         ]
     )
-    with pytest.raises(SystemExit, match="hook_points|hook points"):
+    with pytest.raises(SystemExit, match=r"hook_points|hook points"):
         main(["extract", *data, "--data.layer=0", f"--out={out}"])
     shard = next(out.glob("*.pt"))
     damaged = bytearray(shard.read_bytes())
