@@ -93,6 +93,9 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
             )
             parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
 
+        def _parse_ckpt_path(self) -> None:
+            """Take no settings out of `--ckpt_path`: an SAE refuses a checkpoint of other settings by itself."""
+
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     return Command(
         LightningModule,

@@ -47,9 +47,12 @@ def start(folder: Path, lm: str, ranks: int) -> list[subprocess.Popen[bytes]]:
 
 
 def finish(folder: Path, processes: list[subprocess.Popen[bytes]]) -> None:
-    for process in processes:
-        code = process.wait(timeout=400)
-        assert code == 0, (folder / "log-0.txt").read_text()[-3000:]
+    codes = [process.wait(timeout=400) for process in processes]
+    assert not any(codes), logs(folder)
+
+
+def logs(folder: Path) -> str:
+    return "\n\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log-*.txt")))
 
 
 def lines(folder: Path, rank: int = 0) -> list[dict[str, float]]:
@@ -66,9 +69,7 @@ def kill_at_random(folder: Path, lm: str, ranks: int, kills: int) -> None:
         before, more = len(lines(folder)), rng.randrange(1, 22)
         processes = start(folder, lm, ranks)
         while len(lines(folder)) < before + more:
-            assert all(process.poll() is None for process in processes), (folder / "log-0.txt").read_text()[
-                -3000:
-            ]
+            assert all(process.poll() is None for process in processes), logs(folder)
             time.sleep(0.01)
         time.sleep(rng.random() * 0.03)
         for process in processes:
