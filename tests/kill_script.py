@@ -16,7 +16,7 @@ from running import data, sae, texts, trainer
 
 from deeplens_lightning.newest import newest_checkpoint
 
-STEPS = 120
+STEPS = 90
 
 
 class Metrics(L.Callback):
