@@ -30,7 +30,7 @@ def inspect(
 
 
 def bench(
-    data: ActivationDataModule, pairs: int = 10, model_batches: int = 24, out: str | None = None
+    data: ActivationDataModule, pairs: int = 10, model_batches: int = 64, out: str | None = None
 ) -> None:
     """Measure the stream against the bare model stopped at the hook point, in turn.
 
