@@ -258,6 +258,7 @@ class ActivationDataModule(LightningDataModule):
         prefetch = (CUDA_PREFETCH if cuda else 0) if self._prefetch is None else self._prefetch
         if self._train is not None:
             self._train.close()
+            self._train.stream.close()
         loader = ActivationLoader(
             stream,
             scalings=statistics.scalings,
@@ -348,6 +349,7 @@ class ActivationDataModule(LightningDataModule):
             self._state = state_dict
             if self._train is not None:
                 self._train.close()
+                self._train.stream.close()
                 self._train = None
 
     # ---- inside
