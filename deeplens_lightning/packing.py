@@ -146,10 +146,16 @@ class Packing:
     def _chunk(self, waiting: deque[_Segment]) -> Chunk:
         """Take the longest run of segments that fits."""
         rooms = list(_while_sum((s.room for s in waiting), self.blocks * self.seq_length))
+        left: list[int] = []
         while (places := best_fit(rooms, self.blocks, self.seq_length)) is None:
-            rooms.pop()
-        segments = [waiting.popleft() for _ in rooms]
-        blocks = Blocks.empty(max(row for row, _ in places) + 1, self.seq_length)
+            left.append(rooms.pop())
+        opened = max(row for row, _ in places) + 1
+        while left and opened < self.blocks:  # rare: one segment less, and a whole block is free
+            left.pop()
+            places.append((opened, 0))
+            opened += 1
+        segments = [waiting.popleft() for _ in places]
+        blocks = Blocks.empty(opened, self.seq_length)
         arrays = [tensor.numpy() for tensor in blocks.tensors()]
         for segment, (row, column) in zip(segments, places, strict=True):
             segment.write(self, arrays, row, column)

@@ -154,3 +154,13 @@ def test_full_segments_share_batches_so_that_they_take_the_causal_path() -> None
     last = chunk.blocks.select(model_batches(chunk.blocks, 4, "packed")[-1])
     positions = model_inputs(last, "packed")["position_ids"]
     assert (positions >= 0).all()  # pads count as one more segment
+
+
+def test_every_chunk_but_the_last_has_all_its_blocks_whatever_the_lengths() -> None:
+    rng = np.random.default_rng(1)
+    for trial in range(300):
+        blocks, seq_length = int(rng.integers(1, 7)), int(rng.integers(4, 20))
+        lengths = rng.integers(1, 2 * seq_length, 40).tolist()
+        chunks = list(Packing(seq_length=seq_length, blocks=blocks).chunks(documents(lengths)))
+        assert {len(chunk.blocks) for chunk in chunks[:-1]} <= {blocks}, trial
+        assert sum(int(chunk.blocks.keep.sum()) for chunk in chunks) == sum(lengths)
