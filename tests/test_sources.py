@@ -130,6 +130,7 @@ def test_a_missing_column_names_the_columns_there_are(files: Path) -> None:
 
 
 def test_a_hub_dataset_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="neither a local path nor found on the hub"):
         open_source("nobody/nothing-here")

@@ -292,11 +292,11 @@ def test_a_writer_that_failed_cannot_go_on_and_lose_rows(tmp_path, monkeypatch):
 def test_killed_at_any_moment_and_rerun_equals_uninterrupted_and_nothing_half_is_ever_seen(
     tmp_path, processes
 ):
-    write_cache(tmp_path / "whole", n=20_000, shard_rows=500)
+    write_cache(tmp_path / "whole", n=80_000, shard_rows=500)
     folder, kills, checked = tmp_path / "killed", 0, 0
-    delays = iter([0.01, 0.02, 0.04, 0.06, 0.09, 0.13])
+    delays = iter([0.0, 0.004, 0.01, 0.02, 0.03, 0.05, 0.07])
     while True:
-        process = processes.Process(target=write_here, args=(str(folder), 20_000))
+        process = processes.Process(target=write_here, args=(str(folder), 80_000))
         process.start()
         found = _check_finished(folder)
         while process.is_alive() and _check_finished(folder) == found:
