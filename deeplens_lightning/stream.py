@@ -21,14 +21,11 @@ from tqdm.auto import tqdm
 from deeplens_lightning.mixing import Mixed, RotatingShuffle
 from deeplens_lightning.model import FrozenModel
 from deeplens_lightning.packing import Blocks, Chunk, Packing, model_batches, model_inputs
-from deeplens_lightning.producer import Producer
 from deeplens_lightning.served import PROVENANCE, Served
 from deeplens_lightning.text import Documents
 
 GROUPED = 16
 """Model batches whose blocks are sorted, like beside like, before they run."""
-CHUNKS_AHEAD = 2
-"""Chunks tokenised and packed in a thread while the model runs: the tokenizer leaves Python alone meanwhile."""
 POOL_BLOCKS, POOL_TOKENS = 4096, 2**19
 FIRST_WINDOW = 4
 """Batches of the first window: what must be computed before the first batch is served."""
@@ -80,7 +77,6 @@ class ActivationStream:
         position = position or {"epoch": 0}
         epoch, window = position["epoch"], position.get("window", 0)
         buffers = self._allocated()
-        self._close_text()
         self._rows = _RowArrivals(self, epoch, position.get("rows"), buffers)
         shuffle = self._shuffle(epoch)
         replayed = shuffle.rows_to_replay(window, skip) if window or skip else 0
@@ -170,13 +166,8 @@ class ActivationStream:
             self._rows.drain()
 
     def close(self) -> None:
-        """Let go of the buffer, and end the thread that tokenises."""
-        self._close_text()
+        """Let go of the buffer."""
         self._buffers, self._rows = [], None
-
-    def _close_text(self) -> None:
-        if self._rows is not None:
-            self._rows.blocks.chunks.close()
 
     def _shuffle(self, epoch: int) -> RotatingShuffle:
         return RotatingShuffle(
@@ -240,7 +231,7 @@ class _BlockArrivals:
         if start and (first := next(documents, None)) is not None:
             segment = max(first.first_segment, start["segment"])
             documents = chain([replace(first, first_segment=segment)], documents)
-        self.chunks = Producer(lambda: stream.packing.chunks(documents), CHUNKS_AHEAD, torch.device("cpu"))
+        self.chunks = stream.packing.chunks(documents)
         self.seq_length = stream.packing.seq_length
         self.pool: Sequence[Tensor] = ()
         self.documents = 0
