@@ -29,7 +29,8 @@ IDS = [
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_kind_of_every_family_comes_through_the_whole_stream(name: str) -> None:
-    kinds = [kind for kind in FAMILIES[name].places(1) if kind != "final_norm"]
+    kinds = list(FAMILIES[name].places(1))
+    names = {kind: kind if kind == "final_norm" else f"layers.1.{kind}" for kind in kinds}
     data = ActivationDataModule(
         tiny_model(name),
         layer=1,
@@ -44,11 +45,13 @@ def test_every_kind_of_every_family_comes_through_the_whole_stream(name: str) ->
         device="cpu",
     )
     data.setup("fit")
-    assert data.d_in == {
-        f"layers.1.{offer.name.rpartition('.')[2]}": offer.d_in
+    offered = {
+        offer.name: offer.d_in
         for offer in inspect_model(tiny_model(name)).offers
-        for kind in kinds
-        if offer.name == f"layers.<i>.{kind}" and 1 in offer.layers
+        if not offer.layers or 1 in offer.layers
+    }
+    assert data.d_in == {
+        names[kind]: offered[names[kind].replace("layers.1.", "layers.<i>.")] for kind in kinds
     }
     wanted: dict[tuple[int, int], dict[str, torch.Tensor]] = {}
     for document, ids in enumerate(IDS):
@@ -63,7 +66,7 @@ def test_every_kind_of_every_family_comes_through_the_whole_stream(name: str) ->
         keys = list(zip(where.document_index.tolist(), where.position.tolist(), strict=True))
         for kind in kinds:
             rows = torch.stack([wanted[key][kind] for key in keys])
-            assert relative_error(batch[f"layers.1.{kind}"], rows).max() < 1e-5
+            assert relative_error(batch[names[kind]], rows).max() < 1e-5
         served += len(keys)
     assert served == len(wanted) == sum(map(len, IDS))
     data.teardown("fit")
