@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from deeplens_lightning.hook_points import HookPoint
 from deeplens_lightning.isolation import Isolation, choose
+from deeplens_lightning.kernels import faster, replaceable
 from deeplens_lightning.loading import (
     load_base,
     load_config,
@@ -73,6 +74,7 @@ class FrozenModel:
         self._base: PreTrainedModel | None = base
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._scaled_ropes = [m for m in base.modules() if _scales_by_length(m)]
+        self._replaceable = [] if compile_model else replaceable(base)  # a compiler chooses kernels by itself
         self._lock = threading.Lock()
         self._exit = ExitStack()
         self._vocabulary = int(cast(Tensor, base.get_input_embeddings().weight).shape[0])
@@ -198,6 +200,7 @@ class FrozenModel:
             for kind in {"cpu", self.device.type}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
             stack.enter_context(_evaluating(base))
+            stack.enter_context(faster(self._replaceable))
             for rope in self._scaled_ropes:
                 stack.enter_context(_unscaled(rope))
             captured = stack.enter_context(_capturing(base, self.hook_points, tokens.shape))
@@ -210,7 +213,7 @@ class FrozenModel:
         with self._lock:
             self._exit.close()
             self._base = None
-            self._scaled_ropes = []
+            self._scaled_ropes, self._replaceable = [], []
 
     def _isolate(self, max_length: int | None, scaled_beyond: int | None) -> Isolation:
         mode = choose(

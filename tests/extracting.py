@@ -39,8 +39,8 @@ def write_texts(path: Path, n: int = 150) -> Path:
     return path
 
 
-def save_model(folder: Path, bos: bool = False) -> Path:
-    """A GPT-2 of three layers; with `bos`, its tokenizer begins every text with <|endoftext|>."""
+def save_model(folder: Path, bos: bool = False, layers: int = 3, positions: int = 128) -> Path:
+    """A small GPT-2; with `bos`, its tokenizer begins every text with <|endoftext|>."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -58,7 +58,7 @@ def save_model(folder: Path, bos: bool = False) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=400, n_positions=128, n_embd=64, n_layer=3, n_head=4)
+        config = GPT2Config(vocab_size=400, n_positions=positions, n_embd=64, n_layer=layers, n_head=4)
         GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 

@@ -1,4 +1,4 @@
-"""Run by test_kill: trains until it is done, going on from the newest checkpoint that loads, if there is one."""
+"""Run by test_kill on each rank: trains to the end, from the newest checkpoint that loads if there is one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ STEPS = 90
 class Metrics(L.Callback):
     """Appends a line of metrics for each step."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, i: int

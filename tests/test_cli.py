@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import paragraphs
 
@@ -115,6 +117,24 @@ def test_extract_then_train_without_a_model(
     shard.write_bytes(damaged)
     with pytest.raises(SystemExit, match="1 problem"):
         main(["verify", str(out)])
+
+
+def test_deeplens_own_file_trains_through_one_line_of_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    features = tmp_path / "features_layer_3_25000.pt"
+    codes = torch.randn(25_000, 12).relu() * (torch.rand(25_000, 12) < 0.3)
+    torch.save(codes @ torch.randn(12, 40) + 1, features)
+    config = yaml.safe_load((ROOT / "configs" / "cached.yaml").read_text())
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    config["data"]["init_args"]["shards"] = str(features)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(config))
+    main(["fit", "--config", str(path), "--data.max_tokens=400000", "--trainer.accelerator=cpu"])
+    shown = re.sub(r"\s+", " ", capsys.readouterr().out)
+    fvu = re.search(r"held-out FVU\W+([\d.]+)", shown)
+    assert fvu is not None, shown
+    assert float(fvu[1]) < 0.2
 
 
 def test_extract_plan_writes_nothing(

@@ -1,6 +1,7 @@
 """`FromHuggingFace`: the rows that an independent loop over the untouched model finds."""
 
 import inspect
+import json
 
 import datasets
 import pytest
@@ -67,6 +68,30 @@ def test_the_tutorials_call_gives_the_reference_rows_and_file(kind, dataset, tmp
     assert torch.equal(torch.load(path, weights_only=True), features)
     assert f"saved_features/features_layer_1_{len(expected)}.pt" in capsys.readouterr().out
     assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_the_tutorials_arguments_as_they_stand(tmp_path, capsys):
+    """All of them, long documents and more samples than there are; a local model and dataset for the hub's."""
+    folder = str(save_model(tmp_path / "lm", layers=4, positions=1024))
+    samples = [*texts(), "\n\n".join(texts()), "\n".join(texts()[30:90])]
+    (tmp_path / "fineweb.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in samples))
+    extractor = FromHuggingFace(
+        hf_model=folder,
+        layer=3,
+        dataset_name=str(tmp_path / "fineweb.jsonl"),
+        num_samples=25000,
+        seq_length=1024,
+        inference_batch_size=16,
+        device="auto",
+        save_features=True,
+    )
+    features = extractor.extract_features()
+    expected = reference(folder, samples, 3, 1024)
+    assert features.shape == expected.shape == (len(expected), 256)
+    assert relative_error(features, expected).max() < 1e-5
+    path = tmp_path / "saved_features" / f"features_layer_3_{len(expected)}.pt"
+    assert torch.equal(torch.load(path, weights_only=True), features)
+    assert f"features_layer_3_{len(expected)}.pt" in capsys.readouterr().out
 
 
 def test_defaults_are_those_of_deeplens():

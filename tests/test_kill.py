@@ -11,35 +11,60 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from deeplens_lightning.newest import newest_checkpoint, with_newest
 
 SCRIPT = Path(__file__).with_name("kill_script.py")
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+Start = Callable[[], list[subprocess.Popen[bytes]]]
 
 
-def start(folder: Path, lm: str, ranks: int) -> list[subprocess.Popen[bytes]]:
+def start_quickstart(folder: Path) -> list[subprocess.Popen[bytes]]:
+    """The command line's own training, with a shorter run and a checkpoint every third step."""
+    config = yaml.safe_load(QUICKSTART.read_text())
+    config["trainer"]["max_steps"] = 36
+    config["trainer"]["log_every_n_steps"] = 1
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder / "runs")
+    config["data"]["init_args"] |= {"val_rows": 4000, "device": "cpu"}
+    *_, saving = callbacks = config["trainer"]["callbacks"]
+    saving["init_args"]["every_n_train_steps"] = 3
+    noting = {"class_path": "kill_script.Metrics", "init_args": {"path": str(folder / "metrics-0.jsonl")}}
+    callbacks.append(noting)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["fit", "--config", str(folder / "config.yaml"), "--trainer.accelerator=cpu"]
+    words += ["--ckpt_path", f"newest:{folder / 'runs'}"]
+    command = [sys.executable, "-m", "deeplens_lightning", "--traceback", *words]
+    log = (folder / "log-0.txt").open("ab")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
+    return [subprocess.Popen(command, env=env, stdout=log, stderr=log)]
+
+
+def start_ranks(folder: Path, lm: str, ranks: int) -> list[subprocess.Popen[bytes]]:
+    """The same small training on each rank, as torchrun would start it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes = []
     for rank in range(ranks):
         given = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "GLOO_SOCKET_IFNAME": "lo"}
-        if ranks > 1:
-            given |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "GROUP_RANK": "0",
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "TORCHELASTIC_RUN_ID": "test",
-            }
+        given |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "GROUP_RANK": "0",
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test",
+        }
         log = (folder / f"log-{rank}.txt").open("ab")
         command = [sys.executable, str(SCRIPT), str(folder), lm]
         processes.append(subprocess.Popen(command, env={**os.environ, **given}, stdout=log, stderr=log))
@@ -63,15 +88,15 @@ def lines(folder: Path, rank: int = 0) -> list[dict[str, float]]:
     return [json.loads(line) for line in whole if line.endswith("}")]
 
 
-def kill_at_random(folder: Path, lm: str, ranks: int, kills: int) -> None:
+def kill_at_random(folder: Path, begin: Start, kills: int, steps: int) -> None:
     rng = random.Random(0)
     for _ in range(kills):
-        before, more = len(lines(folder)), rng.randrange(1, 22)
-        processes = start(folder, lm, ranks)
+        before, more = len(lines(folder)), rng.randrange(1, steps)
+        processes = begin()
         while len(lines(folder)) < before + more:
             assert all(process.poll() is None for process in processes), logs(folder)
             time.sleep(0.01)
-        time.sleep(rng.random() * 0.03)
+        time.sleep(rng.random() * 0.1)
         for process in processes:
             process.send_signal(signal.SIGKILL)
         for process in processes:
@@ -80,7 +105,7 @@ def kill_at_random(folder: Path, lm: str, ranks: int, kills: int) -> None:
         text = metrics.read_text()
         if not text.endswith("\n"):
             metrics.write_text(text + "\n")
-    finish(folder, start(folder, lm, ranks))
+    finish(folder, begin())
 
 
 def assert_equal(a: Any, b: Any, where: str = "") -> None:
@@ -97,23 +122,44 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
+def assert_same_metrics(found: Path, expected: Path, rank: int = 0) -> None:
+    """Line by line; of a step that was done again, the last counts."""
+    last = {line["step"]: line for line in lines(found, rank)}
+    assert last == {line["step"]: line for line in lines(expected, rank)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 6), (2, 5)])
-def test_killed_runs_end_as_undisturbed_ones(ranks: int, kills: int, tiny: Any, tmp_path: Path) -> None:
+def test_the_killed_quickstart_ends_as_the_undisturbed_one(tmp_path: Path) -> None:
+    calm, hunted = tmp_path / "calm", tmp_path / "hunted"
+    ends = []
+    for folder, kills in ((calm, 0), (hunted, 5)):
+        folder.mkdir()
+        kill_at_random(folder, partial(start_quickstart, folder), kills, steps=9)
+        newest = newest_checkpoint(folder)
+        assert newest is not None, logs(folder)
+        ends.append(torch.load(newest, weights_only=True))
+    for end in ends:
+        assert end["global_step"] == 36
+        end["callbacks"] = {key: x for key, x in end["callbacks"].items() if "ModelCheckpoint" not in key}
+        end.pop("loops")  # how often something was started is in there, too
+    assert_equal(ends[1], ends[0])
+    assert_same_metrics(hunted, calm)
+    assert len(lines(hunted)) > len(lines(calm)), "some steps were done again"
+
+
+@pytest.mark.slow
+def test_killed_ranks_end_as_undisturbed_ones(tiny: Any, tmp_path: Path) -> None:
     lm = tiny("gpt2")
     calm, hunted = tmp_path / "calm", tmp_path / "hunted"
-    calm.mkdir()
-    hunted.mkdir()
-    finish(calm, start(calm, lm, ranks))
-    kill_at_random(hunted, lm, ranks, kills)
-    for rank in range(ranks):
+    for folder, kills in ((calm, 0), (hunted, 5)):
+        folder.mkdir()
+        kill_at_random(folder, partial(start_ranks, folder, lm, 2), kills, steps=22)
+    for rank in range(2):
         expected, found = (
             torch.load(folder / f"final-{rank}.pt", weights_only=True) for folder in (calm, hunted)
         )
         assert_equal(found, expected)
-    for rank in range(ranks):
-        last = {line["step"]: line for line in lines(hunted, rank)}
-        assert last == {line["step"]: line for line in lines(calm, rank)}
+        assert_same_metrics(hunted, calm, rank)
     assert len(lines(hunted)) > len(lines(calm)), "some steps were done again"
 
 

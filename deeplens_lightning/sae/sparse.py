@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deeplens_lightning.kernels import linear
+
 ENCODE_CHUNK_BYTES = 8 * 2**20  # pre-activations that stay in a CPU's cache between matmul and top-k
 ENCODE_CHUNK_BYTES_GPU = 512 * 2**20
 
@@ -69,7 +71,7 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[i
     budget = ENCODE_CHUNK_BYTES if x.device.type == "cpu" else ENCODE_CHUNK_BYTES_GPU
     step = max(16, budget // (4 * len(weight)))
     for first in range(0, len(x), step):
-        yield first, F.linear(x[first : first + step], weight, bias)
+        yield first, linear(x[first : first + step], weight, bias)
 
 
 def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
