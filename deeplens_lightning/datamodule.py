@@ -187,6 +187,13 @@ class ActivationDataModule(LightningDataModule):
         self._statistics_loaded = False
         self._ready_at_start = self._ready_seen = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A strategy that spawns ranks sends each a copy; what batches were seen is this process's own."""
+        return {**vars(self), "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _seen=WeakIdKeyDictionary())
+
     def __str__(self) -> str:
         """What it was made for; Lightning's own would go through every loader."""
         name = self.hf_model if isinstance(self.hf_model, str) else type(self.hf_model).__name__

@@ -189,7 +189,7 @@ def test_a_validated_checkpoint_leaves_no_place_behind(tiny: Any, tmp_path: Path
     assert_same(fitted(other, tmp_path, max_steps=5).batches, stream(tiny("gpt2"), 5))
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed", "bf16-true", "64-true"])
 def test_every_precision_trains_on_the_same_rows(precision: Any, tiny: Any, tmp_path: Path) -> None:
     found = fitted(data(tiny("gpt2")), tmp_path, max_steps=6, precision=precision).batches
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)

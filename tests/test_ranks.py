@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
+import sys
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import lightning as L
 import numpy as np
 import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from ranks import fit, launch
-from running import data, texts
+from running import Recorder, data, provenance, sae, texts, trainer
 
+from deeplens_lightning.callbacks import Preemption
 from deeplens_lightning.sources import open_source
 from deeplens_lightning.text import Documents
 
@@ -153,3 +162,57 @@ def test_the_number_of_ranks_can_change_twice(tiny: Any, tmp_path: Path) -> None
     twice = again(second) + again(third)
     assert sum(count.total() for count in rows) + third[0]["dropped"] == sum(counts) + twice
     assert len(rows[0] | rows[1] | rows[2]) >= sum(counts) - third[0]["dropped"]
+
+
+class _Term(L.Callback):
+    """Sends this process a SIGTERM in the middle of a batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _preempted(rank: int, ranks: int, folder: Path, lm: str, ckpt_path: str | None) -> dict[str, Any]:
+    dm, recorder = data(lm), Recorder()
+    callbacks: list[L.Callback] = [Preemption()]
+    if ckpt_path is None and rank == 1:
+        callbacks.append(_Term(7))  # one rank alone is told
+    run = trainer(
+        folder, recorder, callbacks, strategy="ddp", devices=ranks, max_steps=12, limit_val_batches=0
+    )
+    with suppress(SIGTERMException):
+        run.fit(sae(dm), dm, ckpt_path=ckpt_path)
+    return {"step": run.global_step, "rows": [rows.numpy() for _, rows in recorder.batches]}
+
+
+def test_a_signal_to_one_rank_stops_all_and_all_go_on(tiny: Any, tmp_path: Path) -> None:
+    lm = tiny("gpt2")
+    first = launch(2, _preempted, tmp_path, lm, None)
+    assert [one["step"] for one in first] == [8, 8], "the batch was finished, on both"
+    second = launch(2, _preempted, tmp_path, lm, str(tmp_path / Preemption.FILE))
+    calm = launch(2, partial(fit, max_steps=12), tmp_path, partial(data, lm))
+    for before, after, whole in zip(first, second, calm, strict=True):
+        found = [*before["rows"], *after["rows"]]
+        assert len(found) == len(whole["rows"]) == 12
+        assert all((a == b).all() for a, b in zip(found, whole["rows"], strict=True))
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_ranks_that_lightning_starts_itself_serve_as_well(strategy: str, tiny: Any, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("spawn_script.py")
+    command = [sys.executable, str(script), strategy, str(tmp_path), tiny("gpt2")]
+    subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = [torch.load(tmp_path / f"rows-{rank}.pt", weights_only=True) for rank in range(2)]
+    owners = [set(one[:, 0].tolist()) for one in rows]
+    assert len(rows[0]) == len(rows[1]) > 0
+    assert not owners[0] & owners[1], "no document on two ranks"
+    dm = data(tiny("gpt2"))
+    dm.setup("fit")
+    whole = torch.cat([provenance(dm, batch) for batch in dm.train_dataloader()])
+    dm.teardown("fit")
+    counts = Counter(map(tuple, whole[:, [0, 2]].tolist()))
+    mine = Counter(map(tuple, torch.cat(rows)[:, [0, 2]].tolist()))
+    assert mine <= counts, "every row is one of the text, served once"

@@ -55,11 +55,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--inference-batch-size", type=int, default=16)
     parser.add_argument("--buffer-batches", type=int, default=16, help="both shuffle buffers, in batches")
     parser.add_argument("--val-rows", type=int, default=200_000, help="held-out rows of the quality part")
+    parser.add_argument("--shards", help="a cache for the quality part to read instead of running the model")
+    parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out")
     parser.add_argument("--tokens", type=int, default=1_000_000, help="training rows of the quality part")
     parser.add_argument("--saelens-lr", type=float, default=3e-4)
     parser.add_argument("--pairs", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=3, help="pairs that are not counted")
-    parser.add_argument("--unit", type=int, default=4, help="batches in one turn")
+    parser.add_argument(
+        "--unit",
+        type=int,
+        help="batches in one turn; default half a buffer, after which SAELens computes as many at once",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast of both SAEs' steps")
@@ -71,6 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.saelens_hook = args.saelens_hook or f"transformer.h.{args.layer}.mlp"
     args.planned_tokens = None
+    args.unit = args.unit or args.buffer_batches // 2
     return args
 
 
@@ -159,7 +166,7 @@ def report_memory(args: argparse.Namespace) -> None:
 
 def measure_quality(args: argparse.Namespace) -> list[dict[str, float | str]]:
     """Both trained on the very same batches; held-out FVU and latents that never fire."""
-    data = our_data(args)
+    data = our_data(args, args.shards)
     d_in = int(data.d_in)
     steps = args.tokens // args.batch_size
     args.planned_tokens = steps * args.batch_size
@@ -195,7 +202,7 @@ def main() -> None:
         "settings": {k: str(v) for k, v in vars(args).items()},
         "machine": {"processor": platform.processor(), "threads": args.threads, "torch": torch.__version__},
     }
-    data = our_data(args)
+    data = our_data(args, args.shards if args.parts == ["quality"] else None)
     d_in = int(data.d_in)
     print(f"{'rows a second':28s} {'ours':>10s} {'SAELens':>10s} {'ratio':>9s}")
     lines: list[Line] = []

@@ -91,8 +91,9 @@ def model_folder(model: str) -> str:
 
 
 def our_data(args: argparse.Namespace, shards: str | None = None) -> ActivationDataModule:
+    held_out = {"val_fraction": args.val_fraction, "val_rows": args.val_rows}
     if shards is not None:
-        data = ActivationDataModule(shards=shards, batch_size=args.batch_size, device=args.device)
+        data = ActivationDataModule(shards=shards, batch_size=args.batch_size, device=args.device, **held_out)
     else:
         data = ActivationDataModule(
             args.model,
@@ -103,7 +104,7 @@ def our_data(args: argparse.Namespace, shards: str | None = None) -> ActivationD
             inference_batch_size=args.inference_batch_size,
             batch_size=args.batch_size,
             buffer_size=args.buffer_batches * args.batch_size,
-            val_rows=args.val_rows,
+            **held_out,
             compile_model=args.compile_model,
             device=args.device,
         )

@@ -1,7 +1,10 @@
 """On the real data module: transcoders, crosscoders, one SAE for each hook point, resuming, a wrong width."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from deeplens_lightning import ActivationDataModule
@@ -46,6 +49,40 @@ def test_a_crosscoder_beats_per_layer_saes_of_the_same_total_l0(tiny, tmp_path):
     metrics = fit.validate(grid, data(tiny, **hooks), verbose=False)[0]
     apart = sum(metrics[f"val/fvu/{name}"] for name in grid.names) / 2
     assert joint < apart
+
+
+def shipped(name: str, **changes) -> tuple[dict, dict]:
+    """Arguments of the data module and of the SAE in a shipped config, made shorter."""
+    config = yaml.safe_load((Path(__file__).parents[2] / "configs" / f"{name}.yaml").read_text())
+    data, model = (config[part]["init_args"] for part in ("data", "model"))
+    return data | {"max_tokens": 100 * 1024, "val_rows": 10_000, "device": "cpu"}, model | changes
+
+
+def held_out_fvu(sae: SparseAutoencoder | SparseAutoencoderGrid, data: dict, folder: Path) -> list[float]:
+    fit = trainer(folder, max_steps=100)
+    fit.fit(sae, ActivationDataModule(**data))
+    found = fit.validate(sae, ActivationDataModule(**data), verbose=False)[0]
+    return [value for name, value in found.items() if name.startswith("val/fvu")]
+
+
+@pytest.mark.slow
+def test_the_shipped_transcoder_beats_the_mean(tmp_path):
+    data, model = shipped("transcoder")
+    sae = SparseAutoencoder(ActivationDataModule(**data).d_in, **model)
+    (fvu,) = held_out_fvu(sae, data, tmp_path)
+    assert fvu < 0.5  # predicting the mean gives 1
+
+
+@pytest.mark.slow
+def test_the_shipped_crosscoder_beats_saes_of_each_layer_at_equal_l0(tmp_path):
+    data, model = shipped("crosscoder")
+    d_in = ActivationDataModule(**data).d_in
+    (joint,) = held_out_fvu(SparseAutoencoder(d_in, **model), data, tmp_path)
+    k = model.pop("k") // len(d_in)  # as many active latents a row, all SAEs together
+    apart = SparseAutoencoderGrid(d_in, {"input_hook": list(d_in)}, {"k": k, **model})
+    each = held_out_fvu(apart, data, tmp_path)
+    assert len(each) == 2
+    assert joint < sum(each) / 2  # rows are standardised: both layers weigh the same
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])

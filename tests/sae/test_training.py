@@ -14,6 +14,7 @@ from tests.sae.synthetic import Rows, codes, dictionary, trainer
 
 D, N = 16, 24
 TRUE = dictionary(N, D)
+EVERY = ["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"]
 
 
 def batches(n: int, rows: int = 64, offset: int = 0) -> list[torch.Tensor]:
@@ -66,7 +67,7 @@ def test_held_out_metrics_equal_a_direct_computation_over_all_rows(tmp_path):
     torch.testing.assert_close(metrics["val/dead_fraction"], 1 - (z > 0).any(0).float().mean())
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu", "gated"])
+@pytest.mark.parametrize("architecture", EVERY)
 def test_resuming_equals_never_having_stopped(tmp_path, architecture):
     data = batches(24)
     whole = small(architecture=architecture, dead_after_tokens=200)
@@ -79,6 +80,20 @@ def test_resuming_equals_never_having_stopped(tmp_path, architecture):
     resumed = small(architecture=architecture, dead_after_tokens=200, seed=5)
     trainer(tmp_path, max_steps=24, **callbacks).fit(resumed, Rows(data), ckpt_path=tmp_path / "stop.ckpt")
     assert_equal_states(state(whole), state(resumed))
+
+
+@pytest.mark.parametrize("architecture", EVERY)
+def test_every_architecture_is_saved_and_loaded_bit_for_bit(tmp_path, architecture):
+    raw = batches(12)
+    sae, fit = small(architecture=architecture), trainer(tmp_path, max_steps=12)
+    fit.fit(sae, Rows(raw))
+    fit.save_checkpoint(tmp_path / "sae.ckpt")
+    again = SparseAutoencoder.load_from_checkpoint(tmp_path / "sae.ckpt", weights_only=True)
+    assert_equal_states(state(again), state(sae))
+    assert again.hparams == sae.hparams
+    with torch.no_grad():
+        assert torch.equal(again.encode(raw[0]), sae.encode(raw[0]))
+        assert torch.equal(again(raw[0]), sae(raw[0]))
 
 
 def test_a_checkpoint_is_self_contained_and_loads_with_weights_only(tmp_path):
