@@ -24,7 +24,7 @@ from deeplens_lightning.packing import Blocks, Chunk, Packing, model_batches, mo
 from deeplens_lightning.served import PROVENANCE, Served
 from deeplens_lightning.text import Documents
 
-GROUPED = 16
+GROUPED = 32
 """Model batches whose blocks are sorted, like beside like, before they run."""
 POOL_BLOCKS, POOL_TOKENS = 4096, 2**19
 FIRST_WINDOW = 4

@@ -19,6 +19,7 @@ from deeplens_lightning.packing import (
     model_batches,
     model_inputs,
 )
+from deeplens_lightning.stream import GROUPED
 
 
 def documents(lengths: Sequence[int]) -> list[TokenizedDocument]:
@@ -93,13 +94,14 @@ def test_a_chunk_comes_again_from_its_start(
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("seq_length", "share"), [(128, 0.015), (256, 0.01), (1024, 0.01)])
-def test_packing_wastes_little(seq_length: int, share: float) -> None:
+@pytest.mark.parametrize("seq_length", [128, 256, 1024])
+def test_packing_wastes_under_one_percent(seq_length: int) -> None:
     rng = np.random.default_rng(0)
-    lengths = np.exp(rng.normal(5.2, 1.0, 3000)).astype(int).clip(1, 4000).tolist()  # median 180 tokens
-    chunks = list(Packing(seq_length=seq_length, blocks=256).chunks(documents(lengths)))
+    lengths = np.exp(rng.normal(5.2, 1.0, 6000)).astype(int).clip(1, 4000).tolist()  # median 180 tokens
+    chunks = list(Packing(seq_length=seq_length, blocks=16 * GROUPED).chunks(documents(lengths)))
     waste = [float((chunk.blocks.positions < 0).float().mean()) for chunk in chunks[:-1]]
-    assert np.mean(waste) < share
+    assert waste
+    assert np.mean(waste) < 0.01
 
 
 def test_special_tokens_surround_segments_and_do_not_become_rows() -> None:

@@ -42,7 +42,7 @@ class Optimization:
 def default_lr(d_sae: int) -> float:
     """Proportional to 1 / sqrt(d_sae), as Gao et al. 2024 found (arXiv 2406.04093, appendix A.3).
 
-    The size is for runs of a million tokens or so; a run a hundred times longer likes a third of it.
+    The constant was chosen on runs of about a million tokens; give `lr` for much longer ones.
     """
     return 1.5e-3 * math.sqrt(2**13 / d_sae)
 
