@@ -73,6 +73,12 @@ def test_quickstart_runs_in_process(small: list[str], capsys: pytest.CaptureFixt
         assert word in shown
 
 
+@pytest.mark.parametrize("name", ["transcoder", "crosscoder"])
+def test_demo_configs_run_in_process(name: str, tmp_path: Path) -> None:
+    words = ["fit", "--config", str(ROOT / "configs" / f"{name}.yaml"), "--trainer.fast_dev_run=2"]
+    main([*words, "--data.val_rows=2000", f"--trainer.default_root_dir={tmp_path}"])
+
+
 def test_layers_of_configs_and_overrides_in_their_order(small: list[str], tmp_path: Path) -> None:
     over = tmp_path / "over.yaml"
     over.write_text("data:\n  init_args:\n    batch_size: 32\nmodel:\n  init_args:\n    k: 7\n")
