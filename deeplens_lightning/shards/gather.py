@@ -75,25 +75,29 @@ class Gatherer:
         Returns:
             Rows `(n, d_in)` by hook name, and their provenance, int64 `(n, 4)`.
         """
-        pieces = 1
-        touched = len(np.unique(np.searchsorted(self._starts, index, "right")))
+        pieces, shards = 1, len(self._starts) - 1
         if (index[1:] < index[:-1]).any():
+            few = shards * PIECES <= READS
+            touched = shards if few else len(np.unique(np.searchsorted(self._starts, index, "right")))
             pieces = max(1, min(PIECES, READS // touched))
         total = int(self._starts[-1])
         offsets = np.arange(pieces) * total
         key = np.sort(index + np.repeat(offsets, -(-len(index) // pieces))[: len(index)])
-        bounds = np.searchsorted(key, (offsets[:, None] + self._starts).ravel()).reshape(pieces, -1)
+        firsts = (offsets[:, None] + self._starts[:-1]).ravel()
+        sizes = np.diff(np.searchsorted(key, firsts), append=len(key))
+        here = torch.from_numpy(key - np.repeat(firsts, sizes)).split(sizes.tolist())
         rows = {
             name: torch.empty(len(index), kind.d_in, dtype=DTYPES[kind.dtype])
             for name, kind in self._hook_points.items()
         }
         provenance = torch.empty(len(index), 4, dtype=torch.int64)
-        for piece, number in np.argwhere(bounds[:, 1:] > bounds[:, :-1]).tolist():
-            span = slice(int(bounds[piece, number]), int(bounds[piece, number + 1]))
-            shard, here = self._shard(number), key[span] - (offsets[piece] + self._starts[number])
-            shard.gather_provenance(here, provenance[span])
-            for name, out in rows.items():
-                shard.gather(name, here, out[span])
+        parts = {name: out.split(sizes.tolist()) for name, out in rows.items()}
+        origins = provenance.split(sizes.tolist())
+        for at in np.flatnonzero(sizes).tolist():
+            shard = self._shard(at % shards)
+            shard.gather_provenance(here[at], origins[at])
+            for name, part in parts.items():
+                shard.gather(name, here[at], part[at])
         return rows, provenance
 
     def _shard(self, number: int) -> OpenShard:

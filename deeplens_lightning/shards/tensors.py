@@ -52,21 +52,20 @@ class OpenShard:
     scales: Mapping[str, Tensor]
     provenance: Tensor | None
 
-    def gather(self, hook: str, index: Integers, out: Tensor) -> None:
+    def gather(self, hook: str, index: Tensor, out: Tensor) -> None:
         """Write the rows at `index` (int64 `(m,)`) to `out` `(m, d_in)`, in the activation dtype."""
-        lines = torch.from_numpy(index)
         if hook in self.scales:
-            codes, scales = self.rows[hook][lines], self.scales[hook][lines]
+            codes, scales = self.rows[hook][index], self.scales[hook][index]
             out.copy_(dequantize(codes, scales, out.dtype))
         else:
-            torch.index_select(self.rows[hook], 0, lines, out=out)
+            torch.index_select(self.rows[hook], 0, index, out=out)
 
-    def gather_provenance(self, index: Integers, out: Tensor) -> None:
+    def gather_provenance(self, index: Tensor, out: Tensor) -> None:
         """Write the provenance of the rows at `index` to `out`, int64 `(m, 4)`."""
         if self.provenance is None:
             out.fill_(UNKNOWN)
-        else:  # of a few narrow rows, NumPy takes in a fifth of the time; "raise" would buffer
-            np.take(self.provenance.numpy(), index, axis=0, out=out.numpy(), mode="clip")
+        else:  # of a few narrow rows, NumPy takes in a fraction of the time; "raise" would buffer
+            self.provenance.numpy().take(index.numpy(), 0, out.numpy(), "clip")
 
 
 def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: int) -> OpenShard:
