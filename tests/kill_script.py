@@ -46,7 +46,7 @@ class Metrics(L.Callback):
 
 def main(folder: Path, lm: str) -> None:
     torch.set_num_threads(1)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dm = data(lm, texts(60), normalize="zscore")
     saving = ModelCheckpoint(folder / "kept", every_n_train_steps=3, save_last=True, filename="{step}")
     run = trainer(
@@ -56,7 +56,7 @@ def main(folder: Path, lm: str) -> None:
         val_check_interval=25,
         check_val_every_n_epoch=None,
         log_every_n_steps=1,
-        strategy="ddp" if ranks > 1 else "auto",
+        strategy="ddp",
         devices=ranks,
     )
     model = sae(dm)

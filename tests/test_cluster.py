@@ -33,9 +33,7 @@ def test_configs_are_yaml_for_a_trainer(name: str) -> None:
     assert set(config) == {"trainer"}
 
 
-def test_a_job_started_again_goes_on(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
+def test_a_job_started_again_goes_on(tiny: Any, tmp_path: Path) -> None:
     def start(steps: int) -> None:
         changes = {
             "trainer.default_root_dir": tmp_path / "run",
@@ -57,8 +55,9 @@ def test_a_job_started_again_goes_on(tiny: Any, tmp_path: Path, monkeypatch: pyt
             "ckpt_path": f"newest:{tmp_path / 'run'}",
         }
         words = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
-        configs = ["--config", "configs/quickstart.yaml", "--config", "configs/cluster/preemptible.yaml"]
-        main(["--traceback", "fit", *configs, *words])
+        for name in ("cluster/preemptible", "quickstart"):
+            words[:0] = ["--config", str(ROOT / "configs" / f"{name}.yaml")]
+        main(["--traceback", "fit", *words])
 
     start(6)
     (first,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -47,51 +48,40 @@ def reference(folder, samples, layer, seq_length):
     return torch.cat(seen)
 
 
-@pytest.mark.parametrize("kind", ["model", "with_bos"])
-def test_the_tutorials_call_gives_the_reference_rows_and_file(kind, dataset, tmp_path, capsys, request):
-    folder = request.getfixturevalue(kind)
+def extracts_the_reference(folder, samples, dataset, capsys, **sizes):
+    """Every argument of the tutorial's call; a local model and dataset for the hub's."""
     extractor = FromHuggingFace(
         hf_model=folder,
-        layer=1,
         dataset_name=dataset,
-        num_samples=120,
-        seq_length=64,
         inference_batch_size=16,
         device="auto",
         save_features=True,
+        **sizes,
     )
     features = extractor.extract_features()
-    expected = reference(folder, texts()[:120], 1, 64)
-    assert features.shape == expected.shape
+    expected = reference(folder, samples[: sizes["num_samples"]], sizes["layer"], sizes["seq_length"])
+    assert features.shape == expected.shape == (len(expected), 256)
     assert relative_error(features, expected).max() < 1e-5
-    path = tmp_path / "saved_features" / f"features_layer_1_{len(expected)}.pt"
+    path = Path("saved_features") / f"features_layer_{sizes['layer']}_{len(expected)}.pt"
     assert torch.equal(torch.load(path, weights_only=True), features)
-    assert f"saved_features/features_layer_1_{len(expected)}.pt" in capsys.readouterr().out
+    assert str(path) in capsys.readouterr().out
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_the_tutorials_arguments_as_they_stand(tmp_path, capsys):
-    """All of them, long documents and more samples than there are; a local model and dataset for the hub's."""
+@pytest.mark.parametrize("kind", ["model", "with_bos"])
+def test_the_tutorials_call_gives_the_reference_rows_and_file(kind, dataset, capsys, request):
+    folder = request.getfixturevalue(kind)
+    extracts_the_reference(folder, texts(), dataset, capsys, layer=1, num_samples=120, seq_length=64)
+
+
+def test_the_tutorials_sizes_as_they_stand(tmp_path, capsys):
+    """Long documents, and more samples asked for than there are."""
     folder = str(save_model(tmp_path / "lm", layers=4, positions=1024))
     samples = [*texts(), "\n\n".join(texts()), "\n".join(texts()[30:90])]
-    (tmp_path / "fineweb.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in samples))
-    extractor = FromHuggingFace(
-        hf_model=folder,
-        layer=3,
-        dataset_name=str(tmp_path / "fineweb.jsonl"),
-        num_samples=25000,
-        seq_length=1024,
-        inference_batch_size=16,
-        device="auto",
-        save_features=True,
-    )
-    features = extractor.extract_features()
-    expected = reference(folder, samples, 3, 1024)
-    assert features.shape == expected.shape == (len(expected), 256)
-    assert relative_error(features, expected).max() < 1e-5
-    path = tmp_path / "saved_features" / f"features_layer_3_{len(expected)}.pt"
-    assert torch.equal(torch.load(path, weights_only=True), features)
-    assert f"features_layer_3_{len(expected)}.pt" in capsys.readouterr().out
+    dataset = tmp_path / "fineweb.jsonl"
+    dataset.write_text("".join(json.dumps({"text": text}) + "\n" for text in samples))
+    sizes = {"layer": 3, "num_samples": 25000, "seq_length": 1024}
+    extracts_the_reference(folder, samples, str(dataset), capsys, **sizes)
 
 
 def test_defaults_are_those_of_deeplens():

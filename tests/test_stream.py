@@ -6,13 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, paragraphs
+from tiny import FAMILIES, paragraphs, small_stream
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
@@ -22,21 +21,6 @@ from deeplens_lightning.loader import Provenance
 
 TEXTS = paragraphs(60)
 Tiny = Callable[[str], str]
-
-
-def module(folder: str, **changes: Any) -> ActivationDataModule:
-    settings_: dict[str, Any] = {
-        "layer": 1,
-        "hook": "mlp_out",
-        "dataset_name": TEXTS,
-        "seq_length": 32,
-        "inference_batch_size": 4,
-        "batch_size": 64,
-        "buffer_size": 512,
-        "val_fraction": 0.2,
-        "device": "cpu",
-    }
-    return ActivationDataModule(folder, **{**settings_, **changes})
 
 
 def served(data: ActivationDataModule) -> Iterator[tuple[Tensor, Provenance]]:
@@ -95,7 +79,7 @@ def test_rows_equal_the_untouched_model_on_each_segment_alone(
     layers = "h" if family == "gpt2" else "layers"
     path = module_path if family in ("gpt2", "gpt_neox") else module_path.replace("act", "act_fn")
     wanted = reference(tiny(family), f"{layers}.1.{path}", 32)
-    data = module(tiny(family), hook=kind)
+    data = small_stream(tiny(family), hook=kind)
     compared = 0
     for batch, where in served(data):
         rows = torch.stack([wanted[key] for key in keys(where)])
@@ -116,7 +100,7 @@ def test_rows_equal_the_untouched_model_on_each_segment_alone(
 def test_every_kept_token_is_served_exactly_once(
     tiny: Tiny, batch: int, buffer: int, seq_length: int, inference: int, pool: bool, seed: int
 ) -> None:
-    data = module(
+    data = small_stream(
         tiny("llama"),
         batch_size=batch,
         buffer_size=batch * buffer,
@@ -138,7 +122,7 @@ def test_every_kept_token_is_served_exactly_once(
 
 
 def test_held_out_documents_are_the_validation_set_and_no_others(tiny: Tiny) -> None:
-    data = module(tiny("llama"), val_rows=10**6)
+    data = small_stream(tiny("llama"), val_rows=10**6)
     data.setup("fit")
     found: list[tuple[int, int]] = []
     first = []
@@ -155,10 +139,12 @@ def test_held_out_documents_are_the_validation_set_and_no_others(tiny: Tiny) -> 
 
 def test_two_runs_are_bit_identical_and_leave_the_process_alone(tiny: Tiny, untouched_rng: None) -> None:
     torch.set_grad_enabled(True)
-    runs = [[batch for batch, _ in served(module(tiny("gpt2"), normalize="standardize"))] for _ in range(2)]
+    runs = [
+        [batch for batch, _ in served(small_stream(tiny("gpt2"), normalize="standardize"))] for _ in range(2)
+    ]
     assert len(runs[0]) == len(runs[1])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    other = [batch for batch, _ in served(module(tiny("gpt2"), normalize="standardize", seed=1))]
+    other = [batch for batch, _ in served(small_stream(tiny("gpt2"), normalize="standardize", seed=1))]
     assert not torch.equal(runs[0][0], other[0])
     assert torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
@@ -166,18 +152,18 @@ def test_two_runs_are_bit_identical_and_leave_the_process_alone(tiny: Tiny, unto
 
 
 def test_the_process_state_has_no_say(tiny: Tiny) -> None:
-    plain = [batch for batch, _ in served(module(tiny("gpt2")))]
+    plain = [batch for batch, _ in served(small_stream(tiny("gpt2")))]
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            other = [batch for batch, _ in served(module(tiny("gpt2")))]
+            other = [batch for batch, _ in served(small_stream(tiny("gpt2")))]
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
 def test_several_hook_points_stay_aligned_through_the_shuffle(tiny: Tiny) -> None:
-    data = module(tiny("llama"), layer=[0, 2], hook=["mlp_in", "mlp_post"])
+    data = small_stream(tiny("llama"), layer=[0, 2], hook=["mlp_in", "mlp_post"])
     assert data.d_in == {
         "layers.0.mlp_in": 32,
         "layers.2.mlp_in": 32,
@@ -187,7 +173,7 @@ def test_several_hook_points_stay_aligned_through_the_shuffle(tiny: Tiny) -> Non
     alone = {
         name: {
             key: row
-            for batch, where in served(module(tiny("llama"), layer=None, hook=name))
+            for batch, where in served(small_stream(tiny("llama"), layer=None, hook=name))
             for key, row in zip(keys(where), batch, strict=True)
         }
         for name in data.hook_names
@@ -201,10 +187,10 @@ def test_several_hook_points_stay_aligned_through_the_shuffle(tiny: Tiny) -> Non
 def test_served_rows_have_the_property_and_give_the_raw_ones_back(tiny: Tiny, normalize: str) -> None:
     raw = {
         key: row
-        for batch, where in served(module(tiny("llama")))
+        for batch, where in served(small_stream(tiny("llama")))
         for key, row in zip(keys(where), batch, strict=True)
     }
-    data = module(tiny("llama"), normalize=normalize)
+    data = small_stream(tiny("llama"), normalize=normalize)
     scaled, back = [], []
     for batch, where in served(data):
         scaled.append(batch)
@@ -223,7 +209,7 @@ def test_served_rows_have_the_property_and_give_the_raw_ones_back(tiny: Tiny, no
 
 
 def test_outliers_are_dropped_and_counted(tiny: Tiny) -> None:
-    data = module(tiny("llama"), max_norm_ratio=1.5)
+    data = small_stream(tiny("llama"), max_norm_ratio=1.5)
     data.setup("fit")
     batches = [batch.clone() for batch in data.train_dataloader()]
     limit = data._measured().max_norms["layers.1.mlp_out"]
@@ -236,7 +222,7 @@ def test_outliers_are_dropped_and_counted(tiny: Tiny) -> None:
 
 
 def test_bfloat16_models_keep_a_bfloat16_buffer_and_serve_float32(tiny: Tiny) -> None:
-    data = module(tiny("llama"), model_kwargs={"dtype": torch.bfloat16})
+    data = small_stream(tiny("llama"), model_kwargs={"dtype": torch.bfloat16})
     data.setup("fit")
     loader = data.train_dataloader()
     assert next(iter(loader)).dtype == torch.float32

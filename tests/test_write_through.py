@@ -4,33 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny import paragraphs
+from tiny import small_stream
 from torch import Tensor
 
 from deeplens_lightning import ActivationDataModule
 from deeplens_lightning.shards import ShardStream, verify
-
-TEXTS = paragraphs(60)
-
-
-def module(folder: str, **changes: Any) -> ActivationDataModule:
-    settings: dict[str, Any] = {
-        "layer": 1,
-        "hook": "mlp_out",
-        "dataset_name": TEXTS,
-        "seq_length": 32,
-        "inference_batch_size": 4,
-        "batch_size": 64,
-        "buffer_size": 512,
-        "val_fraction": 0.2,
-        "val_rows": 200,
-        "device": "cpu",
-    }
-    return ActivationDataModule(folder, **{**settings, **changes})
 
 
 def epoch(data: ActivationDataModule, limit: int | None = None) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -53,14 +34,14 @@ def cached(folder: Path) -> list[tuple[int, int]]:
 def test_the_first_epoch_is_the_live_one_and_the_second_reads_all_of_it(
     tiny: Callable[[str], str], tmp_path: Path
 ) -> None:
-    plain = module(tiny("llama"))
+    plain = small_stream(tiny("llama"))
     plain.setup("fit")
     wanted, keys = epoch(plain)
     raw = dict(zip(keys, torch.cat(wanted), strict=True))
     validation = torch.cat(list(plain.val_dataloader()))
     plain.teardown("fit")
 
-    data = module(tiny("llama"), write_shards=str(tmp_path / "cache"))
+    data = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     data.setup("fit")
     first, _ = epoch(data)
     assert len(first) == len(wanted)
@@ -74,11 +55,11 @@ def test_the_first_epoch_is_the_live_one_and_the_second_reads_all_of_it(
 
     assert verify(str(tmp_path / "cache")).problems == []
     assert sorted(cached(tmp_path / "cache")) == sorted(keys)
-    later = module(tiny("llama"), write_shards=str(tmp_path / "cache"))
+    later = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     later.setup("fit")
     assert sorted(epoch(later)[1]) == sorted(keys)
     later.teardown("fit")
-    alone = module("/no/model", shards=str(tmp_path / "cache"))
+    alone = small_stream("/no/model", shards=str(tmp_path / "cache"))
     alone.setup("fit")
     found = torch.cat(list(alone.val_dataloader()))
     assert sorted(found.norm(dim=1).tolist()) == pytest.approx(sorted(validation.norm(dim=1).tolist()))
@@ -89,18 +70,18 @@ def test_the_first_epoch_is_the_live_one_and_the_second_reads_all_of_it(
 def test_stopping_in_the_first_epoch_writes_no_row_twice(
     tiny: Callable[[str], str], tmp_path: Path, stop: int
 ) -> None:
-    plain = module(tiny("llama"))
+    plain = small_stream(tiny("llama"))
     plain.setup("fit")
     wanted, keys = epoch(plain)
     plain.teardown("fit")
 
-    data = module(tiny("llama"), write_shards=str(tmp_path / "cache"))
+    data = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     data.setup("fit")
     got, _ = epoch(data, limit=stop)
     state = data.state_dict()
     epoch(data, limit=3)  # goes further than the checkpoint before it is stopped
     data.on_exception(KeyboardInterrupt())
-    again = module(tiny("llama"), write_shards=str(tmp_path / "cache"))
+    again = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     again.setup("fit")
     again.load_state_dict(state)
     rest, _ = epoch(again)
@@ -112,20 +93,20 @@ def test_stopping_in_the_first_epoch_writes_no_row_twice(
 
 
 def test_reading_resumes_too(tiny: Callable[[str], str], tmp_path: Path) -> None:
-    data = module(tiny("llama"), write_shards=str(tmp_path / "cache"))
+    data = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     data.setup("fit")
     epoch(data)
     whole, _ = epoch(data)
     third, _ = epoch(data, limit=4)
     state = data.state_dict()
     data.teardown("fit")
-    again = module(tiny("llama"), write_shards=str(tmp_path / "cache"))
+    again = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     again.setup("fit")
     again.load_state_dict(state)
     rest, _ = epoch(again)
     assert len(third) + len(rest) == len(whole)
     again.teardown("fit")
-    cache = module("/no/model", shards=str(tmp_path / "cache"))
+    cache = small_stream("/no/model", shards=str(tmp_path / "cache"))
     cache.setup("fit")
     full, _ = epoch(cache)
     cache.setup("fit")
@@ -134,7 +115,7 @@ def test_reading_resumes_too(tiny: Callable[[str], str], tmp_path: Path) -> None
     got, _ = epoch(cache, limit=5)
     state = cache.state_dict()
     cache.teardown("fit")
-    resumed = module("/no/model", shards=str(tmp_path / "cache"))
+    resumed = small_stream("/no/model", shards=str(tmp_path / "cache"))
     resumed.setup("fit")
     resumed.load_state_dict(state)
     rest, _ = epoch(resumed)
@@ -143,11 +124,11 @@ def test_reading_resumes_too(tiny: Callable[[str], str], tmp_path: Path) -> None
 
 
 def test_a_cache_of_other_settings_is_refused(tiny: Callable[[str], str], tmp_path: Path) -> None:
-    data = module(tiny("llama"), write_shards=str(tmp_path / "cache"))
+    data = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     data.setup("fit")
     epoch(data)
     data.teardown("fit")
-    other = module(tiny("llama"), write_shards=str(tmp_path / "cache"), seq_length=16)
+    other = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"), seq_length=16)
     other.setup("fit")
     with pytest.raises(ValueError, match="seq_length"):
         epoch(other)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from deeplens_lightning import ActivationDataModule
 
 END = "<|endoftext|>"
 FAMILIES = ("gpt2", "gpt_neox", "llama", "qwen2", "gemma")
@@ -48,3 +51,20 @@ def save_tiny(folder: Path, model_type: str = "llama", width: int = 32, layers: 
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
     return folder
+
+
+def small_stream(folder: str, **changes: Any) -> ActivationDataModule:
+    """A stream of 64-row batches from 60 paragraphs, a fifth of the documents held out."""
+    settings: dict[str, Any] = {
+        "layer": 1,
+        "hook": "mlp_out",
+        "dataset_name": paragraphs(60),
+        "seq_length": 32,
+        "inference_batch_size": 4,
+        "batch_size": 64,
+        "buffer_size": 512,
+        "val_fraction": 0.2,
+        "val_rows": 200,
+        "device": "cpu",
+    }
+    return ActivationDataModule(folder, **{**settings, **changes})
