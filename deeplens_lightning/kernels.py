@@ -22,14 +22,16 @@ _tanh_gelu = partial(F.gelu, approximate="tanh")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of x `(..., d_in)`, in float32 on a CPU by oneDNN; without gradients.
+    """`F.linear` of x `(..., d_in)`; in float32 on a CPU by oneDNN, unless gradients or a compiler are at work.
 
     Args:
         x: `(..., d_in)`.
         weight: `(d_out, d_in)`.
         bias: `(d_out,)`, or None.
     """
-    exact = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    exact = x.dtype == weight.dtype == torch.float32
     if x.device.type == "cpu" and exact and torch.backends.mkldnn.is_available():
         result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return result

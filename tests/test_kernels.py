@@ -40,6 +40,14 @@ def test_a_linear_layer_is_the_same(shape: tuple[int, ...], bias: bool) -> None:
         assert torch.equal(in_double, x.double() @ module.weight.double().T)
 
 
+def test_gradients_are_those_of_the_plain_layer() -> None:
+    module, x = nn.Linear(48, 96), torch.randn(5, 48)
+    expected = torch.autograd.grad(module(x).square().sum(), module.weight)[0]
+    with faster(replaceable(module)):
+        found = torch.autograd.grad(module(x).square().sum(), module.weight)[0]
+    assert torch.equal(found, expected)
+
+
 def test_a_hook_still_sees_the_module_and_nothing_is_left_behind() -> None:
     model = tiny_model("gpt2")
     found = replaceable(model)

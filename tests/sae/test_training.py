@@ -293,3 +293,18 @@ def test_low_precision_trains(tmp_path, precision, architecture):
     sae, fit = small(architecture=architecture), trainer(tmp_path, max_steps=60, precision=precision)
     fit.fit(sae, Rows(batches(60), batches(2, offset=99)))
     assert fit.callback_metrics["val/fvu"] < 0.9
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_a_compiled_step_is_the_plain_one(architecture):
+    (x,) = batches(1)
+    found = []
+    for compiled in (False, True):
+        sae = small(architecture=architecture, compile_step=compiled)
+        sae.prepare(None)
+        sae.initialize_from(x)
+        step = sae.step(x)
+        step.loss.backward()
+        found.append((step.loss.detach(), sae.W_enc.grad, sae.W_dec.grad))
+    for plain, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
