@@ -6,21 +6,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deeplens_lightning.activation_extractor import ActivationExtractor
     from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
     from deeplens_lightning.datamodule import ActivationDataModule
-    from deeplens_lightning.extractor import FromHuggingFace
-    from deeplens_lightning.plotting import plot_activation_heatmap
+    from deeplens_lightning.extraction.from_huggingface import FromHuggingFace
+    from deeplens_lightning.extraction.notebook import ActivationExtractor
+    from deeplens_lightning.reporting.figures import plot_activation_heatmap
     from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
 
 _HOMES = {
     "ActivationDataModule": "datamodule",
-    "ActivationExtractor": "activation_extractor",
+    "ActivationExtractor": "extraction.notebook",
     "ExtractSingleSample": "callbacks.single_sample",
-    "FromHuggingFace": "extractor",
+    "FromHuggingFace": "extraction.from_huggingface",
     "SparseAutoencoder": "sae",
     "SparseAutoencoderGrid": "sae",
-    "plot_activation_heatmap": "plotting",
+    "plot_activation_heatmap": "reporting.figures",
 }
 
 __all__ = [

@@ -1,6 +1,6 @@
 """`python -m deeplens_lightning`: the command line."""
 
-from deeplens_lightning.cli import main
+from deeplens_lightning.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -14,24 +14,24 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deeplens_lightning.cached import CachedActivations
-from deeplens_lightning.checkpoint import (
+from deeplens_lightning.model.frozen import FrozenModel
+from deeplens_lightning.normalization import Normalize, Scaling, check_normalize, scalings_state
+from deeplens_lightning.options import CACHE_BYTES, Isolation, Shuffle
+from deeplens_lightning.stream.cached_source import CachedActivations
+from deeplens_lightning.stream.checkpoint import (
     STATE_VERSION,
     check_fingerprint,
     check_version,
     lost_in_accumulation,
     served_table,
 )
-from deeplens_lightning.heldout import RowsLoader
-from deeplens_lightning.live import LiveActivations, Site, device_of
-from deeplens_lightning.loader import ActivationLoader, Batch, Provenance, finish, key_of
-from deeplens_lightning.model import FrozenModel, Isolation
-from deeplens_lightning.packing import Blocks
-from deeplens_lightning.scaling import Normalize, Scaling, check_normalize, scalings_state
-from deeplens_lightning.shards.order import Shuffle
-from deeplens_lightning.shards.remote import CACHE_BYTES
-from deeplens_lightning.statistics import Statistics
-from deeplens_lightning.write_through import WriteThroughStream
+from deeplens_lightning.stream.live_source import LiveActivations
+from deeplens_lightning.stream.loader import ActivationLoader, finish, key_of
+from deeplens_lightning.stream.measured_statistics import Statistics
+from deeplens_lightning.stream.validation_set import RowsLoader
+from deeplens_lightning.stream.write_through import WriteThroughStream
+from deeplens_lightning.text.packing import Blocks
+from deeplens_lightning.types import Batch, Placement, Provenance, device_of
 
 CUDA_PREFETCH = 2
 T = TypeVar("T")
@@ -261,7 +261,7 @@ class ActivationDataModule(LightningDataModule):
         statistics = self._measured()
         stream = self.source.stream(self.batch_size, statistics, self._state.get("buffer_rows"))
         budget = self.max_tokens // (self.batch_size * site.ranks) if self.max_tokens else None
-        cuda = site.buffer_device.type == "cuda"
+        cuda = site.batch_device.type == "cuda"
         prefetch = (CUDA_PREFETCH if cuda else 0) if self._prefetch is None else self._prefetch
         if self._train is not None:
             self._train.close()
@@ -274,7 +274,7 @@ class ActivationDataModule(LightningDataModule):
             batches_per_epoch=budget,
             known_length=self.source.known_batches(self.batch_size),
             prefetch=prefetch,
-            device=site.buffer_device,
+            device=site.batch_device,
             unprocessed=self._unprocessed,
             seen=self._remember,
             warn=rank_zero_warn,
@@ -361,7 +361,7 @@ class ActivationDataModule(LightningDataModule):
 
     # ---- inside
 
-    def _go_on(self, loader: ActivationLoader, site: Site) -> None:
+    def _go_on(self, loader: ActivationLoader, site: Placement) -> None:
         """Stand where the checkpoint was taken, whatever the number of ranks is now."""
         position = self._state["position"]
         if position is None:
@@ -390,7 +390,7 @@ class ActivationDataModule(LightningDataModule):
                 "resume_anyway=True"
             )
 
-    def _site(self) -> Site:
+    def _site(self) -> Placement:
         trainer = self.trainer
         if trainer is None:
             device = device_of(self._device)
@@ -401,7 +401,7 @@ class ActivationDataModule(LightningDataModule):
             rank, ranks = replicas.get("rank", 0), replicas.get("num_replicas", 1)
             progress = rank == 0 and trainer.progress_bar_callback is not None
         buffer_device = torch.device(self._buffer_device) if self._buffer_device else device
-        return Site(rank=rank, ranks=ranks, device=device, buffer_device=buffer_device, progress=progress)
+        return Placement(rank=rank, ranks=ranks, device=device, batch_device=buffer_device, progress=progress)
 
     def _measured(self) -> Statistics:
         if self._statistics is None:

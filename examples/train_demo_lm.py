@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from deeplens_lightning.demo.docs import demo_documents
-from deeplens_lightning.text import document_hash, is_heldout
+from deeplens_lightning.text.documents import document_hash, is_heldout
 
 VAL_FRACTION = 0.05
 END = "<|endoftext|>"

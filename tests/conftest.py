@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import save_tiny
+
+from tests.support.tiny import save_tiny
 
 
 @pytest.fixture(scope="session")

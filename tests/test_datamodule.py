@@ -10,14 +10,14 @@ import datasets
 import lightning as L
 import pytest
 import torch
-from test_model import reference, snapshot
-from tiny import paragraphs
-from tiny_models import FAMILIES, randomised, tiny_config, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from deeplens_lightning import ActivationDataModule, SparseAutoencoder
-from deeplens_lightning.inspection import inspect_model
-from deeplens_lightning.isolation import relative_error
+from deeplens_lightning.model.inspection import inspect_model
+from deeplens_lightning.model.isolation import relative_error
+from tests.model.test_frozen import reference, snapshot
+from tests.support.tiny import paragraphs
+from tests.support.tiny_models import FAMILIES, randomised, tiny_config, tiny_model
 
 SEGMENT = 24
 GENERATOR = torch.Generator().manual_seed(0)

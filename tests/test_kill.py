@@ -20,10 +20,10 @@ import pytest
 import torch
 import yaml
 
-from deeplens_lightning.newest import newest_checkpoint, with_newest
+from deeplens_lightning.cli.newest_checkpoint import newest_checkpoint, with_newest
 
-SCRIPT = Path(__file__).with_name("kill_script.py")
-QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 Start = Callable[[], list[subprocess.Popen[bytes]]]
 
 
@@ -36,15 +36,17 @@ def start_quickstart(folder: Path) -> list[subprocess.Popen[bytes]]:
     config["data"]["init_args"] |= {"val_rows": 4000, "device": "cpu"}
     *_, saving = callbacks = config["trainer"]["callbacks"]
     saving["init_args"]["every_n_train_steps"] = 3
-    noting = {"class_path": "kill_script.Metrics", "init_args": {"path": str(folder / "metrics-0.jsonl")}}
+    noting = {
+        "class_path": "tests.support.kill_script.Metrics",
+        "init_args": {"path": str(folder / "metrics-0.jsonl")},
+    }
     callbacks.append(noting)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     words = ["fit", "--config", str(folder / "config.yaml"), "--trainer.accelerator=cpu"]
     words += ["--ckpt_path", f"newest:{folder / 'runs'}"]
     command = [sys.executable, "-m", "deeplens_lightning", "--traceback", *words]
     log = (folder / "log-0.txt").open("ab")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path])}
-    return [subprocess.Popen(command, env=env, stdout=log, stderr=log)]
+    return [subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)]
 
 
 def start_ranks(folder: Path, lm: str, ranks: int) -> list[subprocess.Popen[bytes]]:
@@ -66,8 +68,10 @@ def start_ranks(folder: Path, lm: str, ranks: int) -> list[subprocess.Popen[byte
             "TORCHELASTIC_RUN_ID": "test",
         }
         log = (folder / f"log-{rank}.txt").open("ab")
-        command = [sys.executable, str(SCRIPT), str(folder), lm]
-        processes.append(subprocess.Popen(command, env={**os.environ, **given}, stdout=log, stderr=log))
+        command = [sys.executable, "-m", "tests.support.kill_script", str(folder), lm]
+        processes.append(
+            subprocess.Popen(command, cwd=ROOT, env={**os.environ, **given}, stdout=log, stderr=log)
+        )
     return processes
 
 

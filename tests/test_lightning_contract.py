@@ -16,12 +16,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
-from running import Recorder, assert_same, data, sae, take, texts, trainer
 from transformers import AutoModel
 
 from deeplens_lightning.callbacks import StreamStatistics
 from deeplens_lightning.callbacks.stream_statistics import effective_number
 from deeplens_lightning.datamodule import ActivationDataModule
+from tests.support.running import Recorder, assert_same, data, sae, take, texts, trainer
 
 SIZED = {"max_tokens": 12 * 16}
 

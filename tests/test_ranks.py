@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from ranks import fit, launch
-from running import Recorder, data, provenance, sae, texts, trainer
 
 from deeplens_lightning.callbacks import Preemption
-from deeplens_lightning.sources import open_source
-from deeplens_lightning.text import Documents
+from deeplens_lightning.text.documents import Documents
+from deeplens_lightning.text.sources import open_source
+from tests.support.ranks import fit, launch
+from tests.support.running import Recorder, data, provenance, sae, texts, trainer
 
 FIELDS = {"val_fraction": 0.0, "tokenizer": None}
 
@@ -202,9 +202,14 @@ def test_a_signal_to_one_rank_stops_all_and_all_go_on(tiny: Any, tmp_path: Path)
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
 def test_ranks_that_lightning_starts_itself_serve_as_well(strategy: str, tiny: Any, tmp_path: Path) -> None:
-    script = Path(__file__).with_name("spawn_script.py")
-    command = [sys.executable, str(script), strategy, str(tmp_path), tiny("gpt2")]
-    subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "tests.support.spawn_script", strategy, str(tmp_path), tiny("gpt2")]
+    subprocess.run(
+        command,
+        check=True,
+        timeout=120,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     rows = [torch.load(tmp_path / f"rows-{rank}.pt", weights_only=True) for rank in range(2)]
     owners = [set(one[:, 0].tolist()) for one in rows]
     assert len(rows[0]) == len(rows[1]) > 0

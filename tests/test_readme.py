@@ -21,7 +21,7 @@ def block(name: str) -> str:
 
 
 def test_the_commands_are_those_that_exist() -> None:
-    from deeplens_lightning.cli import OWN_COMMANDS, TRAINER_COMMANDS
+    from deeplens_lightning.cli.main import OWN_COMMANDS, TRAINER_COMMANDS
 
     used = set(re.findall(r"deeplens-lightning (\w+)", README))
     assert used <= {*OWN_COMMANDS, *TRAINER_COMMANDS}

@@ -14,10 +14,10 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
-from running import assert_same, data, take, texts
 from transformers import AutoTokenizer
 
 from deeplens_lightning.datamodule import ActivationDataModule
+from tests.support.running import assert_same, data, take, texts
 
 LONG = 26  # documents
 

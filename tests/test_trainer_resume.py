@@ -14,11 +14,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from running import Recorder, assert_same, data, sae, texts, trainer
 
 from deeplens_lightning.callbacks import Preemption
+from deeplens_lightning.cli.newest_checkpoint import newest_checkpoint
 from deeplens_lightning.datamodule import ActivationDataModule
-from deeplens_lightning.newest import newest_checkpoint
+from tests.support.running import Recorder, assert_same, data, sae, texts, trainer
 
 SIZED = {"max_tokens": 12 * 16}
 EVERY = {"save_top_k": -1, "filename": "{epoch}-{step}", "enable_version_counter": True}

@@ -10,12 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.observing import Every, hook_names, observing, raw_rows, remember
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.plotting import figure_pixels, plot_firing_histogram, save_pixels
+from deeplens_lightning.callbacks.support import Every, hook_names, observing, raw_rows, remember
+from deeplens_lightning.distributed import max_over_ranks, sum_over_ranks
+from deeplens_lightning.reporting.figures import figure_pixels, plot_firing_histogram, save_pixels
 from deeplens_lightning.reporting.loggers import log_image, log_scalars
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, write_json
-from deeplens_lightning.sae.distributed import max_over_ranks, sum_over_ranks
 
 
 class LatentStatistics(Callback):

@@ -16,16 +16,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.observing import datamodule_of, hook_names, observing, remember
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
 from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_token_ids
 from deeplens_lightning.callbacks.spliced_loss import measure
-from deeplens_lightning.hook_points import HookPoint, resolve
-from deeplens_lightning.loading import locate
-from deeplens_lightning.packing import Blocks
+from deeplens_lightning.callbacks.support import datamodule_of, hook_names, observing, remember
+from deeplens_lightning.model.hook_points import HookPoint, resolve
+from deeplens_lightning.model.pretrained import locate
+from deeplens_lightning.model.single_text import TextActivations
 from deeplens_lightning.reporting.loggers import log_scalars
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder
-from deeplens_lightning.single_text import TextActivations, pick_device
+from deeplens_lightning.text.packing import Blocks
+from deeplens_lightning.types import device_of
 
 
 class LossRecovered(Callback):
@@ -145,7 +146,7 @@ class LossRecovered(Callback):
             frozen = getattr(datamodule, "model", None)
             device = frozen.device if frozen is not None and self.device == "auto" else module.device
             self._model = whole_model(
-                source, kwargs, device if self.device == "auto" else pick_device(self.device)
+                source, kwargs, device if self.device == "auto" else device_of(self.device)
             )
             self._batches = self._segments(datamodule, source, kwargs)
         if not any(bool(batch.scored.any()) for batch in self._batches):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deeplens_lightning.packing import Blocks
+from deeplens_lightning.text.packing import Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,15 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.observing import (
-    Every,
-    datamodule_of,
-    hook_names,
-    observing,
-    remember,
-)
 from deeplens_lightning.callbacks.sae_view import SaeView, choose_hook, find_sae
-from deeplens_lightning.callbacks.sample_look import (
+from deeplens_lightning.callbacks.single_sample_records import (
     TABLE_COLUMNS,
     Look,
     Sample,
@@ -33,12 +26,13 @@ from deeplens_lightning.callbacks.sample_look import (
     records,
     table,
 )
-from deeplens_lightning.hook_points import HookPoint
-from deeplens_lightning.plotting import save_pixels
+from deeplens_lightning.callbacks.support import Every, datamodule_of, hook_names, observing, remember
+from deeplens_lightning.model.hook_points import HookPoint
+from deeplens_lightning.model.single_text import TextActivations, read_batch
+from deeplens_lightning.reporting.figures import save_pixels
 from deeplens_lightning.reporting.loggers import log_image, log_scalars, log_table
+from deeplens_lightning.reporting.readable_tokens import token_strings
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder
-from deeplens_lightning.single_text import TextActivations, read_batch
-from deeplens_lightning.token_text import token_strings
 
 _PICTURE_LATENTS = 20
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from deeplens_lightning.callbacks.sae_view import SaeView
 from deeplens_lightning.callbacks.segments import Segments
-from deeplens_lightning.hook_points import HookPoint
-from deeplens_lightning.splicing import spliced
+from deeplens_lightning.model.hook_points import HookPoint
+from deeplens_lightning.model.splicing import spliced
 
 Splice = Callable[[Tensor], Tensor]
 

@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.observing import batch_rows, log_every
-from deeplens_lightning.loader import ActivationLoader
+from deeplens_lightning.callbacks.support import batch_rows, log_every
+from deeplens_lightning.stream.loader import ActivationLoader
 
 
 class StreamStatistics(Callback):

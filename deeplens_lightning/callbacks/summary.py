@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.observing import batch_rows, datamodule_of, hook_names, log_every
+from deeplens_lightning.callbacks.support import batch_rows, datamodule_of, hook_names, log_every
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, write_json
 
 # What is shown, in this order, where the run measured it: metric, heading, format.

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.observing import batch_rows, log_every
+from deeplens_lightning.callbacks.support import batch_rows, log_every
 
 
 class Throughput(Callback):

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.observing import (
+from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
+from deeplens_lightning.callbacks.support import (
     Every,
     datamodule_of,
     hook_names,
@@ -21,12 +22,11 @@ from deeplens_lightning.callbacks.observing import (
     raw_rows,
     remember,
 )
-from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.callbacks.strongest import Strongest
 from deeplens_lightning.callbacks.token_contexts import Context, ContextReader
+from deeplens_lightning.callbacks.top_rows import Strongest
 from deeplens_lightning.reporting.loggers import log_table
+from deeplens_lightning.reporting.readable_tokens import readable
 from deeplens_lightning.reporting.run_folder import run_folder, write_json
-from deeplens_lightning.token_text import readable
 
 _REFRESH_EVERY = 16  # looks between two times that values are taken again from the SAE as it is now
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from deeplens_lightning.reporting.readable_tokens import visible
 from deeplens_lightning.reporting.run_folder import read_jsonl
-from deeplens_lightning.token_text import visible
 
 Curve = list[tuple[int, float]]
 

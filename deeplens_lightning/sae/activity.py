@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deeplens_lightning.sae.distributed import max_over_ranks, world_size
+from deeplens_lightning.distributed import max_over_ranks, world_size
 
 
 class Activity(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deeplens_lightning.sae.distributed import max_over_ranks, sum_over_ranks
+from deeplens_lightning.distributed import max_over_ranks, sum_over_ranks
 
 
 def fvu(error: Tensor, deviation: Tensor, energy: Tensor) -> Tensor:

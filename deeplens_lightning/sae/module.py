@@ -16,19 +16,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deeplens_lightning.distributed import mean_over_ranks
+from deeplens_lightning.model.splicing import spliced
 from deeplens_lightning.sae import forward as passes
 from deeplens_lightning.sae import initialize
 from deeplens_lightning.sae.activations import BatchTopK, TopK, architecture_spec, make_activation
 from deeplens_lightning.sae.activity import Activity
-from deeplens_lightning.sae.distributed import mean_over_ranks
+from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint
 from deeplens_lightning.sae.forward import Pass, Step, Weights
 from deeplens_lightning.sae.interop import others, saelens
 from deeplens_lightning.sae.metrics import HeldOutMetrics, fvu
+from deeplens_lightning.sae.nonfinite import raise_if_counted, screen
 from deeplens_lightning.sae.schedule import Optimization, default_lr
-from deeplens_lightning.sae.screen import check_checkpoint, raise_if_counted, screen
-from deeplens_lightning.sae.side import Batch, Scalings, Side, choose_hooks
 from deeplens_lightning.sae.training import DictionaryTraining
-from deeplens_lightning.splicing import spliced
+from deeplens_lightning.sae.units import Batch, Scalings, Side, choose_hooks
 
 DEAD_AFTER_TOKENS = 10_000_000  # Gao et al. 2024
 AUX_CANDIDATES = 8  # times aux_k

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deeplens_lightning.sae.distributed import world_size
+from deeplens_lightning.distributed import world_size
 
 OPEN_ENDED_WARMUP = 1000  # steps, when nobody said how long training is
 

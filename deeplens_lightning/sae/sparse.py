@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deeplens_lightning.kernels import linear
+from deeplens_lightning.model.cpu_kernels import linear
 
 ENCODE_CHUNK_BYTES = 8 * 2**20  # pre-activations that stay in a CPU's cache between matmul and top-k
 ENCODE_CHUNK_BYTES_GPU = 512 * 2**20

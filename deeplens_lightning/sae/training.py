@@ -15,10 +15,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from deeplens_lightning.sae.distributed import world_size
+from deeplens_lightning.distributed import world_size
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.schedule import lr_factor, planned_steps
-from deeplens_lightning.sae.side import Batch
+from deeplens_lightning.sae.units import Batch
 
 if TYPE_CHECKING:
     from deeplens_lightning.sae.module import SparseAutoencoder

@@ -14,7 +14,7 @@ from deeplens_lightning.shards.errors import (
 )
 from deeplens_lightning.shards.format import Manifest, Resume, Rows
 from deeplens_lightning.shards.rowset import heldout
-from deeplens_lightning.shards.stream import ShardStream
+from deeplens_lightning.shards.shard_stream import ShardStream
 from deeplens_lightning.shards.verify import Report, verify
 from deeplens_lightning.shards.writer import ShardWriter
 

@@ -29,9 +29,9 @@ from deeplens_lightning.shards.format import (
     shard_of,
     sidecar_name,
 )
+from deeplens_lightning.shards.paths import Source, group_sources
 from deeplens_lightning.shards.remote import LocalCopies
 from deeplens_lightning.shards.save import read_index
-from deeplens_lightning.shards.sources import Source, group_sources
 from deeplens_lightning.shards.tensors import DTYPE_NAMES, open_bare
 
 _OVERHEAD = 2**16  # a shard's zip directory, per file

@@ -6,15 +6,12 @@ at any time, which is what makes resuming cost nothing.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deeplens_lightning.permutation import Permutation
-
-Shuffle = Literal["auto", "global", "window", "none"]
-"""How rows are shuffled: all at once, within windows of some random shards, or not at all."""
 
 Integers = NDArray[np.int64]
 

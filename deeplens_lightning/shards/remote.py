@@ -20,12 +20,10 @@ from uuid import uuid4
 
 import fsspec
 
+from deeplens_lightning.options import CACHE_BYTES
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.folder import TEMPORARY, Folder, Lock
 from deeplens_lightning.shards.save import sha256_of
-
-CACHE_BYTES = 10 * 2**30
-"""Default bound on local copies."""
 
 _WHOLE_OR_NOTHING = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"}
 """Object stores, where an upload is seen only when it is complete; elsewhere we upload and rename."""

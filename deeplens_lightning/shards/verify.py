@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deeplens_lightning.options import CACHE_BYTES
 from deeplens_lightning.shards.catalog import Catalog, Shard, local_path, open_catalog
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.gather import check_sum
-from deeplens_lightning.shards.remote import CACHE_BYTES, LocalCopies
-from deeplens_lightning.shards.sources import Source
+from deeplens_lightning.shards.paths import Source
+from deeplens_lightning.shards.remote import LocalCopies
 from deeplens_lightning.shards.tensors import open_bare, open_shard
 
 

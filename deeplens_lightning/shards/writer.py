@@ -20,7 +20,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from deeplens_lightning.shards.buffer import ShardBuffer
 from deeplens_lightning.shards.errors import DiskFullError, NonFiniteError, ShardError
 from deeplens_lightning.shards.folder import Folder, Lock, open_folder
 from deeplens_lightning.shards.format import (
@@ -37,6 +36,7 @@ from deeplens_lightning.shards.format import (
 )
 from deeplens_lightning.shards.recover import finished_shards, forget_after, is_done
 from deeplens_lightning.shards.save import is_whole, save_hashed, write_index
+from deeplens_lightning.shards.shard_buffer import ShardBuffer
 
 NonFinite = Literal["refuse", "drop"]
 """What to do with rows that hold NaN or infinity: stop, or leave them out and count them."""

@@ -30,7 +30,7 @@ from deeplens_lightning.callbacks import (
     Throughput,
     TopActivatingTokens,
 )
-from deeplens_lightning.cli import lightning_cli
+from deeplens_lightning.cli.main import lightning_cli
 
 TEXT = "The capital of France is Paris, and the tensor has the shape (batch, d_in)."
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning import ActivationDataModule
-from deeplens_lightning.sources import open_source
+from deeplens_lightning.text.sources import open_source
 
 
 def main() -> None:

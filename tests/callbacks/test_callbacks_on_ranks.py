@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parent / "ddp_callbacks.py"
+ROOT = Path(__file__).parents[2]
 
 
 def test_two_ranks_write_one_set_of_files_and_end_together(
@@ -17,8 +17,15 @@ def test_two_ranks_write_one_set_of_files_and_end_together(
     documents = tmp_path / "texts.jsonl"
     documents.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, str(SCRIPT), lm_folder, str(documents), str(tmp_path)]
-    done = subprocess.run(command, env=environment, timeout=240, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.callback_ranks_script",
+        lm_folder,
+        str(documents),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env=environment, cwd=ROOT, timeout=240, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = (tmp_path / "lightning_logs").iterdir()
     assert done.stdout.count("held-out FVU") == 1

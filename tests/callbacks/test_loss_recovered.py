@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from deeplens_lightning.callbacks import LossRecovered
 from deeplens_lightning.callbacks.segments import from_blocks
-from deeplens_lightning.packing import Blocks
+from deeplens_lightning.text.packing import Blocks
 
 
 class _Fixed(L.LightningModule):

@@ -16,9 +16,9 @@ import torch
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from deeplens_lightning.activation_extractor import ActivationExtractor
 from deeplens_lightning.callbacks import ExtractSingleSample
-from deeplens_lightning.plotting import plot_activation_heatmap
+from deeplens_lightning.extraction.notebook import ActivationExtractor
+from deeplens_lightning.reporting.figures import plot_activation_heatmap
 
 TEXT = "The capital of France is Paris."
 # Where an untouched GPT-2 computes each kind: module path, whether its input is read.
@@ -236,7 +236,7 @@ def test_batches_weights_and_random_numbers_are_bit_identical_with_and_without_i
 def test_it_reads_through_the_datamodules_own_model(
     fit: Callable[..., Any], live: Callable[..., Any], lm_folder: str, monkeypatch: Any
 ) -> None:
-    from deeplens_lightning.model import FrozenModel
+    from deeplens_lightning.model.frozen import FrozenModel
 
     loaded = []
     load = FrozenModel.load.__func__  # type: ignore[attr-defined]

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from deeplens_lightning.callbacks import TopActivatingTokens
-from deeplens_lightning.callbacks.strongest import Strongest
+from deeplens_lightning.callbacks.top_rows import Strongest
+from deeplens_lightning.reporting.readable_tokens import token_strings
 from deeplens_lightning.sae import SparseAutoencoder
-from deeplens_lightning.token_text import token_strings
 
 
 def _read(tmp_path: Path) -> dict[str, Any]:

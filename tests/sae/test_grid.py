@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from tests.sae.synthetic import Rows, codes, dictionary, trainer
+from tests.support.synthetic import Rows, codes, dictionary, trainer
 
 D = 16
 SHARED = {"d_sae": 128, "lr": 3e-3}

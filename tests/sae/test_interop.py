@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deeplens_lightning.normalization import Moments, Scaling
 from deeplens_lightning.sae import SparseAutoencoder
-from deeplens_lightning.scaling import Moments, Scaling
 
 D_IN, D_SAE, K = 16, 96, 5
 ARCHITECTURES = ["topk", "batch_topk", "matryoshka", "relu", "jumprelu", "gated"]

@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     result = subprocess.run(
-        [*command, "-m", "tests.sae.ddp_script", str(folder)],
+        [*command, "-m", "tests.support.sae_ranks_script", str(folder)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,

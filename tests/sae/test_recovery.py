@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deeplens_lightning.sae import SparseAutoencoder
-from tests.sae.synthetic import codes, dictionary, mean_max_cosine, train
+from tests.support.synthetic import codes, dictionary, mean_max_cosine, train
 
 D, N, D_SAE, ACTIVE = 32, 48, 96, 2
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from deeplens_lightning.normalization import Moments
 from deeplens_lightning.sae import SAELensModule
-from deeplens_lightning.scaling import Moments
-from tests.sae.synthetic import Rows, codes, dictionary, trainer
+from tests.support.synthetic import Rows, codes, dictionary, trainer
 
 D = 16
 

@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from deeplens_lightning import ActivationDataModule
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from tests.sae.synthetic import trainer
-from tests.tiny import paragraphs
+from tests.support.synthetic import trainer
+from tests.support.tiny import paragraphs
 
 
 def data(tiny, **settings) -> ActivationDataModule:

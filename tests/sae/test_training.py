@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
+from deeplens_lightning.normalization import Moments, Scaling
 from deeplens_lightning.sae import Optimization, SparseAutoencoder
-from deeplens_lightning.scaling import Moments, Scaling
-from tests.sae.synthetic import Rows, codes, dictionary, trainer
+from tests.support.synthetic import Rows, codes, dictionary, trainer
 
 D, N = 16, 24
 TRUE = dictionary(N, D)

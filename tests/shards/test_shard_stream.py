@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from making_shards import NARROW, WIDE, make_rows, write_cache
 
 from deeplens_lightning.shards import Manifest, Rows, ShardError, ShardStream, ShardWriter, heldout
+from tests.support.making_shards import NARROW, WIDE, make_rows, write_cache
 
 N = 3000
 

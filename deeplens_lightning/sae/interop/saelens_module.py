@@ -17,7 +17,7 @@ from torch import Tensor
 from deeplens_lightning.sae.interop.files import fresh_folder
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.schedule import Optimization, lr_factor, planned_steps
-from deeplens_lightning.sae.side import Side
+from deeplens_lightning.sae.units import Side
 
 
 class SAELensModule(LightningModule):

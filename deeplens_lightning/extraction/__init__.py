@@ -1,0 +1,1 @@
+"""Activations in bulk: the DeepLens classes, and caches written by `trainer.predict`."""

@@ -1,0 +1,204 @@
+"""`FromHuggingFace`: all activations of a dataset's first samples, in the shape that DeepLens users know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from deeplens_lightning.model.frozen import FrozenModel
+from deeplens_lightning.model.hook_points import resolve
+from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
+from deeplens_lightning.model.rows import run_model
+from deeplens_lightning.text.documents import GROUP, document_hash, special_affixes, tokenize
+from deeplens_lightning.text.packing import Packing, TokenizedDocument, model_batches
+from deeplens_lightning.text.sources import IndexedSource, Row, Source, StreamedSource, open_source
+from deeplens_lightning.types import device_of
+
+
+class FromHuggingFace:
+    """Activations of the first `num_samples` texts of a dataset: one document each, cut at `seq_length`.
+
+    Special tokens that the tokenizer adds are kept, padding is not. The hook point and the dataset are
+    checked here; the model is loaded when features are first extracted.
+
+    Args:
+        hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model.
+        layer: whose activations; negative layers count from the end.
+        dataset_name: hub id (`wikitext/wikitext-103-v1` names a configuration), path or glob of txt, jsonl or
+            parquet files, a `datasets` object, a list of texts, or `demo:docs`. Hub datasets are streamed.
+        num_samples: how many of its texts; empty ones count and give no rows.
+        seq_length: longest text, in tokens; what is longer is cut.
+        inference_batch_size: sequences a model batch.
+        device: `auto` (CUDA, else MPS, else the CPU), or where to run the model.
+        save_features: whether `extract_features` saves its result.
+        hook: kind of hook point; DeepLens's is the output of the MLP's activation function.
+        text_column: the dataset's column of texts.
+        tokenizer: default the model's own.
+        model_kwargs: for `from_pretrained`.
+
+    Raises:
+        ValueError: no such layer, hook point or column; `seq_length` exceeds the model's positions.
+        FileNotFoundError: no such model or dataset.
+    """
+
+    def __init__(
+        self,
+        hf_model: str | PreTrainedModel = "gpt2",
+        layer: int = 6,
+        dataset_name: str
+        | Sequence[str]
+        | datasets.Dataset
+        | datasets.IterableDataset = "HuggingFaceFW/fineweb",
+        num_samples: int = 25_000,
+        seq_length: int = 128,
+        inference_batch_size: int = 16,
+        device: str = "auto",
+        save_features: bool = True,
+        *,
+        hook: str = "mlp_act",
+        text_column: str = "text",
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if num_samples < 1 or inference_batch_size < 1:
+            raise ValueError(
+                "num_samples and inference_batch_size must be at least 1, "
+                f"got {num_samples} and {inference_batch_size}"
+            )
+        self.hf_model, self.model_kwargs = hf_model, model_kwargs
+        if isinstance(hf_model, PreTrainedModel):
+            config, points = hf_model.config, resolve(hf_model, layer, hook)
+        else:
+            config = load_config(hf_model, model_kwargs)
+            points = resolve(config, layer, hook)
+        [self.hook_point] = points
+        limit = max_positions(config)
+        if limit is not None and seq_length > limit:
+            raise ValueError(
+                f"seq_length={seq_length} exceeds the model's {limit} positions; give at most {limit}"
+            )
+        self.layer = layer if self.hook_point.layer is None else self.hook_point.layer
+        self.num_samples = num_samples
+        self.seq_length = seq_length
+        self.inference_batch_size = inference_batch_size
+        self.device = device_of(device)
+        self.save_features = save_features
+        self.tokenizer = load_tokenizer(hf_model, tokenizer, model_kwargs, config)
+        self._source = open_source(dataset_name, text_column=text_column)
+        self._model: FrozenModel | None = None
+
+    @property
+    def model(self) -> FrozenModel:
+        """The model up to the hook point, loaded when first needed."""
+        if self._model is None:
+            self._model = FrozenModel.load(
+                self.hf_model,
+                [self.hook_point],
+                device=self.device,
+                model_kwargs=self.model_kwargs,
+                seq_length=self.seq_length,
+            )
+        return self._model
+
+    def extract_features(self) -> Tensor:
+        """Extract everything at once; with `save_features`, save it and print where.
+
+        Returns:
+            `(total_tokens, hidden_dim)` on the CPU in the model's dtype: the texts' tokens in order.
+
+        Raises:
+            ValueError: there is no text among the samples.
+        """
+        documents = list(self._documents())
+        total = sum(len(document.tokens) for document in documents)
+        extra = sum(map(len, special_affixes(self.tokenizer, None)))
+        total += extra * len(documents)
+        if not total:
+            raise ValueError(
+                f"the first {self.num_samples} samples hold no text; choose another dataset_name"
+            )
+        name = self.hook_point.name
+        features = torch.empty(total, self.hook_point.d_in, dtype=self.model.dtypes[name])
+        filled = 0
+        for rows in self._batches(documents, total):
+            features[filled : filled + len(rows)] = rows
+            filled += len(rows)
+        if self.save_features:
+            print(f"Features saved to {self._save(features)}")
+        return features
+
+    def extract_features_batched(self) -> Iterator[Tensor]:
+        """The same rows a piece at a time, for what would not fit in memory; nothing is saved.
+
+        Yields:
+            `(tokens, hidden_dim)` on the CPU: together, in order, what `extract_features` returns.
+        """
+        yield from self._batches(self._documents(), None)
+
+    def _documents(self) -> Iterator[TokenizedDocument]:
+        """The samples that hold text, in the dataset's order, cut to one segment each."""
+        prefix, suffix = special_affixes(self.tokenizer, None)
+        room = self.seq_length - len(prefix) - len(suffix)
+        samples = islice(enumerate(_texts(self._source)), self.num_samples)
+        while group := list(islice(samples, GROUP)):
+            rows = [row for _, row in group]
+            for (index, row), tokens in zip(group, tokenize(rows, self.tokenizer), strict=True):
+                if len(tokens):
+                    yield TokenizedDocument(
+                        cursor={}, index=index, hash=document_hash(row), tokens=tokens[:room]
+                    )
+
+    def _batches(self, documents: Iterable[TokenizedDocument], total: int | None) -> Iterator[Tensor]:
+        """Rows in the documents' order, some model batches at a time."""
+        model, (prefix, suffix) = self.model, special_affixes(self.tokenizer, None)
+        packing = Packing(
+            seq_length=self.seq_length,
+            blocks=self.inference_batch_size,
+            prefix=prefix,
+            suffix=suffix,
+            alone=model.isolation != "packed",
+        )
+        with tqdm(
+            total=total, desc=f"extracting {self.hook_point.name}", unit="token", unit_scale=True
+        ) as bar:
+            for chunk in packing.chunks(documents):
+                pieces, places = [], []
+                for index in model_batches(chunk.blocks, self.inference_batch_size, model.isolation):
+                    blocks = chunk.blocks.select(index)
+                    activations, wanted, provenance = run_model(model, blocks)
+                    x = activations[self.hook_point.name]
+                    place = provenance[:, 1] * self.seq_length + blocks.positions[blocks.keep]
+                    in_order = place.argsort()
+                    pieces.append(x.index_select(0, wanted[in_order].to(x.device)).cpu())
+                    places.append(place[in_order])
+                    bar.update(len(wanted))
+                yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
+
+    def _save(self, features: Tensor) -> Path:
+        """Save under DeepLens's name, whole or not at all."""
+        path = Path("saved_features") / f"features_layer_{self.layer}_{len(features)}.pt"
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(f".writing-{path.name}")
+        try:
+            torch.save(features, unfinished)
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+
+def _texts(source: Source) -> Iterator[Row]:
+    """The dataset's rows in its own order."""
+    if isinstance(source, IndexedSource):
+        return iter(source.rows)
+    if isinstance(source, StreamedSource):
+        return (row[source.column] for row in source.dataset)
+    raise TypeError(f"samples of a {type(source).__name__} have no order of their own")

@@ -1,0 +1,197 @@
+"""What a model offers and what a choice of hook points costs, as a table; nothing is loaded.
+
+In: a model's name and a choice of hook points. Out: an `Inspection`, and its rendering for a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+from transformers import PretrainedConfig, PreTrainedModel
+
+from deeplens_lightning.model.hook_points import TRANSFORMER_LENS, HookPoint, resolve
+from deeplens_lightning.model.layer_map import LAYER_KINDS, Place, final_norm, layer_anatomy
+from deeplens_lightning.model.pretrained import cut, load_config, max_positions
+from deeplens_lightning.model.tracing import Trace, trace
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A kind of hook point in those layers where it is the same, or the reason why they lack it.
+
+    Attributes:
+        name: canonical, with `<i>` for the layer.
+        transformer_lens: the name that means the same there, if there is one.
+        layers: layer numbers; empty for `final_norm`.
+        module: path, with `<i>` for the layer and `:in` for an input; empty where there is none.
+        d_in: width of a row, 0 where there is none.
+        note: the multiplier of the residual stream, or the reason.
+    """
+
+    name: str
+    transformer_lens: str
+    layers: tuple[int, ...]
+    module: str
+    d_in: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """A model's hook points, and the cost of those chosen.
+
+    Attributes:
+        model: its name.
+        family: `model_type`.
+        depth: layers that there are.
+        layers: path of their list.
+        positions: tokens that a segment may have; None without a bound.
+        offers: every kind.
+        chosen: the hook points asked for.
+        layers_loaded: the first so many layers are loaded, the others skipped.
+        parameters: of the whole base model.
+        parameters_loaded: of those, how many are read.
+        dtype: of the activations.
+        bytes_per_row: of the buffer, over all chosen hook points.
+    """
+
+    model: str
+    family: str
+    depth: int
+    layers: str
+    positions: int | None
+    offers: tuple[Offer, ...]
+    chosen: tuple[HookPoint, ...]
+    layers_loaded: int
+    parameters: int
+    parameters_loaded: int
+    dtype: str
+    bytes_per_row: int
+
+
+def inspect_model(
+    hf_model: str | PreTrainedModel,
+    layer: int | Sequence[int] | None = None,
+    hook: str | Sequence[str] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Inspection:
+    """Look at a model's configuration; arguments as for `resolve`, without a hook nothing is chosen."""
+    if isinstance(hf_model, str):
+        model, config, name = None, load_config(hf_model, model_kwargs), hf_model
+    else:
+        model, config, name = hf_model, hf_model.config, str(hf_model.name_or_path)
+    traced = trace(model or config)
+    chosen = () if hook is None else resolve(model or config, layer, hook)
+    short = trace(cut(config, [point.layer for point in chosen])) if chosen else traced
+    dtype = _dtype(model, config, model_kwargs or {})
+    return Inspection(
+        model=name,
+        family=traced.family,
+        depth=traced.depth,
+        layers=traced.layers,
+        positions=max_positions(config),
+        offers=tuple(_offers(traced)),
+        chosen=chosen,
+        layers_loaded=short.depth,
+        parameters=_parameters(traced),
+        parameters_loaded=_parameters(short),
+        dtype=str(dtype).removeprefix("torch."),
+        bytes_per_row=sum(point.d_in for point in chosen) * dtype.itemsize,
+    )
+
+
+def render(inspection: Inspection) -> Group:
+    """Tables for a terminal, with names to paste into a configuration."""
+    positions = f", up to {inspection.positions} tokens" if inspection.positions else ""
+    path = f"{inspection.layers}.<i>."
+    offers = Table(
+        "kind",
+        "TransformerLens",
+        "module",
+        "d_in",
+        "layers",
+        "note",
+        title=f"{inspection.model} ({inspection.family}, {inspection.depth} layers{positions})",
+        caption=f"write layers.<i>.<kind>, blocks.<i>.<TransformerLens>, {path}<module>, or kind and layer",
+    )
+    offers.columns[2].overflow = offers.columns[5].overflow = "fold"
+    for offer in inspection.offers:
+        offers.add_row(
+            offer.name.removeprefix("layers.<i>."),
+            offer.transformer_lens.removeprefix("blocks.<i>."),
+            offer.module.removeprefix(path) or "-",
+            str(offer.d_in or "-"),
+            _ranges(offer.layers),
+            offer.note,
+        )
+    if not inspection.chosen:
+        return Group(offers)
+    chosen = Table("chosen", "module", "d_in", title="what this choice reads and costs")
+    for point in inspection.chosen:
+        chosen.add_row(point.name, point.module + (":in" if point.side == "in" else ""), str(point.d_in))
+    share = inspection.parameters_loaded / inspection.parameters
+    skipped = range(inspection.layers_loaded, inspection.depth)
+    costs = Table.grid(padding=(0, 2))
+    costs.add_row("layers skipped", _ranges(skipped) or "none")
+    costs.add_row(
+        "parameters loaded", f"{inspection.parameters_loaded:,} of {inspection.parameters:,} ({share:.0%})"
+    )
+    costs.add_row("buffer", f"{inspection.bytes_per_row:,} bytes a row ({inspection.dtype})")
+    return Group(offers, chosen, costs)
+
+
+def _offers(traced: Trace) -> Iterable[Offer]:
+    lens = {kind: f"blocks.<i>.{end}" for end, kind in TRANSFORMER_LENS.items()}
+    anatomies = [layer_anatomy(traced, index) for index in range(traced.depth)]
+    for kind in LAYER_KINDS:
+        alike: dict[tuple[str, int, str], list[int]] = {}
+        for index, anatomy in enumerate(anatomies):
+            here = _cells(anatomy[kind], f"{traced.layers}.{index}", f"{traced.layers}.<i>")
+            alike.setdefault(here, []).append(index)
+        for (module, d_in, note), layers in alike.items():
+            yield Offer(
+                name=f"layers.<i>.{kind}",
+                transformer_lens=lens.get(kind, "") if module else "",
+                layers=tuple(layers),
+                module=module,
+                d_in=d_in,
+                note=note,
+            )
+    module, d_in, note = _cells(final_norm(traced), "", "")
+    end = "ln_final" if module else ""
+    yield Offer(name="final_norm", transformer_lens=end, layers=(), module=module, d_in=d_in, note=note)
+
+
+def _cells(place: Place | str, here: str, general: str) -> tuple[str, int, str]:
+    if isinstance(place, str):
+        return "", 0, place.replace(here, general) if here else place
+    module = general + place.module.removeprefix(here) + (":in" if place.side == "in" else "")
+    return module, place.d_in, "" if place.scale == 1 else f"times {place.scale:g}"
+
+
+def _dtype(
+    model: PreTrainedModel | None, config: PretrainedConfig, model_kwargs: Mapping[str, Any]
+) -> torch.dtype:
+    given = model_kwargs.get("dtype") or model_kwargs.get("torch_dtype") or "auto"
+    chosen = getattr(torch, given, None) if isinstance(given, str) else given
+    own: Any = model.dtype if model else config.dtype  # what "auto" means
+    dtype: torch.dtype = chosen or own or torch.float32
+    return dtype
+
+
+def _parameters(traced: Trace) -> int:
+    return sum(parameter.numel() for parameter in traced.base.parameters())
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 5` for 0, 1, 2, 3, 5."""
+    ordered = list(numbers)
+    starts = [*ordered[:1], *(b for a, b in pairwise(ordered) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(ordered) if b != a + 1), *ordered[-1:]]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

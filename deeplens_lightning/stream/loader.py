@@ -1,0 +1,300 @@
+"""The loader that a Trainer iterates: batches of a stream, epoch after epoch, and where they stand.
+
+In: a `served.Stream`. Out: a Tensor `(batch, d_in)` a step, or a dict of them. Lightning's habits live here:
+it makes iterators that it never uses, reads a batch ahead, throws it away and asks again, and saves a
+checkpoint at any step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deeplens_lightning.distributed import gather
+from deeplens_lightning.normalization import Scaling
+from deeplens_lightning.stream.prefetch import Producer
+from deeplens_lightning.types import Batch, Served, Stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grant:
+    """What the ranks agreed on: so many batches from here are sure on every rank.
+
+    Attributes:
+        at: batches this loader had served.
+        epoch_batches: batches of the data epoch that were served.
+        rows_dropped: rows that earlier epochs could not serve.
+        table: of every rank: a position, batches served since, and rows in the batches that are certain.
+    """
+
+    at: int
+    epoch_batches: int
+    rows_dropped: int
+    table: list[tuple[dict[str, Any], int, int]]
+
+
+class ActivationLoader:
+    """Iterates a stream for ever: each `iter` goes on where the last one stopped.
+
+    A new data epoch begins only where an iteration would otherwise be empty (or end short of
+    `batches_per_epoch`), so it does not matter which epoch the Trainer believes it is in.
+
+    Args:
+        stream: this rank's.
+        scalings: applied to every batch, by hook point.
+        dtype: of served batches; None leaves the activation dtype.
+        batch_size: rows a batch of this rank.
+        batches_per_epoch: end an iteration after so many, whatever the data; gives the loader a length.
+        known_length: batches of a data epoch where that is known without reading it.
+        prefetch: batches computed ahead in a thread; 0 for none.
+        device: where batches are.
+        unprocessed: how many of the batches served last have not been trained on.
+        seen: called with every batch and its provenance `(batch, 4)`.
+        warn: for what the user should know, on one rank.
+        endless: whether somebody else counts the batches of an iteration, who must not be left without one.
+        overfit: begin every iteration with the very same batches.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        *,
+        scalings: Mapping[str, Scaling],
+        dtype: torch.dtype | None,
+        batch_size: int,
+        batches_per_epoch: int | None,
+        known_length: int | None,
+        prefetch: int,
+        device: torch.device,
+        unprocessed: Callable[[], int],
+        seen: Callable[[Batch, Tensor], None],
+        warn: Callable[[str], None],
+        endless: Callable[[], bool] = lambda: False,
+        overfit: bool = False,
+    ) -> None:
+        self.stream, self.dtype, self.device, self.prefetch = stream, dtype, device, prefetch
+        self.batch_size = batch_size
+        self.scalings = scalings
+        self.batches_per_epoch, self.known_length = batches_per_epoch, known_length
+        self._unprocessed, self._seen, self._warn, self._overfit = unprocessed, seen, warn, overfit
+        self._endless = endless
+        self._live: Iterator[Served] | None = None
+        self._head: Served | None = None
+        self._granted = 0
+        self._ended = False
+        self._grants: deque[Grant] = deque()
+        self._recent: deque[tuple[Batch, Tensor]] = deque()
+        self._again: deque[tuple[Batch, Tensor]] = deque()
+        self.served = 0
+        self.rows_served = 0
+        self.rows_dropped = 0
+        self.in_epoch = 0
+        self.epoch_batches = 0
+        self.wait_seconds = 0.0
+        self._position: dict[str, Any] = stream.start(0)
+        self._skip = 0
+
+    def __len__(self) -> int:
+        length = self.batches_per_epoch or self.known_length
+        if length is None:
+            raise TypeError(
+                "the number of batches is not known: give max_tokens to make epochs of a known length"
+            )
+        return length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._iterate()  # a generator: nothing happens before its first next
+
+    def _iterate(self) -> Iterator[Batch]:
+        if self._overfit:
+            self._stop()
+            self._granted, self._position, self._skip, self._ended = 0, self.stream.start(0), 0, False
+        else:
+            self._take_back(self._unprocessed())
+        limit = self.batches_per_epoch
+        if limit is None or self.in_epoch >= limit:
+            self.in_epoch = 0
+        served = False
+        while limit is None or self.in_epoch < limit or self._endless():
+            item = self._next()
+            if item is None:
+                if served and limit is None and not self._endless():
+                    self.in_epoch = 0
+                    return
+                self._begin_epoch()
+                if (item := self._next()) is None:
+                    raise ValueError(
+                        "no rows to train on: every document is empty, held out, or made of excluded tokens alone, or "
+                        "there are fewer documents than ranks; check dataset_name, val_fraction and drop_first_n"
+                    )
+            served = True
+            self.in_epoch += 1
+            yield item
+
+    def recognise(self, batch: Batch) -> None:
+        """Tell `seen` about the batch that a step is about to get, if it was cast since it was served."""
+        waiting = self._unprocessed()
+        if 0 < waiting <= len(self._recent):
+            self._seen(batch, self._recent[-waiting][1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """An empty stub for Lightning: the data module owns the state, see `position`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: see `state_dict`."""
+
+    def position(self) -> dict[str, Any] | None:
+        """After the last batch that was trained on: primitives alone, the same on every rank, no collective.
+
+        None before the ranks have agreed on a first batch.
+        """
+        completed = self.served - self._unprocessed()
+        grant = next((grant for grant in reversed(self._grants) if grant.at <= completed), None)
+        if grant is None:
+            return None
+        since = completed - grant.at
+        return {
+            "ranks": [
+                {"position": position, "step": step, "rows": rows} for position, step, rows in grant.table
+            ],
+            "since": since,
+            "batch_size": self.batch_size,
+            "epoch_batches": grant.epoch_batches + since,
+            "in_epoch": max(0, self.in_epoch - (self.served - completed)),
+            "rows_dropped": grant.rows_dropped,
+        }
+
+    def go_to(self, position: dict[str, Any], skip: int, state: Mapping[str, Any]) -> None:
+        """Stand at a position of the stream, with the counters of a state from `position`."""
+        self.close()
+        self._grants.clear()
+        self._position, self._skip, self._ended = position, skip, False
+        self.in_epoch, self.epoch_batches = state["in_epoch"], state["epoch_batches"]
+        self.rows_dropped = state["rows_dropped"]
+
+    def row_age(self) -> float | None:
+        """Rows served between the computing of a row of the batch taken last and that batch, on average."""
+        age = getattr(self.stream, "row_age", None)
+        return age(self._position, self._skip) if age is not None else None
+
+    def close(self) -> None:
+        """End the thread, let go of the batches; the next `iter` goes on behind the last one trained on."""
+        if self._live is not None:
+            self._live.close()  # type: ignore[attr-defined]
+        self._live, self._head, self._granted = None, None, 0
+        self._recent.clear()
+        self._again.clear()
+
+    def _next(self) -> Batch | None:
+        if self._again:
+            item = self._again.popleft()
+        else:
+            begun = time.perf_counter()
+            if self._granted == 0 and not self._ended:
+                self._granted = self._agree()
+                self._ended = self._granted == 0
+            served = self._take() if self._granted else None
+            self.wait_seconds += time.perf_counter() - begun
+            if served is None:
+                return None
+            self._granted -= 1
+            self.epoch_batches += 1
+            self.rows_served += len(served.provenance)
+            item = self._finished(served)
+        for _ in range(len(self._recent) - self._unprocessed()):
+            self._recent.popleft()
+        self.served += 1
+        self._recent.append(item)
+        self._seen(*item)
+        return item[0]
+
+    def _agree(self) -> int:
+        """How many batches from here are certain on every rank: the one thing ranks must talk about."""
+        head = self._peek()
+        mine = (0, self._position, self._skip, 0)
+        if head is not None:
+            mine = (head.certain, head.position, head.step - 1, head.certain_rows)
+        everyone = gather(mine)
+        granted = min(certain for certain, *_ in everyone)
+        if granted:
+            table = [(position, step, rows) for _, position, step, rows in everyone]
+            self._grants.append(
+                Grant(
+                    at=self.served,
+                    epoch_batches=self.epoch_batches,
+                    rows_dropped=self.rows_dropped,
+                    table=table,
+                )
+            )
+            completed = self.served - self._unprocessed()
+            while len(self._grants) > 1 and self._grants[1].at <= completed:
+                self._grants.popleft()
+        elif any(certain for certain, *_ in everyone):
+            self._end_unevenly()
+        return granted
+
+    def _end_unevenly(self) -> None:
+        """Another rank has no rows left: count what this one cannot serve."""
+        position = self._head.position if self._head else self._position
+        self._stop()
+        dropped = sum(gather(max(0, self.stream.dropped(position, self.epoch_batches))))
+        self.rows_dropped += dropped
+        self._warn(f"the ranks ran out of rows unevenly: {dropped} rows of this epoch are dropped")
+
+    def _begin_epoch(self) -> None:
+        self._stop()
+        self._position, self._skip = self.stream.start(self._position["epoch"] + 1), 0
+        self.epoch_batches, self._ended = 0, False
+
+    def _peek(self) -> Served | None:
+        if self._live is None:
+            position, skip = self._position, self._skip
+            if self.prefetch:
+                self._live = Producer(lambda: self.stream.batches(position, skip), self.prefetch, self.device)
+            else:
+                self._live = self.stream.batches(position, skip)
+        if self._head is None:
+            self._head = next(self._live, None)
+        return self._head
+
+    def _take(self) -> Served | None:
+        served, self._head = self._peek(), None
+        if served is not None:
+            self._position, self._skip = served.position, served.step
+        return served
+
+    def _stop(self) -> None:
+        if self._live is not None:
+            self._live.close()  # type: ignore[attr-defined]
+        self._live, self._head = None, None
+
+    def _take_back(self, count: int) -> None:
+        """Serve again what was fetched and thrown away."""
+        for _ in range(count):
+            with suppress(IndexError):
+                self._again.appendleft(self._recent.pop())
+                self.served -= 1
+                self.in_epoch = max(0, self.in_epoch - 1)
+
+    def _finished(self, served: Served) -> tuple[Batch, Tensor]:
+        return finish(served.rows, self.scalings, self.dtype), served.provenance
+
+
+def finish(rows: Mapping[str, Tensor], scalings: Mapping[str, Scaling], dtype: torch.dtype | None) -> Batch:
+    """A batch as a LightningModule gets it: cast, normalised, and bare where there is one hook point."""
+    cast = {name: x.to(dtype) if dtype is not None else x for name, x in rows.items()}
+    done = {name: x if scalings[name].is_identity else scalings[name].apply(x) for name, x in cast.items()}
+    return done if len(done) > 1 else next(iter(done.values()))
+
+
+def key_of(batch: Batch) -> Tensor:
+    """What identifies a batch: its tensor, or the first of them."""
+    return batch if isinstance(batch, Tensor) else next(iter(batch.values()))

@@ -1,0 +1,162 @@
+"""`FromHuggingFace`: the rows that an independent loop over the untouched model finds."""
+
+import inspect
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deeplens_lightning.extraction.from_huggingface import FromHuggingFace
+from deeplens_lightning.model.isolation import relative_error
+from tests.support.extracting import save_model, texts, write_texts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def with_bos(tmp_path_factory):
+    return str(save_model(tmp_path_factory.mktemp("bos"), bos=True))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return str(write_texts(tmp_path / "texts.jsonl"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def reference(folder, samples, layer, seq_length):
+    """One text at a time through the whole model, a hook on the activation function of one layer."""
+    whole = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    seen = []
+    whole.transformer.h[layer].mlp.act.register_forward_hook(lambda m, i, output: seen.append(output[0]))
+    with torch.no_grad():
+        for text in samples:
+            ids = tokenizer(text, truncation=True, max_length=seq_length, return_tensors="pt")["input_ids"]
+            if text.strip():
+                whole(ids)
+    return torch.cat(seen)
+
+
+def extracts_the_reference(folder, samples, dataset, capsys, **sizes):
+    """Every argument of the tutorial's call; a local model and dataset for the hub's."""
+    extractor = FromHuggingFace(
+        hf_model=folder,
+        dataset_name=dataset,
+        inference_batch_size=16,
+        device="auto",
+        save_features=True,
+        **sizes,
+    )
+    features = extractor.extract_features()
+    expected = reference(folder, samples[: sizes["num_samples"]], sizes["layer"], sizes["seq_length"])
+    assert features.shape == expected.shape == (len(expected), 256)
+    assert relative_error(features, expected).max() < 1e-5
+    path = Path("saved_features") / f"features_layer_{sizes['layer']}_{len(expected)}.pt"
+    assert torch.equal(torch.load(path, weights_only=True), features)
+    assert str(path) in capsys.readouterr().out
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("kind", ["model", "with_bos"])
+def test_the_tutorials_call_gives_the_reference_rows_and_file(kind, dataset, capsys, request):
+    folder = request.getfixturevalue(kind)
+    extracts_the_reference(folder, texts(), dataset, capsys, layer=1, num_samples=120, seq_length=64)
+
+
+def test_the_tutorials_sizes_as_they_stand(tmp_path, capsys):
+    """Long documents, and more samples asked for than there are."""
+    folder = str(save_model(tmp_path / "lm", layers=4, positions=1024))
+    samples = [*texts(), "\n\n".join(texts()), "\n".join(texts()[30:90])]
+    dataset = tmp_path / "fineweb.jsonl"
+    dataset.write_text("".join(json.dumps({"text": text}) + "\n" for text in samples))
+    sizes = {"layer": 3, "num_samples": 25000, "seq_length": 1024}
+    extracts_the_reference(folder, samples, str(dataset), capsys, **sizes)
+
+
+def test_defaults_are_those_of_deeplens():
+    defaults = {name: p.default for name, p in inspect.signature(FromHuggingFace).parameters.items()}
+    assert list(defaults.items())[:8] == [
+        ("hf_model", "gpt2"),
+        ("layer", 6),
+        ("dataset_name", "HuggingFaceFW/fineweb"),
+        ("num_samples", 25_000),
+        ("seq_length", 128),
+        ("inference_batch_size", 16),
+        ("device", "auto"),
+        ("save_features", True),
+    ]
+
+
+def test_pieces_together_are_the_whole_and_nothing_is_saved(model, dataset, tmp_path):
+    extractor = FromHuggingFace(model, 1, dataset, num_samples=100, seq_length=64, inference_batch_size=4)
+    pieces = list(extractor.extract_features_batched())
+    assert max(map(len, pieces)) <= 4 * 64
+    assert not (tmp_path / "saved_features").exists()
+    assert torch.equal(torch.cat(pieces), extractor.extract_features())
+
+
+def test_batch_size_and_stopping_early_change_no_row(model, dataset):
+    one, other = (
+        FromHuggingFace(
+            model, 1, dataset, num_samples=n, seq_length=64, inference_batch_size=size, save_features=False
+        ).extract_features()
+        for n, size in ((60, 1), (100, 7))
+    )
+    assert relative_error(other[: len(one)], one).max() < 1e-5
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_samples_come_in_the_datasets_own_order(model, streaming):
+    data = datasets.Dataset.from_dict({"text": texts()})
+    data = data.to_iterable_dataset(num_shards=3) if streaming else data
+    extractor = FromHuggingFace(model, 0, data, num_samples=50, seq_length=32, save_features=False)
+    assert relative_error(extractor.extract_features(), reference(model, texts()[:50], 0, 32)).max() < 1e-5
+
+
+def test_a_loaded_model_serves_as_well_and_is_left_as_it_was(model, dataset):
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    extractor = FromHuggingFace(loaded, -1, dataset, num_samples=20, seq_length=32, save_features=False)
+    rows = extractor.extract_features()
+    assert extractor.layer == 2
+    assert relative_error(rows, reference(model, texts()[:20], 2, 32)).max() < 1e-5
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+def test_other_hook_points_are_there_too(model, dataset):
+    extractor = FromHuggingFace(
+        model, 1, dataset, num_samples=10, seq_length=32, hook="resid_post", save_features=False
+    )
+    assert extractor.extract_features().shape[1] == 64
+
+
+def test_mistakes_are_named_before_any_weight_is_loaded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("deeplens_lightning.extraction.from_huggingface.FrozenModel.load", None)
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"body": "a", "title": "b"}\n')
+    with pytest.raises(ValueError, match="no column 'text'; its columns are body, title"):
+        FromHuggingFace(model, 1, str(lines))
+    with pytest.raises(ValueError, match="layer 7 is out of range"):
+        FromHuggingFace(model, 7, ["a"])
+    with pytest.raises(ValueError, match="seq_length=1024 exceeds the model's 128 positions"):
+        FromHuggingFace(model, 1, ["a"], seq_length=1024)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 16"):
+        FromHuggingFace(model, 1, ["a"], num_samples=0)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        FromHuggingFace("/no/such/model", 1, ["a"])
+
+
+def test_samples_without_any_text_say_so(model):
+    with pytest.raises(ValueError, match="the first 2 samples hold no text"):
+        FromHuggingFace(model, 1, ["", " ", "a"], num_samples=2).extract_features()

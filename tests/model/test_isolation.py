@@ -1,0 +1,57 @@
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from deeplens_lightning.model.isolation import choose, relative_error
+from deeplens_lightning.options import Isolation
+
+TABLE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+
+
+def mixing(mode: Isolation, noise: float = 0.0, dtype: torch.dtype = torch.float32):
+    """A model whose rows are right in this way of batching and the later ones, and wrong in those before."""
+    order = ["packed", "padded", "equal", "none"]
+
+    def run(
+        tokens: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Mapping[str, Tensor]:
+        used = "packed" if position_ids is not None else "padded" if attention_mask is not None else "equal"
+        rows = TABLE[tokens]
+        if order.index(used) < order.index(mode) and len(tokens) > 1:
+            rows = rows + 0.1
+        return {"here": (rows * (1 + noise * len(tokens))).to(dtype)}
+
+    return run
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded", "equal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_first_way_that_gives_the_segments_own_rows_is_chosen(
+    mode: Isolation, dtype: torch.dtype
+) -> None:
+    run = mixing(mode, dtype=dtype)
+    assert choose(run, vocab_size=50, max_length=16, original=None) == mode
+
+
+def test_rounding_of_the_device_is_no_leak() -> None:
+    assert choose(mixing("packed", noise=1e-4), vocab_size=50, max_length=None, original=None) == "packed"
+
+
+def test_a_model_whose_rows_depend_on_the_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"relative error .*; run it with isolate_documents=False"):
+        choose(mixing("none"), vocab_size=50, max_length=None, original=None)
+
+
+def test_the_probe_draws_from_no_global_generator() -> None:
+    state = torch.random.get_rng_state()
+    choose(mixing("packed"), vocab_size=50, max_length=None, original=40)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_relative_error_is_per_row_with_a_floor_for_small_rows() -> None:
+    b = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]])
+    a = b + torch.tensor([[0.0, 0.5], [0.0, 0.0], [0.0, 0.001]])
+    assert relative_error(a, b).tolist() == pytest.approx([0.1, 0.0, 0.001 / (1e-3 * 5.0)])
+    assert relative_error(b, b).max() == 0

@@ -1,0 +1,228 @@
+"""Caches behind a URL: `memory://`, and a real S3 server on loopback."""
+
+import os
+import threading
+import uuid
+
+import fsspec
+import pytest
+import torch
+
+from deeplens_lightning.shards import DamagedShardError, ShardError, ShardStream, ShardWriter, verify
+from deeplens_lightning.shards.format import INDEX, shard_name, sidecar_name
+from deeplens_lightning.shards.remote import LocalCopies, RemoteFolder
+from tests.support.making_shards import WIDE, feed, make_rows, manifest, write_cache
+
+SHARD = 700 * manifest().row_bytes
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """The endpoint of an S3 server with a bucket `bucket`."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    given = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "none",
+        "AWS_SECRET_ACCESS_KEY": "none",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in given.items():
+            patch.setenv(name, value)
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+        yield
+        fsspec.filesystem("s3").clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def url(request):
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return f"s3://bucket/{uuid.uuid4().hex}/acts"
+    return f"memory://{uuid.uuid4().hex}/acts"
+
+
+def serve(source, **kwargs):
+    stream = ShardStream(source, batch_size=64, **kwargs)
+    batches = list(stream.batches(None, 0))
+    stream.close()
+    return batches
+
+
+def assert_equal(some, others):
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        assert torch.equal(one.provenance, other.provenance)
+        assert torch.equal(one.rows[WIDE], other.rows[WIDE])
+
+
+def test_writing_being_stopped_going_on_and_reading_equal_the_same_on_disk(url, tmp_path):
+    write_cache(tmp_path, n=3000, shard_rows=700)
+    rows, provenance = make_rows(3000)
+    for stop in (1000, 2000, None):
+        with ShardWriter(url, manifest(), shard_bytes=SHARD) as writer:
+            assert writer.resume.row == {1000: 0, 2000: 700, None: 1400}[stop]
+            feed(writer, rows, provenance, stop=stop)
+            if stop is None:
+                writer.finish()
+                assert writer.complete
+    with ShardWriter(url, manifest()) as writer:
+        assert writer.complete
+    assert verify(url).problems == []
+    for kwargs in (
+        {"shuffle": "global"},
+        {"shuffle": "window", "window_bytes": 10**5},
+        {"val_fraction": 0.3},
+    ):
+        assert_equal(serve(url, **kwargs), serve(tmp_path, **kwargs))
+    assert_equal(serve(f"{url}/*.pt"), serve(tmp_path))
+
+
+def test_resuming_from_a_url_continues_bit_for_bit(url):
+    write_cache(url, n=2000, shard_rows=300)
+    window = {"shuffle": "window", "window_bytes": 10**5, "seed": 3}
+    whole = serve(url, **window)
+    stream = ShardStream(url, batch_size=64, **window)
+    assert_equal(list(stream.batches(whole[16].position, whole[16].step)), whole[17:])
+    stream.close()
+
+
+def test_local_copies_stay_within_their_bound_and_are_deleted_at_the_end(url, tmp_path):
+    write_cache(url, n=6000, shard_rows=300)
+    shard = 300 * manifest().row_bytes
+    bound = 6 * (shard + 3000)
+    stream = ShardStream(url, batch_size=64, window_bytes=10**9, cache_bytes=bound, cache_dir=tmp_path)
+    assert stream.start()["shuffle"] == "window"
+    most = 0
+    for _ in stream.batches(None, 0):
+        most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.pt")))
+    assert shard * 3 < most <= bound
+    stream.close()
+    with pytest.raises(ShardError, match=r"shuffle='global' needs all [\d,]+ bytes of remote shards at hand"):
+        ShardStream(url, batch_size=64, shuffle="global", cache_bytes=bound)
+    with pytest.raises(ShardError, match="raise cache_bytes"):
+        serve(url, cache_bytes=shard // 2)
+
+
+def test_copies_in_a_temporary_folder_go_away(url):
+    write_cache(url, n=600)
+    stream = ShardStream(url, batch_size=64)
+    list(stream.batches(None, 0))
+    folder = stream._copies._directory
+    assert list(folder.rglob("*.pt"))
+    stream.close()
+    assert not folder.exists()
+
+
+def test_a_given_folder_of_copies_is_used_again_unless_altered(url, tmp_path):
+    write_cache(url, n=600)
+    first = serve(url, cache_dir=tmp_path)
+    [copy] = tmp_path.rglob("*.pt")
+    stamp = copy.stat().st_mtime_ns
+    assert_equal(serve(url, cache_dir=tmp_path), first)
+    assert copy.stat().st_mtime_ns == stamp
+    copy.write_bytes(copy.read_bytes()[:-1])
+    assert_equal(serve(url, cache_dir=tmp_path), first)
+
+
+def test_what_arrives_altered_or_not_at_all_is_named(url):
+    write_cache(url, n=2000, shard_rows=700)
+    fs, root = fsspec.core.url_to_fs(url)
+    path = f"{root}/{shard_name(0, 1)}"
+    content = bytearray(fs.cat_file(path))
+    content[5000] ^= 1
+    fs.pipe_file(path, bytes(content))
+    with pytest.raises(DamagedShardError, match=r"000001\.pt is altered: its checksum is"):
+        serve(url)
+    assert "000001.pt is altered" in verify(url).problems[0]
+    fs.pipe_file(path, bytes(content[:-1]))
+    with pytest.raises(DamagedShardError, match=r"000001\.pt has .* bytes, its sidecar says"):
+        serve(url)
+    fs.rm(path)
+    with pytest.raises(DamagedShardError, match=r"000001\.pt is missing"):
+        serve(url)
+
+
+def test_a_second_writer_is_noticed_without_locks(url):
+    rows, provenance = make_rows(2000)
+    with (
+        ShardWriter(url, manifest(), shard_bytes=SHARD) as one,
+        ShardWriter(url, manifest(), shard_bytes=SHARD) as two,
+    ):
+        feed(one, rows, provenance, stop=800)
+        one.sync()
+        feed(two, rows, provenance, stop=700)
+        with pytest.raises(ShardError, match="another process writes"):
+            two.sync()
+        feed(one, rows, provenance)
+        one.finish()
+    assert verify(url).problems == []
+
+
+def test_nothing_under_a_final_name_is_ever_half(tmp_path):
+    """`memory://` shows files while they are written, so finished ones are moved into place."""
+    url = f"memory://{uuid.uuid4().hex}"
+    fs, root = fsspec.core.url_to_fs(url)
+    half, stop = [], threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            for path in fs.glob(f"{root}/*.pt"):
+                name = path.rsplit("/", 1)[-1]
+                try:
+                    size = fs.size(path)
+                except FileNotFoundError:
+                    continue
+                if not name.startswith(".") and size < SHARD:
+                    half.append((name, size))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    write_cache(url, n=7000, shard_rows=700)
+    stop.set()
+    watcher.join()
+    assert half == []
+    assert not [path for path in fs.ls(root, detail=False) if ".writing" in path]
+
+
+def test_bare_tensors_behind_a_url(url, tmp_path):
+    rows = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
+    torch.save(rows, tmp_path / "features_layer_3_1000.pt")
+    fs, root = fsspec.core.url_to_fs(url)
+    fs.makedirs(root, exist_ok=True)
+    fs.put_file(str(tmp_path / "features_layer_3_1000.pt"), f"{root}/features_layer_3_1000.pt")
+    [served] = ShardStream(f"{url}/features_layer_3_1000.pt", batch_size=1000, shuffle="none").batches(
+        None, 0
+    )
+    assert torch.equal(served.rows["layers.3.mlp_act"], rows)
+
+
+def test_an_empty_url_says_so(url):
+    with pytest.raises(ShardError, match=r"no manifest\.json and no \.pt file"):
+        ShardStream(url, batch_size=1)
+
+
+def test_an_unfinished_remote_cache_is_no_complete_one(url):
+    write_cache(url, n=2000, shard_rows=700)
+    RemoteFolder(url).remove(INDEX)
+    RemoteFolder(url).remove(sidecar_name(shard_name(0, 2)))
+    assert ShardStream(url, batch_size=1).rows == 1400
+
+
+def test_evicting_waits_for_what_is_on_its_way(url, tmp_path):
+    write_cache(url, n=3000, shard_rows=300)
+    folder = RemoteFolder(url)
+    size = folder.sizes()[shard_name(0, 0)]
+    copies = LocalCopies(tmp_path, max_bytes=2 * size + 10)
+    for number in range(9):
+        copies.fetch(folder, shard_name(0, number), size, None)
+    path = copies.get(folder, shard_name(0, 8), size, None)
+    assert path.stat().st_size == size
+    copies.close()
+    assert sum(1 for _ in tmp_path.rglob("*.pt")) <= 2
+    assert not [name for _, _, names in os.walk(tmp_path) for name in names if "writing" in name]

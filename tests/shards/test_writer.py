@@ -1,0 +1,341 @@
+"""Writing: complete, in order, continued after a kill, stopped with a reason."""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from deeplens_lightning.shards import (
+    DamagedShardError,
+    DiskFullError,
+    NonFiniteError,
+    OtherConfigError,
+    ShardError,
+    ShardStream,
+    ShardWriter,
+    verify,
+)
+from deeplens_lightning.shards.format import INDEX, done_name, shard_name, sidecar_name
+from tests.support.making_shards import (
+    NARROW,
+    WIDE,
+    feed,
+    make_rows,
+    manifest,
+    read_back,
+    write_cache,
+    write_here,
+)
+
+
+def shards_of(rows: int) -> int:
+    return rows * manifest().row_bytes
+
+
+def assert_same_cache(one, other):
+    (rows, provenance), (same, too) = read_back(one), read_back(other)
+    assert torch.equal(provenance, too)
+    assert all(torch.equal(rows[name], same[name]) for name in rows)
+
+
+@pytest.mark.parametrize("batch", [1, 33, 100, 5000])
+def test_every_row_is_written_once_in_order(tmp_path, batch):
+    rows, provenance = make_rows(1500)
+    with ShardWriter(tmp_path, manifest(), shard_bytes=shards_of(400)) as writer:
+        feed(writer, rows, provenance, batch)
+        writer.finish()
+    written, where = read_back(tmp_path)
+    assert torch.equal(where, provenance)
+    assert torch.equal(written[WIDE], rows[WIDE])
+    assert torch.equal(written[NARROW], rows[NARROW])
+    assert writer.complete
+    assert (writer.rows, writer.shards) == (1500, 4)
+    assert verify(tmp_path).problems == []
+
+
+def test_a_finished_cache_is_left_alone(tmp_path):
+    write_cache(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with ShardWriter(tmp_path, manifest()) as writer:
+        assert writer.complete
+        writer.finish()
+        with pytest.raises(ShardError, match="finished"):
+            feed(writer, *make_rows(10))
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_stopping_anywhere_and_going_on_equals_never_having_stopped(tmp_path):
+    write_cache(tmp_path / "whole", n=2500, shard_rows=300)
+    for stop in (0, 99, 300, 1234, 2400):
+        folder = tmp_path / str(stop)
+        rows, provenance = make_rows(2500)
+        with ShardWriter(folder, manifest(), shard_bytes=shards_of(300)) as writer:
+            feed(writer, rows, provenance, stop=stop)
+        with ShardWriter(folder, manifest(), shard_bytes=shards_of(300)) as writer:
+            assert writer.resume.row == -(-stop // 100) * 100 // 300 * 300  # batches of 100, shards of 300
+            assert writer.rows == writer.resume.row
+            feed(writer, rows, provenance)
+            writer.finish()
+        assert_same_cache(folder, tmp_path / "whole")
+
+
+def test_a_shard_size_may_change_between_runs(tmp_path):
+    rows, provenance = make_rows(2000)
+    with ShardWriter(tmp_path, manifest(), shard_bytes=shards_of(300)) as writer:
+        feed(writer, rows, provenance, stop=1000)
+    with ShardWriter(tmp_path, manifest(), shard_bytes=shards_of(700)) as writer:
+        feed(writer, rows, provenance, batch=77)
+        writer.finish()
+    assert torch.equal(read_back(tmp_path)[1], provenance)
+
+
+def test_rows_that_come_again_are_dropped_and_a_gap_is_refused(tmp_path):
+    rows, provenance = make_rows(500)
+    with ShardWriter(tmp_path, manifest()) as writer:
+        for first in (0, 0, 50, 100, 30):
+            part = slice(first, first + 100)
+            writer.append(
+                {k: v[part] for k, v in rows.items()}, provenance[part], source=first, first_row=first
+            )
+        with pytest.raises(ShardError, match="rows 200 to 249 of rank 0 never came"):
+            writer.append(
+                {k: v[250:300] for k, v in rows.items()}, provenance[250:300], source=0, first_row=250
+            )
+        writer.finish()
+    assert torch.equal(read_back(tmp_path)[1], provenance[:200])
+
+
+def test_sync_makes_everything_so_far_durable(tmp_path):
+    rows, provenance = make_rows(500)
+    with ShardWriter(tmp_path, manifest()) as writer:
+        feed(writer, rows, provenance, stop=200)
+        writer.sync()
+        feed_more = slice(200, 300)
+        writer.append(
+            {k: v[feed_more] for k, v in rows.items()},
+            provenance[feed_more],
+            source={"row": 200},
+            first_row=200,
+        )
+    with ShardWriter(tmp_path, manifest()) as writer:
+        assert writer.resume.row == 200
+        feed(writer, rows, provenance)
+        writer.finish()
+    assert torch.equal(read_back(tmp_path)[1], provenance)
+
+
+def test_two_ranks_write_one_cache_and_the_last_one_closes_it(tmp_path):
+    rows, provenance = make_rows(1000)
+    writers = [
+        ShardWriter(tmp_path, manifest(world_size=2), rank=rank, shard_bytes=shards_of(200))
+        for rank in (0, 1)
+    ]
+    for rank, writer in enumerate(writers):
+        half = slice(rank * 500, rank * 500 + 500)
+        writer.append({k: v[half] for k, v in rows.items()}, provenance[half], source=None, first_row=0)
+    writers[1].finish()
+    assert not writers[1].complete
+    assert not (tmp_path / INDEX).exists()
+    writers[0].finish()
+    assert writers[0].complete
+    assert torch.equal(read_back(tmp_path)[1], provenance)
+    ShardWriter(tmp_path, manifest(world_size=3)).close()  # complete: by how many ranks does not matter
+
+
+def test_another_number_of_ranks_cannot_continue(tmp_path):
+    ShardWriter(tmp_path, manifest(world_size=2)).close()
+    with pytest.raises(ShardError, match="begun by 2 ranks"):
+        ShardWriter(tmp_path, manifest())
+
+
+def test_another_configuration_is_refused(tmp_path):
+    write_cache(tmp_path)
+    with pytest.raises(OtherConfigError, match="seq_length: 37 there, 64 here"):
+        ShardWriter(tmp_path, manifest(packing={"seq_length": 64}))
+
+
+def test_a_folder_of_other_tensors_is_refused(tmp_path):
+    torch.save(torch.zeros(2, 2), tmp_path / "model.pt")
+    with pytest.raises(ShardError, match="choose another folder"):
+        ShardWriter(tmp_path, manifest())
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
+    with ShardWriter(tmp_path, manifest()) as writer:
+        with pytest.raises(ShardError, match="another process is writing"):
+            ShardWriter(tmp_path, manifest())
+        feed(writer, *make_rows(300))
+        writer.finish()
+    assert verify(tmp_path).problems == []
+
+
+def test_a_second_writer_that_no_lock_stopped_is_noticed(tmp_path):
+    """As on an object store, which has no locks."""
+    rows, provenance = make_rows(300)
+    with ShardWriter(tmp_path, manifest(), shard_bytes=shards_of(100)) as writer:
+        feed(writer, rows, provenance, stop=100)
+        writer.sync()
+        (tmp_path / sidecar_name(shard_name(0, 1))).write_text("{}")
+        feed(writer, rows, provenance, stop=200)
+        with pytest.raises(ShardError, match="another process writes"):
+            writer.finish()
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_damage_in_a_finished_cache_is_repaired_by_running_again(tmp_path):
+    write_cache(tmp_path / "whole", n=1000, shard_rows=300)
+    write_cache(tmp_path / "other", n=1000, shard_rows=300)
+    shard = tmp_path / "other" / shard_name(0, 1)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DamagedShardError, match=r"000001.pt has .* delete it and run again"):
+        ShardWriter(tmp_path / "other", manifest())
+    shard.unlink()
+    with ShardWriter(tmp_path / "other", manifest(), shard_bytes=shards_of(300)) as writer:
+        assert not writer.complete
+        assert writer.resume.row == 300
+        feed(writer, *make_rows(1000))
+        writer.finish()
+    assert_same_cache(tmp_path / "whole", tmp_path / "other")
+    assert verify(tmp_path / "other").problems == []
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_rows_that_are_not_finite_are_refused_with_their_place(tmp_path, bad):
+    rows, provenance = make_rows(200)
+    rows[NARROW][137, 3] = bad
+    with (
+        ShardWriter(tmp_path, manifest()) as writer,
+        pytest.raises(
+            NonFiniteError, match=f"position {137 % 37} of the document with hash {provenance[137, 0]}"
+        ),
+    ):
+        feed(writer, rows, provenance)
+
+
+def test_rows_that_are_not_finite_are_dropped_and_counted_by_choice_also_when_resumed(tmp_path):
+    rows, provenance = make_rows(1000)
+    bad = torch.tensor([0, 99, 100, 137, 500, 501, 502, 999])
+    rows[WIDE][bad] = float("nan")
+    good = torch.tensor([row for row in range(1000) if row not in bad])
+    for stops in ([None], [100, 300, 600, None], [500, None]):
+        folder = tmp_path / str(len(stops))
+        for stop in stops:
+            with ShardWriter(folder, manifest(), shard_bytes=shards_of(37), nonfinite="drop") as writer:
+                feed(writer, rows, provenance, stop=stop)
+                if stop is None:
+                    writer.finish()
+        assert torch.equal(read_back(folder)[1], provenance[good])
+        assert json.loads((folder / done_name(0)).read_text())["dropped"] == len(bad)
+
+
+def test_rows_of_another_shape_or_dtype_are_refused(tmp_path):
+    rows, provenance = make_rows(10)
+    with ShardWriter(tmp_path, manifest()) as writer:
+        with pytest.raises(ShardError, match=r"torch.float64 \(10, 16\), the manifest says float32"):
+            writer.append({**rows, WIDE: rows[WIDE].double()}, provenance, source=None, first_row=0)
+        with pytest.raises(ShardError, match="the manifest says"):
+            writer.append({WIDE: rows[WIDE]}, provenance, source=None, first_row=0)
+
+
+def test_8_bit_shards_come_back_within_their_error(tmp_path):
+    write_cache(tmp_path, storage="int8")
+    rows, provenance = make_rows(3000)
+    [served] = ShardStream(tmp_path, batch_size=3000, shuffle="none").batches(None, 0)
+    assert torch.equal(served.provenance, provenance)
+    for name in (WIDE, NARROW):
+        assert served.rows[name].dtype == rows[name].dtype
+        bound = rows[name].float().abs().amax(dim=1, keepdim=True) / (254 if name == WIDE else 120)
+        assert ((served.rows[name].float() - rows[name].float()).abs() <= bound * 1.001).all()
+
+
+def test_too_little_room_is_said_before_starting(tmp_path):
+    with pytest.raises(DiskFullError, match=r"bytes free, 1,000,000,000,000,000 rows need [\d,]+ bytes more"):
+        ShardWriter(tmp_path, manifest(), expected_rows=10**15)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Starts real processes that have the slow imports behind them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["deeplens_lightning.shards"])
+    return context
+
+
+def test_a_full_disk_stops_the_writer_and_leaves_a_valid_cache(tmp_path, processes, capfd):
+    """A file-size limit fails writes half way through a file, as a full disk does."""
+    write_cache(tmp_path / "whole", n=2000, shard_rows=500)
+    rows, provenance = make_rows(2000)
+    with ShardWriter(tmp_path / "a", manifest(), shard_bytes=shards_of(500)) as writer:
+        feed(writer, rows, provenance, stop=1000)
+    for limit, code in ((shards_of(250), 1), (None, 0)):
+        process = processes.Process(target=write_here, args=(str(tmp_path / "a"), 2000, limit))
+        process.start()
+        process.join(120)
+        assert process.exitcode == code
+        assert not list((tmp_path / "a").glob(".writing*"))
+        if code:
+            assert "bytes are missing. Its 2 finished shards (1,000 rows) are valid" in capfd.readouterr().err
+            assert not (tmp_path / "a" / INDEX).exists()
+            assert ShardStream(tmp_path / "a", batch_size=10).rows == 1000
+    assert_same_cache(tmp_path / "a", tmp_path / "whole")
+
+
+def test_a_writer_that_failed_cannot_go_on_and_lose_rows(tmp_path, monkeypatch):
+    rows, provenance = make_rows(1000)
+    with ShardWriter(tmp_path, manifest(), shard_bytes=shards_of(100)) as writer:
+        feed(writer, rows, provenance, stop=100)
+        writer.sync()
+        monkeypatch.setattr(type(writer._folder), "free_bytes", lambda self: 1000)
+        feed(writer, rows, provenance, stop=200)
+        with pytest.raises(DiskFullError):
+            writer.sync()
+        monkeypatch.undo()
+        with pytest.raises(DiskFullError):
+            writer.finish()
+    assert not (tmp_path / INDEX).exists()
+
+
+def test_killed_at_any_moment_and_rerun_equals_uninterrupted_and_nothing_half_is_ever_seen(
+    tmp_path, processes
+):
+    write_cache(tmp_path / "whole", n=80_000, shard_rows=500)
+    folder, kills, checked = tmp_path / "killed", 0, 0
+    delays = iter([0.0, 0.004, 0.01, 0.02, 0.03, 0.05, 0.07])
+    while True:
+        process = processes.Process(target=write_here, args=(str(folder), 80_000))
+        process.start()
+        found = _check_finished(folder)
+        while process.is_alive() and _check_finished(folder) == found:
+            checked += 1
+        deadline = time.monotonic() + next(delays, 1000)
+        while process.is_alive() and time.monotonic() < deadline:
+            checked += _check_finished(folder)
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+        checked += _check_finished(folder)
+        if process.exitcode == 0:
+            break
+    assert kills >= 5
+    assert checked > 10
+    assert_same_cache(folder, tmp_path / "whole")
+    assert verify(folder).problems == []
+    assert not list(folder.glob(".writing*"))
+
+
+def _check_finished(folder: Path) -> int:
+    """Everything under a final name is whole; how many shards were looked at."""
+    if not (folder / sidecar_name(shard_name(0, 0))).exists():
+        return 0
+    names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+    done = [name for name in names if name.endswith(".pt")]
+    for name in done[-3:]:
+        content = torch.load(folder / name, mmap=True, weights_only=True)
+        assert len(content["provenance"]) == 500
+    for name in names:
+        if name.endswith(".json"):
+            json.loads((folder / name).read_text())
+    return len(done)

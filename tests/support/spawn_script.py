@@ -1,0 +1,34 @@
+"""Run by test_ranks: one `fit` whose ranks Lightning starts from this process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from tests.support.running import Recorder, data, sae, trainer
+
+
+class Saved(Recorder):
+    """Writes what its rank was served."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        rows = torch.cat([where for _, where in self.batches])
+        torch.save(rows, self.folder / f"rows-{trainer.global_rank}.pt")
+
+
+def main(strategy: str, folder: Path, lm: str) -> None:
+    torch.set_num_threads(1)
+    dm = data(lm)
+    run = trainer(folder, Saved(folder), strategy=strategy, devices=2, max_epochs=1, limit_val_batches=1)
+    run.fit(sae(dm), dm)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
