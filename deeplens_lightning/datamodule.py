@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deeplens_lightning.activation_data import ActivationData
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.normalization import Normalize, Scaling, check_normalize, scalings_state
 from deeplens_lightning.options import CACHE_BYTES, Isolation, Shuffle
@@ -30,14 +31,15 @@ from deeplens_lightning.stream.loader import ActivationLoader, finish, key_of
 from deeplens_lightning.stream.measured_statistics import Statistics
 from deeplens_lightning.stream.validation_set import RowsLoader
 from deeplens_lightning.stream.write_through import WriteThroughStream
-from deeplens_lightning.text.packing import Blocks
+from deeplens_lightning.text.packing import Blocks, Packing
+from deeplens_lightning.text.sources import IndexedSource
 from deeplens_lightning.types import Batch, Placement, Provenance, device_of
 
 CUDA_PREFETCH = 2
 T = TypeVar("T")
 
 
-class ActivationDataModule(LightningDataModule):
+class ActivationDataModule(ActivationData, LightningDataModule):
     """Batches of a language model's activations, for any LightningModule that wants them.
 
     A batch is a Tensor `(batch_size, d_in)`, or for several hook points a dict of them by canonical name, on the
@@ -225,6 +227,22 @@ class ActivationDataModule(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer, after `setup`; None for token ids without one."""
         return self.source.tokenizer
+
+    @property
+    def prepend_bos(self) -> bool | None:
+        """Whether segments begin with a BOS; None for what the tokenizer does."""
+        return self.source.prepend_bos if isinstance(self.source, LiveActivations) else None
+
+    @property
+    def documents(self) -> IndexedSource | None:
+        """The documents that provenance counts, where they can be read again."""
+        source = self.source.source if isinstance(self.source, LiveActivations) else None
+        return source if isinstance(source, IndexedSource) else None
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the documents were cut into segments, after `setup`."""
+        return self.source.packing if isinstance(self.source, LiveActivations) else None
 
     def provenance(self, batch: Batch) -> Provenance | None:
         """Where the rows of a batch came from, for one that a step was given and that is still alive."""

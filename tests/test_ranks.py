@@ -28,6 +28,8 @@ from tests.support.running import Recorder, data, provenance, sae, texts, traine
 
 FIELDS = {"val_fraction": 0.0, "tokenizer": None}
 
+ROOT = Path(__file__).parents[1]
+
 
 def tokens(lengths: list[int], shards: int = 1) -> Any:
     """Pretokenised documents, no two alike, of these lengths; in shards, one after another."""
