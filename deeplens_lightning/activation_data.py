@@ -21,18 +21,21 @@ class ActivationData:
     `LightningDataModule` and set what it knows.
 
     Attributes:
-        hf_model: what its rows were computed with: a name, or the model.
         model_kwargs: for `from_pretrained` of that model.
         batch_size: rows a batch.
         max_tokens: rows that one Trainer epoch takes, over all ranks.
         val_rows: rows wanted for the validation set.
     """
 
-    hf_model: Any = None
     model_kwargs: Mapping[str, Any] | None = None
     batch_size: int | None = None
     max_tokens: int | None = None
     val_rows: int | None = None
+
+    @property
+    def hf_model(self) -> Any:
+        """The model that the rows were computed with, or its name."""
+        return None
 
     @property
     def hook_names(self) -> tuple[str, ...]:

@@ -115,14 +115,14 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callable[C
     Signature, annotations and docstring are those of `kind`, for people, type checkers and LightningCLI alike, so
     that each setting is written down in one place.
     """
-    hints = get_type_hints(kind.__init__)  # type: ignore[misc]
+    hints = get_type_hints(kind.__init__)
     given = [p.replace(annotation=hints[p.name]) for p in signature(kind).parameters.values()]
 
     def decorate(init: Callable[[S, T], None]) -> Callable[Concatenate[S, P], None]:
-        def constructor(self: S, *args: P.args, **kwargs: P.kwargs) -> None:
+        def constructor(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
             init(self, kind(*args, **kwargs))
 
-        me = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+        me = Parameter("self", Parameter.POSITIONAL_ONLY)
         constructor.__signature__ = Signature([me, *given])  # type: ignore[attr-defined]
         constructor.__annotations__ = {p.name: p.annotation for p in given} | {"return": None}
         constructor.__doc__ = kind.__doc__

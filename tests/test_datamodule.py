@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from deeplens_lightning import ActivationDataModule, SparseAutoencoder
 from deeplens_lightning.model.inspection import inspect_model
 from deeplens_lightning.model.isolation import relative_error
+from deeplens_lightning.options import ModelOptions, TextOptions
 from tests.model.test_frozen import reference, snapshot
 from tests.support.tiny import paragraphs
 from tests.support.tiny_models import FAMILIES, randomised, tiny_config, tiny_model
@@ -137,7 +138,7 @@ def test_documents_that_are_not_isolated_see_each_other(tiny: Callable[[str], st
             seq_length=64,
             batch_size=32,
             val_fraction=0,
-            isolate_documents=isolate,
+            model_options=ModelOptions(isolation="auto" if isolate else "none"),
             device="cpu",
         )
         data.setup("fit")
@@ -167,7 +168,7 @@ def test_special_tokens_are_context_but_no_rows(tiny: Callable[[str], str]) -> N
             seq_length=32,
             batch_size=64,
             val_fraction=0,
-            prepend_bos=True,
+            text_options=TextOptions(prepend_bos=True),
             exclude_special_tokens=not keep,
             device="cpu",
         )

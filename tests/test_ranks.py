@@ -63,7 +63,6 @@ def test_documents_are_dealt_completely_and_disjointly(ranks: int, shards: int) 
             document.index
             for document in Documents(
                 source=open_source(dataset),
-                tokenizer=None,
                 split="train",
                 val_fraction=0.0,
                 seed=1,

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from transformers import AutoTokenizer
 
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.options import BufferOptions, ModelOptions, TextOptions
 from tests.support.running import assert_same, data, take, texts
 
 LONG = 26  # documents
@@ -84,11 +85,14 @@ SOURCES: dict[str, Callable[[Path, str], Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "normalize": {"normalize": "zscore"},
-    "sinks": {"max_norm_ratio": 1.2, "drop_first_n": 1},
-    "padded": {"isolation": "padded"},
-    "equal": {"isolation": "equal", "inference_batch_size": 3},
-    "undivided": {"isolate_documents": False},
-    "no block pool": {"shuffle_blocks": False},
+    "sinks": {
+        "buffer_options": BufferOptions(max_norm_ratio=1.2),
+        "text_options": TextOptions(drop_first_n=1),
+    },
+    "padded": {"model_options": ModelOptions(isolation="padded")},
+    "equal": {"model_options": ModelOptions(isolation="equal"), "inference_batch_size": 3},
+    "undivided": {"model_options": ModelOptions(isolation="none")},
+    "no block pool": {"buffer_options": BufferOptions(shuffle_blocks=False)},
     "two hooks": {"layer": [0, 1], "hook": ["mlp_act", "resid_post"]},
     "prefetch": {"prefetch": 3},
     "buffer of one batch": {"buffer_size": 16},
@@ -159,8 +163,10 @@ def test_stopped_twice_equals_never_stopped(source: str, tiny: Any, tmp_path: Pa
             "inference_batch_size": draw.draw(st.integers(2, 5), "model batch"),
             "seed": draw.draw(st.integers(0, 2**40), "seed"),
             "normalize": draw.draw(st.sampled_from(["none", "mean_norm"]), "normalize"),
-            "shuffle_blocks": draw.draw(st.booleans(), "pool"),
-            "isolation": draw.draw(st.sampled_from(["packed", "padded", "equal"]), "isolation"),
+            "buffer_options": BufferOptions(shuffle_blocks=draw.draw(st.booleans(), "pool")),
+            "model_options": ModelOptions(
+                isolation=draw.draw(st.sampled_from(["packed", "padded", "equal"]), "isolation")
+            ),
         }
         first = draw.draw(st.integers(0, 50), "first stop")
         second = draw.draw(st.integers(0, 50), "second stop")
@@ -204,8 +210,10 @@ def test_resuming_runs_the_model_over_two_windows_at_most(tiny: Any) -> None:
     for state in states[40::23]:
         dm.load_state_dict(state)
         take(dm, 1)
-        assert dm._train is not None
-        assert dm._train.stream.counts["tokens"] <= 2 * 160 + 3 * 32  # two windows, and model batches cut off
+        assert dm.serving.loader is not None
+        assert (
+            dm.serving.loader.stream.counts["tokens"] <= 2 * 160 + 3 * 32
+        )  # two windows, and model batches cut off
     dm.teardown("fit")
 
 
@@ -228,7 +236,10 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "seq_length": ({"seq_length": 48}, "seq_length: 32 in the checkpoint, 48 now"),
     "batch_size": ({"batch_size": 8}, "batch_size: 16 in the checkpoint, 8 now"),
     "seed": ({"seed": 1}, "seed: 0 in the checkpoint, 1 now"),
-    "isolation": ({"isolation": "padded"}, "isolation: packed in the checkpoint, padded now"),
+    "isolation": (
+        {"model_options": ModelOptions(isolation="padded")},
+        "isolation: packed in the checkpoint, padded now",
+    ),
     "val_fraction": ({"val_fraction": 0.1}, "val_fraction: 0.2 in the checkpoint, 0.1 now"),
     "normalize": ({"normalize": "zscore"}, "normalize: none in the checkpoint, zscore now"),
     "inference_batch_size": ({"inference_batch_size": 4}, "inference_batch_size: 2 in the checkpoint"),

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from deeplens_lightning.callbacks import Preemption
 from deeplens_lightning.cli.newest_checkpoint import newest_checkpoint
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.options import BufferOptions
 from tests.support.running import Recorder, assert_same, data, sae, texts, trainer
 
 SIZED = {"max_tokens": 12 * 16}
@@ -103,7 +104,7 @@ CASES: dict[str, dict[str, Any]] = {
     "normalised": {
         "save": {"every_n_train_steps": 7},
         "trainer": {"max_steps": 30},
-        "data": {"normalize": "zscore", "max_norm_ratio": 3.0},
+        "data": {"normalize": "zscore", "buffer_options": BufferOptions(max_norm_ratio=3.0)},
     },
 }
 

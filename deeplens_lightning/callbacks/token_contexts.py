@@ -17,9 +17,10 @@ from torch import Tensor
 from deeplens_lightning.callbacks.sae_view import SaeView
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.reporting.readable_tokens import token_strings
-from deeplens_lightning.text.documents import document_hash, tokenize
+from deeplens_lightning.text.documents import document_hash
 from deeplens_lightning.text.packing import Packing
 from deeplens_lightning.text.sources import IndexedSource
+from deeplens_lightning.text.tokens import tokenize
 
 Wanted = tuple[int, float, Sequence[int]]
 """Latent, its activation, and `(document hash, document index, position, token id)`."""

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
-from deeplens_lightning.text.documents import special_affixes
+from deeplens_lightning.text.tokens import special_affixes
 from deeplens_lightning.types import device_of
 
 

@@ -1,79 +1,96 @@
-"""Cached activations: what a data module needs of shards, where `live.py` has it of a model and text.
+"""Activations read from shards: what `live_source` does with a model and text, from files written before.
 
-In: folders, globs, files or URLs of shards. Out: streams, held-out rows, statistics, a fingerprint. No model
-and no text are loaded.
+In: `DataSettings` with folders, globs, files or URLs of shards. Out: `CachedActivations` with streams, held-out
+rows, statistics and a fingerprint. No model and no text are loaded.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from os import PathLike
-from pathlib import Path
 
 import torch
-from torch import Tensor
+from transformers import PreTrainedModel
 
-from deeplens_lightning.normalization import Moments, Normalize, Scaling
-from deeplens_lightning.options import CACHE_BYTES, Shuffle
+from deeplens_lightning.model.hook_points import TRANSFORMER_LENS
+from deeplens_lightning.model.layer_map import LAYER_KINDS
+from deeplens_lightning.normalization import Moments, Scaling
+from deeplens_lightning.options import Shuffle
 from deeplens_lightning.shards.catalog import Catalog, open_catalog
+from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.format import DTYPES
 from deeplens_lightning.shards.gather import chosen_hook_points
 from deeplens_lightning.shards.remote import LocalCopies
 from deeplens_lightning.shards.rowset import split_rows
 from deeplens_lightning.shards.shard_stream import ShardStream, Split
 from deeplens_lightning.stream.measured_statistics import ROWS, SAMPLE_EPOCH, Statistics
-from deeplens_lightning.types import Placement
+from deeplens_lightning.stream.settings import DataSettings
+from deeplens_lightning.stream.validation_set import HeldOutRows
+from deeplens_lightning.types import PROVENANCE, Placement
 
 log = logging.getLogger(__name__)
+_READ = 4096
+"""Rows read at once for statistics and validation."""
 
 
-@dataclass(kw_only=True)
-class CachedActivations:
-    """Configuration of cached activations, and what was opened of it.
+@dataclass(frozen=True)
+class CachedSettings:
+    """Which shards are read, and which hook points of them.
 
     Attributes:
-        shards: folders that `extract` wrote, bare `.pt` tensors, globs; local or fsspec URLs.
-        only: canonical names of the hook points to serve; default all in the cache.
-        bare_hook: hook name for bare tensors; default from DeepLens's file names, else `activations`.
-        shuffle: see `ShardStream`.
-        window_bytes: size of a shuffle window; default an eighth of this machine's memory.
-        checksums: check every shard when it is first read.
-        cache_dir: where copies of remote shards go; by default a temporary folder.
-        cache_bytes: bound on those copies.
-        seed: of the shuffle.
-        val_fraction: share of documents held out, by the hash of their text.
-        val_rows: held-out rows of the validation set.
+        given: what the user said.
     """
 
-    shards: str | PathLike[str] | Sequence[str | PathLike[str]]
-    only: Sequence[str] | None = None
-    bare_hook: str | None = None
-    shuffle: Shuffle = "auto"
-    window_bytes: int | None = None
-    checksums: bool = False
-    cache_dir: str | Path | None = None
-    cache_bytes: int = CACHE_BYTES
-    seed: int = 0
-    val_fraction: float = 0.05
-    val_rows: int = 65_536
-
-    model: None = field(init=False, default=None)
-    tokenizer: None = field(init=False, default=None)
-    site: Placement | None = field(init=False, default=None)
-    validation: tuple[dict[str, Tensor], Tensor] | None = field(init=False, default=None)
+    given: DataSettings
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The shards, listed and their sizes checked."""
-        copies = LocalCopies(max_bytes=self.cache_bytes)
+        """The shards, listed, with their sizes checked."""
+        copies = LocalCopies(max_bytes=self.given.cache_options.bytes)
         try:
-            return open_catalog(self.shards, self.bare_hook, copies)
+            return open_catalog(self._shards, self.bare_hook, copies)
         finally:
             copies.close()
+
+    @property
+    def hf_model(self) -> str | PreTrainedModel | None:
+        """The model that the rows were computed with: as given, or as the cache says; None where neither does."""
+        if self.given.hf_model is not None:
+            return self.given.hf_model
+        models = [manifest.config.get("model", {}) for manifest in self.catalog.manifests.values()]
+        return models[0].get("name") if models else None
+
+    @property
+    def _shards(self) -> str | list[str]:
+        assert self.given.shards is not None  # what makes these settings cached
+        return self.given.shards
+
+    @property
+    def bare_hook(self) -> str | None:
+        """The name that `layer` and `hook` give to bare tensors; None for what their file names say."""
+        names = [self.given.hook] if isinstance(self.given.hook, str) else list(self.given.hook or [])
+        layers = [self.given.layer] if isinstance(self.given.layer, int) else list(self.given.layer or [])
+        if len(names) != 1:
+            return None
+        name = canonical(names[0])
+        if name not in LAYER_KINDS:
+            return name
+        return f"layers.{layers[0]}.{name}" if len(layers) == 1 else None
+
+    @cached_property
+    def only(self) -> tuple[str, ...] | None:
+        """Canonical names of the chosen hook points; None for all in the cache, in its order.
+
+        Raises:
+            ShardError: the cache holds none that `layer` and `hook` name.
+        """
+        if not self.catalog.manifests or (self.given.layer is None and self.given.hook is None):
+            return None
+        return chosen(list(self.catalog.hook_points), self.given.layer, self.given.hook)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -85,24 +102,77 @@ class CachedActivations:
         self.check()
 
     def check(self) -> None:
-        """Find what is wrong without reading a shard.
+        """Find mistakes without reading a shard.
 
         Raises:
-            ShardError: nothing there, or what is there is damaged or does not belong together.
+            ShardError: nothing is there, or it is damaged, does not belong together, or lacks a hook point.
         """
         _ = self.widths
 
-    def open(self, site: Placement) -> None:
-        """Look at what there is; a second call only moves."""
+    def open(self, placement: Placement) -> CachedActivations:
+        """List the shards; none is read yet."""
         self.check()
-        self.site = site
+        return CachedActivations(settings=self, placement=placement)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedActivations:
+    """Opened shards, and everything that a data module serves of them.
+
+    Attributes:
+        settings: what was opened.
+        placement: rank and devices.
+    """
+
+    settings: CachedSettings
+    placement: Placement
+
+    @cached_property
+    def heldout(self) -> HeldOutRows:
+        """This rank's share of the validation set; read once."""
+        given, catalog = self.settings.given, self.settings.catalog
+        points = chosen_hook_points(catalog, self.settings.only)
+        if self._heldout_count() < self.placement.ranks:
+            log.warning("the shards hold no held-out documents at val_fraction=%s", given.val_fraction)
+            rows = {
+                name: torch.empty(0, kind.d_in, dtype=DTYPES[kind.dtype]) for name, kind in points.items()
+            }
+            return HeldOutRows(rows=rows, provenance=torch.empty(0, len(PROVENANCE), dtype=torch.int64))
+        stream = self._stream("val", _READ, max_rows=given.val_rows, shuffle="none")
+        batches = list(stream.batches(stream.start(0), 0))
+        stream.close()
+        return HeldOutRows(
+            rows={name: torch.cat([batch.rows[name] for batch in batches]) for name in points},
+            provenance=torch.cat([batch.provenance for batch in batches]),
+        )
 
     def stream(self, batch_size: int, statistics: Statistics, buffer_rows: int | None) -> ShardStream:
-        """This rank's training batches; shards need no buffer."""
-        del buffer_rows
-        if statistics.max_norms:
-            raise ValueError("max_norm_ratio filters live activations; with shards, leave it out")
+        """This rank's training batches; shards need no buffer, and no norm is limited."""
+        del statistics, buffer_rows
         return self._stream("train", batch_size)
+
+    def measure(self) -> Statistics:
+        """Measure the normalisation on a sample of training rows, the same on every rank."""
+        normalize, widths = self.settings.given.normalize, self.settings.widths
+        if normalize == "none":
+            identities = {name: Scaling.identity(d_in) for name, d_in in widths.items()}
+            return Statistics(scalings=identities, max_norms={})
+        shuffle = self.settings.given.cache_options.shuffle
+        alone = replace(self.placement, rank=0, ranks=1)
+        stream = self._stream(
+            "train", _READ, shuffle="window" if shuffle == "none" else shuffle, as_rank=alone
+        )
+        moments = {name: Moments(d_in) for name, d_in in widths.items()}
+        for batch in islice(stream.batches(stream.start(SAMPLE_EPOCH), 0), ROWS // _READ):
+            for name, rows in batch.rows.items():
+                moments[name].update(rows)
+        stream.close()
+        scalings = {name: each.scaling(normalize) for name, each in moments.items()}
+        return Statistics(scalings=scalings, max_norms={})
+
+    def heldout_blocks(self, rows: int) -> None:  # noqa: ARG002
+        """None: shards hold rows, not text."""
+        return
 
     def known_batches(self, batch_size: int) -> int:
         """Batches of an epoch, on every rank."""
@@ -112,77 +182,29 @@ class CachedActivations:
         finally:
             stream.close()
 
-    def measure(self, normalize: Normalize, max_norm_ratio: float | None) -> Statistics:
-        """Normalisation from a sample of training rows, the same on every rank."""
-        if max_norm_ratio is not None:
-            raise ValueError("max_norm_ratio filters live activations; with shards, leave it out")
-        if normalize == "none":
-            identities = {name: Scaling.identity(d_in) for name, d_in in self.widths.items()}
-            return Statistics(scalings=identities, max_norms={})
-        size = 4096
-        shuffle: Shuffle = "window" if self.shuffle == "none" else self.shuffle
-        stream = self._stream("train", size, shuffle=shuffle, rank=0, ranks=1)
-        moments = {name: Moments(d_in) for name, d_in in self.widths.items()}
-        for batch in islice(stream.batches({"epoch": SAMPLE_EPOCH}, 0), ROWS // size):
-            for name, rows in batch.rows.items():
-                moments[name].update(rows)
-        stream.close()
-        return Statistics(
-            scalings={name: each.scaling(normalize) for name, each in moments.items()}, max_norms={}
-        )
-
-    def heldout_rows(self) -> tuple[dict[str, Tensor], Tensor]:
-        """This rank's validation rows: raw `(n, d_in)` by hook point, and provenance `(n, 4)`; read once."""
-        if self.validation is None:
-            self.validation = self._read_validation()
-        return self.validation
-
-    def _read_validation(self) -> tuple[dict[str, Tensor], Tensor]:
-        site = self._opened()
-        points = chosen_hook_points(self.catalog, self.only)
-        rows = {name: torch.empty(0, kind.d_in, dtype=DTYPES[kind.dtype]) for name, kind in points.items()}
-        provenance = torch.empty(0, 4, dtype=torch.int64)
-        if self._heldout_count() < site.ranks:
-            log.warning("the shards hold no held-out documents at val_fraction=%s", self.val_fraction)
-            return rows, provenance
-        stream = self._stream("val", 4096, max_rows=self.val_rows, shuffle="none")
-        batches = list(stream.batches(None, 0))
-        stream.close()
-        rows = {name: torch.cat([batch.rows[name] for batch in batches]) for name in points}
-        return rows, torch.cat([batch.provenance for batch in batches])
-
-    def heldout_blocks(self, rows: int) -> None:
-        """None: shards hold rows, not text."""
-
     def fingerprint(self) -> dict[str, str]:
-        """What must not change when a run goes on."""
+        """What must not change when a run goes on, by name."""
         stream = self._stream("train", 1)
-        identity = stream.identity
+        shards = stream.identity["shards"]
         stream.close()
+        given = self.settings.given
         return {
-            "shards": identity["shards"],
-            "hook points": ", ".join(self.widths),
-            "shuffle": self.shuffle,
-            "val_fraction": str(self.val_fraction),
-            "seed": str(self.seed),
+            "shards": shards,
+            "hook points": ", ".join(self.settings.widths),
+            "shuffle": given.cache_options.shuffle,
+            "val_fraction": str(given.val_fraction),
+            "seed": str(given.seed),
         }
 
-    @property
-    def is_open(self) -> bool:
-        """Whether `open` was called, and `close` not since."""
-        return self.site is not None
-
     def close(self) -> None:
-        """Let go of the validation rows; streams close themselves."""
-        self.site = self.validation = None
+        """Nothing: streams close themselves."""
 
     def _heldout_count(self) -> int:
-        shards = self.catalog.shards
-        counts = [
-            len(split_rows(shard.document_hashes, shard.document_rows, self.val_fraction, "val"))
-            for shard in shards
-        ]
-        return sum(counts)
+        fraction = self.settings.given.val_fraction
+        return sum(
+            len(split_rows(shard.document_hashes, shard.document_rows, fraction, "val"))
+            for shard in self.settings.catalog.shards
+        )
 
     def _stream(
         self,
@@ -191,29 +213,65 @@ class CachedActivations:
         *,
         max_rows: int | None = None,
         shuffle: Shuffle | None = None,
-        rank: int | None = None,
-        ranks: int | None = None,
+        as_rank: Placement | None = None,
     ) -> ShardStream:
-        site = self._opened()
+        given, options = self.settings.given, self.settings.given.cache_options
+        placement = as_rank or self.placement
         return ShardStream(
-            self.catalog,
+            self.settings.catalog,
             batch_size=batch_size,
-            seed=self.seed,
-            rank=site.rank if rank is None else rank,
-            world_size=site.ranks if ranks is None else ranks,
-            shuffle=self.shuffle if shuffle is None else shuffle,
+            seed=given.seed,
+            rank=placement.rank,
+            world_size=placement.ranks,
+            shuffle=shuffle or options.shuffle,
             split=split,
-            val_fraction=self.val_fraction,
+            val_fraction=given.val_fraction,
             max_rows=max_rows,
-            hook=self.bare_hook,
-            only=self.only,
-            window_bytes=self.window_bytes,
-            checksums=self.checksums,
-            cache_dir=self.cache_dir,
-            cache_bytes=self.cache_bytes,
+            hook=self.settings.bare_hook,
+            only=self.settings.only,
+            checksums=options.checksums,
+            cache_dir=options.dir,
+            cache_bytes=options.bytes,
         )
 
-    def _opened(self) -> Placement:
-        if self.site is None:
-            raise RuntimeError('the shards are not open: call setup("fit") on the data module first')
-        return self.site
+
+def canonical(hook: str) -> str:
+    """Our name of a hook point that may be written in TransformerLens's words."""
+    if hook in ("ln_final", "ln_final.hook_out"):
+        return "final_norm"
+    written = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
+    if written and written[2] in TRANSFORMER_LENS:
+        return f"layers.{written[1]}.{TRANSFORMER_LENS[written[2]]}"
+    return hook
+
+
+def chosen(
+    names: Sequence[str], layer: int | Sequence[int] | None, hook: str | Sequence[str] | None
+) -> tuple[str, ...]:
+    """The hook points of a cache that `layer` and `hook` name.
+
+    Args:
+        names: canonical names of those that the cache holds.
+        layer: one or several; None for any.
+        hook: kinds or full names, one or several; None for any.
+
+    Raises:
+        ShardError: one of them names nothing in the cache; the message lists what there is.
+    """
+    layers = [layer] if isinstance(layer, int) else list(layer or [])
+    hooks = [hook] if isinstance(hook, str) else list(hook or [])
+    found: list[str] = []
+    places: list[int | None] = [*layers] or [None]
+    for number in places:
+        for each in map(canonical, hooks or [""]):
+            place = r"\d+" if number is None else str(number)
+            kind = re.escape(each) if each else r"\w+"
+            pattern = rf"layers\.{place}\.{kind}" if not each or each in LAYER_KINDS else kind
+            matches = [name for name in names if re.fullmatch(pattern, name)]
+            if not matches:
+                asked = f"layer={layer!r}, hook={hook!r}"
+                raise ShardError(
+                    f"{asked}: the shards hold {', '.join(names)}; choose among those, or extract again"
+                )
+            found += [name for name in matches if name not in found]
+    return tuple(found)

@@ -1,4 +1,4 @@
-"""The data module's part of a checkpoint: its shape, and whether a run may go on from it.
+"""The data module's part of a checkpoint: its shape, and whether a run may continue from it.
 
 Primitives and tensors only, so that it loads with `weights_only=True`.
 """
@@ -6,26 +6,119 @@ Primitives and tensors only, so that it loads with `weights_only=True`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 
-STATE_VERSION = 1
+from deeplens_lightning.normalization import Scaling, scalings_state
+from deeplens_lightning.stream.measured_statistics import Statistics
+from deeplens_lightning.types import STATE_VERSION, RankProgress, stream_position
 
-Table = list[tuple[dict[str, Any], int, int]]
-"""Of every rank: a position, and the batches and rows served since."""
 
+@dataclass(frozen=True, kw_only=True)
+class LoaderPosition:
+    """How far training has come in the data: the same on every rank.
 
-def check_version(state: Mapping[str, Any]) -> None:
-    """Refuse a state that this version does not know.
-
-    Raises:
-        ValueError: with what to do.
+    Attributes:
+        ranks: of every rank, a position, the batches served from there up to the last agreement of the ranks, and
+            the rows in the batches that were certain then.
+        since: batches trained on since that agreement.
+        batch_size: rows a batch of each rank.
+        epoch_batches: batches of the data epoch that were trained on.
+        in_epoch: batches of the Trainer's epoch that were trained on.
+        rows_dropped: rows that earlier epochs could not serve, over all ranks.
     """
-    if state.get("version") != STATE_VERSION:
-        raise ValueError(
-            f"the checkpoint's data state has version {state.get('version')}, this release reads {STATE_VERSION}: "
-            "go on with the release that wrote it, or start anew with SparseAutoencoder.load_from_checkpoint"
+
+    ranks: tuple[RankProgress, ...]
+    since: int
+    batch_size: int
+    epoch_batches: int
+    in_epoch: int
+    rows_dropped: int
+
+    def table(self) -> list[RankProgress]:
+        """The progress of each rank when the checkpoint was taken."""
+        return [
+            RankProgress(
+                position=rank.position,
+                step=rank.step + self.since,
+                rows=rank.step * self.batch_size + min(self.since * self.batch_size, rank.rows),
+            )
+            for rank in self.ranks
+        ]
+
+    def to_state(self) -> dict[str, Any]:
+        """As JSON-like values."""
+        return {
+            "ranks": [
+                {"position": rank.position.to_state(), "step": rank.step, "rows": rank.rows}
+                for rank in self.ranks
+            ],
+            "since": self.since,
+            "batch_size": self.batch_size,
+            "epoch_batches": self.epoch_batches,
+            "in_epoch": self.in_epoch,
+            "rows_dropped": self.rows_dropped,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> LoaderPosition:
+        """The inverse of `to_state`."""
+        ranks = tuple(
+            RankProgress(position=stream_position(rank["position"]), step=rank["step"], rows=rank["rows"])
+            for rank in state["ranks"]
+        )
+        return cls(**{**state, "ranks": ranks})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataState:
+    """Everything that a checkpoint keeps of a data module.
+
+    Attributes:
+        fingerprint: what must not change when the run continues, by name.
+        position: how far training has come; None before the first batch.
+        buffer_rows: rows being mixed; None without a buffer.
+        statistics: normalisation and norm limits; None where they were not measured.
+    """
+
+    fingerprint: Mapping[str, str]
+    position: LoaderPosition | None
+    buffer_rows: int | None
+    statistics: Statistics | None
+
+    def to_state(self) -> dict[str, Any]:
+        """As JSON-like values and tensors."""
+        measured = self.statistics
+        return {
+            "version": STATE_VERSION,
+            "fingerprint": dict(self.fingerprint),
+            "position": self.position.to_state() if self.position else None,
+            "buffer_rows": self.buffer_rows,
+            "scalings": scalings_state(measured.scalings) if measured else {},
+            "max_norms": dict(measured.max_norms) if measured else {},
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> DataState:
+        """The inverse of `to_state`.
+
+        Raises:
+            ValueError: the state has a version that is not known here; with what to do.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"the checkpoint's data state has version {state.get('version')}, this release reads {STATE_VERSION}: "
+                "continue with the release that wrote it, or start again with SparseAutoencoder.load_from_checkpoint"
+            )
+        scalings = {name: Scaling.from_state_dict(x) for name, x in state["scalings"].items()}
+        max_norms = dict(state["max_norms"])
+        return cls(
+            fingerprint=state["fingerprint"],
+            position=LoaderPosition.from_state(state["position"]) if state["position"] else None,
+            buffer_rows=state["buffer_rows"],
+            statistics=Statistics(scalings=scalings, max_norms=max_norms) if scalings else None,
         )
 
 
@@ -39,12 +132,12 @@ def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str], unused: Collection[str] = ()) -> None:
-    """Refuse to go on with other data than before.
+    """Refuse to continue with other data than before.
 
     Args:
         saved: of the checkpoint.
         now: of this run.
-        unused: what may differ all the same.
+        unused: names that may differ.
 
     Raises:
         ValueError: naming each difference.
@@ -83,16 +176,3 @@ def lost_in_accumulation(trainer: Trainer) -> str | None:
             "begin elsewhere. The data go on exactly; give max_tokens to make epochs of a known length"
         )
     return None
-
-
-def served_table(position: Mapping[str, Any]) -> Table:
-    """How far each rank had come when the checkpoint was taken, from `ActivationLoader.position`."""
-    since, batch_size = position["since"], position["batch_size"]
-    return [
-        (
-            rank["position"],
-            rank["step"] + since,
-            rank["step"] * batch_size + min(since * batch_size, rank["rows"]),
-        )
-        for rank in position["ranks"]
-    ]

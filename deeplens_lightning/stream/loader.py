@@ -1,47 +1,63 @@
-"""The loader that a Trainer iterates: batches of a stream, epoch after epoch, and where they stand.
+"""The loader that a Trainer iterates: batches of a stream, epoch after epoch, and the position in them.
 
-In: a `served.Stream`. Out: a Tensor `(batch, d_in)` a step, or a dict of them. Lightning's habits live here:
-it makes iterators that it never uses, reads a batch ahead, throws it away and asks again, and saves a
-checkpoint at any step.
+In: a `types.Stream`. Out: a Tensor `(batch, d_in)` a step, or a dict of them. Lightning's habits are handled here:
+it makes iterators that it never uses, reads a batch ahead, throws it away and asks again, and saves a checkpoint at
+any step.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deeplens_lightning.distributed import gather
 from deeplens_lightning.normalization import Scaling
-from deeplens_lightning.stream.prefetch import Producer
-from deeplens_lightning.types import Batch, Served, Stream
+from deeplens_lightning.stream.checkpoint import LoaderPosition
+from deeplens_lightning.stream.prefetch import Prefetch
+from deeplens_lightning.types import Batch, RankProgress, Served, Stream, StreamPosition
+
+
+class Item(NamedTuple):
+    """A batch and its provenance, int64 `(batch, 4)`."""
+
+    batch: Batch
+    provenance: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Certain:
+    """What a rank can promise: it will serve this number of batches from its position on."""
+
+    batches: int
+    progress: RankProgress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What the ranks agreed on: so many batches from here are sure on every rank.
+    """What the ranks agreed on: a number of batches that every rank will serve.
 
     Attributes:
         at: batches this loader had served.
         epoch_batches: batches of the data epoch that were served.
         rows_dropped: rows that earlier epochs could not serve.
-        table: of every rank: a position, batches served since, and rows in the batches that are certain.
+        table: the progress of every rank; `rows` are those in its certain batches.
     """
 
     at: int
     epoch_batches: int
     rows_dropped: int
-    table: list[tuple[dict[str, Any], int, int]]
+    table: tuple[RankProgress, ...]
 
 
 class ActivationLoader:
-    """Iterates a stream for ever: each `iter` goes on where the last one stopped.
+    """Iterates a stream endlessly: each `iter` continues where the last one stopped.
 
     A new data epoch begins only where an iteration would otherwise be empty (or end short of
     `batches_per_epoch`), so it does not matter which epoch the Trainer believes it is in.
@@ -51,14 +67,14 @@ class ActivationLoader:
         scalings: applied to every batch, by hook point.
         dtype: of served batches; None leaves the activation dtype.
         batch_size: rows a batch of this rank.
-        batches_per_epoch: end an iteration after so many, whatever the data; gives the loader a length.
+        batches_per_epoch: end an iteration after this number, whatever the data; gives the loader a length.
         known_length: batches of a data epoch where that is known without reading it.
         prefetch: batches computed ahead in a thread; 0 for none.
         device: where batches are.
-        unprocessed: how many of the batches served last have not been trained on.
+        unprocessed: gives the number of batches, of those served last, that have not been trained on.
         seen: called with every batch and its provenance `(batch, 4)`.
-        warn: for what the user should know, on one rank.
-        endless: whether somebody else counts the batches of an iteration, who must not be left without one.
+        warn: called with messages for the user, shown on one rank.
+        endless: says whether the Trainer counts the batches of an iteration itself and must always get one more.
         overfit: begin every iteration with the very same batches.
     """
 
@@ -85,20 +101,20 @@ class ActivationLoader:
         self.batches_per_epoch, self.known_length = batches_per_epoch, known_length
         self._unprocessed, self._seen, self._warn, self._overfit = unprocessed, seen, warn, overfit
         self._endless = endless
-        self._live: Iterator[Served] | None = None
+        self._live: Iterator[Served] | Prefetch[Served] | None = None
         self._head: Served | None = None
         self._granted = 0
         self._ended = False
         self._grants: deque[Grant] = deque()
-        self._recent: deque[tuple[Batch, Tensor]] = deque()
-        self._again: deque[tuple[Batch, Tensor]] = deque()
+        self._recent: deque[Item] = deque()
+        self._again: deque[Item] = deque()
         self.served = 0
         self.rows_served = 0
         self.rows_dropped = 0
         self.in_epoch = 0
         self.epoch_batches = 0
         self.wait_seconds = 0.0
-        self._position: dict[str, Any] = stream.start(0)
+        self._position: StreamPosition = stream.start(0)
         self._skip = 0
 
     def __len__(self) -> int:
@@ -139,20 +155,20 @@ class ActivationLoader:
             yield item
 
     def recognise(self, batch: Batch) -> None:
-        """Tell `seen` about the batch that a step is about to get, if it was cast since it was served."""
+        """Call `seen` with the batch that a step is about to get, which may have been cast since it was served."""
         waiting = self._unprocessed()
         if 0 < waiting <= len(self._recent):
-            self._seen(batch, self._recent[-waiting][1])
+            self._seen(batch, self._recent[-waiting].provenance)
 
     def state_dict(self) -> dict[str, Any]:
-        """An empty stub for Lightning: the data module owns the state, see `position`."""
+        """Empty, because the data module keeps the state; Lightning warns about loaders without this method."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing: see `state_dict`."""
+        """Does nothing: see `state_dict`."""
 
-    def position(self) -> dict[str, Any] | None:
-        """After the last batch that was trained on: primitives alone, the same on every rank, no collective.
+    def position(self) -> LoaderPosition | None:
+        """The position after the last batch that was trained on, the same on every rank; not a collective.
 
         None before the ranks have agreed on a first batch.
         """
@@ -161,35 +177,31 @@ class ActivationLoader:
         if grant is None:
             return None
         since = completed - grant.at
-        return {
-            "ranks": [
-                {"position": position, "step": step, "rows": rows} for position, step, rows in grant.table
-            ],
-            "since": since,
-            "batch_size": self.batch_size,
-            "epoch_batches": grant.epoch_batches + since,
-            "in_epoch": max(0, self.in_epoch - (self.served - completed)),
-            "rows_dropped": grant.rows_dropped,
-        }
+        return LoaderPosition(
+            ranks=grant.table,
+            since=since,
+            batch_size=self.batch_size,
+            epoch_batches=grant.epoch_batches + since,
+            in_epoch=max(0, self.in_epoch - (self.served - completed)),
+            rows_dropped=grant.rows_dropped,
+        )
 
-    def go_to(self, position: dict[str, Any], skip: int, state: Mapping[str, Any]) -> None:
-        """Stand at a position of the stream, with the counters of a state from `position`."""
+    def go_to(self, position: StreamPosition, skip: int, counters: LoaderPosition) -> None:
+        """Continue at a position of the stream, with the counters of an earlier loader."""
         self.close()
         self._grants.clear()
         self._position, self._skip, self._ended = position, skip, False
-        self.in_epoch, self.epoch_batches = state["in_epoch"], state["epoch_batches"]
-        self.rows_dropped = state["rows_dropped"]
+        self.in_epoch, self.epoch_batches = counters.in_epoch, counters.epoch_batches
+        self.rows_dropped = counters.rows_dropped
 
     def row_age(self) -> float | None:
         """Rows served between the computing of a row of the batch taken last and that batch, on average."""
-        age = getattr(self.stream, "row_age", None)
-        return age(self._position, self._skip) if age is not None else None
+        return self.stream.row_age(self._position, self._skip)
 
     def close(self) -> None:
-        """End the thread, let go of the batches; the next `iter` goes on behind the last one trained on."""
-        if self._live is not None:
-            self._live.close()  # type: ignore[attr-defined]
-        self._live, self._head, self._granted = None, None, 0
+        """End the thread and free the batches; the next `iter` continues after the last one trained on."""
+        self._stop()
+        self._granted = 0
         self._recent.clear()
         self._again.clear()
 
@@ -214,18 +226,18 @@ class ActivationLoader:
         self.served += 1
         self._recent.append(item)
         self._seen(*item)
-        return item[0]
+        return item.batch
 
     def _agree(self) -> int:
-        """How many batches from here are certain on every rank: the one thing ranks must talk about."""
+        """The number of batches from here on that are certain on every rank. A collective, the only regular one."""
         head = self._peek()
-        mine = (0, self._position, self._skip, 0)
+        here = RankProgress(position=self._position, step=self._skip, rows=0)
         if head is not None:
-            mine = (head.certain, head.position, head.step - 1, head.certain_rows)
-        everyone = gather(mine)
-        granted = min(certain for certain, *_ in everyone)
+            here = RankProgress(position=head.position, step=head.step - 1, rows=head.certain_rows)
+        everyone = gather(Certain(batches=head.certain if head is not None else 0, progress=here))
+        granted = min(rank.batches for rank in everyone)
         if granted:
-            table = [(position, step, rows) for _, position, step, rows in everyone]
+            table = tuple(rank.progress for rank in everyone)
             self._grants.append(
                 Grant(
                     at=self.served,
@@ -237,7 +249,7 @@ class ActivationLoader:
             completed = self.served - self._unprocessed()
             while len(self._grants) > 1 and self._grants[1].at <= completed:
                 self._grants.popleft()
-        elif any(certain for certain, *_ in everyone):
+        elif any(rank.batches for rank in everyone):
             self._end_unevenly()
         return granted
 
@@ -251,14 +263,14 @@ class ActivationLoader:
 
     def _begin_epoch(self) -> None:
         self._stop()
-        self._position, self._skip = self.stream.start(self._position["epoch"] + 1), 0
+        self._position, self._skip = self.stream.start(self._position.epoch + 1), 0
         self.epoch_batches, self._ended = 0, False
 
     def _peek(self) -> Served | None:
         if self._live is None:
             position, skip = self._position, self._skip
             if self.prefetch:
-                self._live = Producer(lambda: self.stream.batches(position, skip), self.prefetch, self.device)
+                self._live = Prefetch(lambda: self.stream.batches(position, skip), self.prefetch, self.device)
             else:
                 self._live = self.stream.batches(position, skip)
         if self._head is None:
@@ -272,8 +284,8 @@ class ActivationLoader:
         return served
 
     def _stop(self) -> None:
-        if self._live is not None:
-            self._live.close()  # type: ignore[attr-defined]
+        if isinstance(self._live, Prefetch | Generator):
+            self._live.close()
         self._live, self._head = None, None
 
     def _take_back(self, count: int) -> None:
@@ -284,17 +296,17 @@ class ActivationLoader:
                 self.served -= 1
                 self.in_epoch = max(0, self.in_epoch - 1)
 
-    def _finished(self, served: Served) -> tuple[Batch, Tensor]:
-        return finish(served.rows, self.scalings, self.dtype), served.provenance
+    def _finished(self, served: Served) -> Item:
+        return Item(finish(served.rows, self.scalings, self.dtype), served.provenance)
 
 
 def finish(rows: Mapping[str, Tensor], scalings: Mapping[str, Scaling], dtype: torch.dtype | None) -> Batch:
-    """A batch as a LightningModule gets it: cast, normalised, and bare where there is one hook point."""
+    """A batch as a LightningModule gets it: cast, normalised, and a Tensor where there is one hook point."""
     cast = {name: x.to(dtype) if dtype is not None else x for name, x in rows.items()}
     done = {name: x if scalings[name].is_identity else scalings[name].apply(x) for name, x in cast.items()}
     return done if len(done) > 1 else next(iter(done.values()))
 
 
 def key_of(batch: Batch) -> Tensor:
-    """What identifies a batch: its tensor, or the first of them."""
+    """The tensor that a batch is recognised by: the batch itself, or the first of its dict."""
     return batch if isinstance(batch, Tensor) else next(iter(batch.values()))

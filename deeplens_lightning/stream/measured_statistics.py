@@ -1,7 +1,7 @@
-"""What is measured on the activations before the first step: normalisation, and the limit on norms.
+"""Constants measured on activations before the first step: the normalisation, and the limit on norms.
 
 In: training documents and the frozen model. Out: a `Scaling` and a norm limit for each hook point, the same on
-all ranks, never estimated again.
+all ranks; they are kept in checkpoints and never estimated again.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from deeplens_lightning.distributed import gather, sum_in_rank_order
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.rows import run_model
 from deeplens_lightning.normalization import Moments, Normalize, Scaling
-from deeplens_lightning.text.documents import Documents
-from deeplens_lightning.text.packing import Packing, model_batches
+from deeplens_lightning.text.packing import model_batches
+from deeplens_lightning.text.pipeline import TextStage
 
 ROWS = 32_768
-"""Rows looked at, over all ranks."""
+"""Rows measured, over all ranks."""
 SAMPLE_EPOCH = 2**20
-"""The order in which documents are sampled: another one than any epoch of training."""
+"""Number of the epoch whose order the sample is taken from: no epoch of training has it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class Statistics:
     """The measured constants, by hook point.
 
     Attributes:
-        scalings: see `scaling.Scaling`.
+        scalings: the normalisation.
         max_norms: rows with a larger norm are dropped; empty without an outlier filter.
     """
 
@@ -42,23 +42,21 @@ class Statistics:
 
 def measure(
     model: FrozenModel,
-    documents: Documents,
-    packing: Packing,
+    text: TextStage,
     size: int,
     *,
     normalize: Normalize,
     max_norm_ratio: float | None,
     progress: bool,
 ) -> Statistics:
-    """Look at rows of documents spread over the training split.
+    """Measure rows of documents from all over the training split. All ranks must call it together.
 
     Args:
-        model: see `ActivationStream`.
-        documents: this rank's training documents.
-        packing: as in training.
+        model: as in training.
+        text: this rank's training text.
         size: blocks a model batch.
-        normalize: what the scalings shall bring about.
-        max_norm_ratio: drop rows whose norm is above so many times the median norm.
+        normalize: the property that the scalings give to rows.
+        max_norm_ratio: drop rows whose norm is above this multiple of the median norm; None for no filter.
         progress: show a bar.
 
     Raises:
@@ -66,7 +64,7 @@ def measure(
     """
     sampled = [
         {name: x.cpu() for name, x in rows.items()}
-        for rows in _sample(model, documents, packing, size, ROWS // documents.ranks, progress)
+        for rows in _sample(model, text, size, ROWS // text.documents.ranks, progress)
     ]
     names = [point.name for point in model.hook_points]
     max_norms: dict[str, float] = {}
@@ -93,7 +91,7 @@ def measure(
 
 
 def _sample(
-    model: FrozenModel, documents: Documents, packing: Packing, size: int, wanted: int, progress: bool
+    model: FrozenModel, text: TextStage, size: int, wanted: int, progress: bool
 ) -> Iterator[dict[str, Tensor]]:
     bar = tqdm(
         total=wanted,
@@ -103,15 +101,15 @@ def _sample(
         disable=not progress,
         leave=False,
     )
-    chunks = packing.chunks(documents.read(SAMPLE_EPOCH))
+    chunks = text.packing.chunks(text.tokenized(SAMPLE_EPOCH))
     batches = chain.from_iterable(
         (chunk.blocks.select(index) for index in model_batches(chunk.blocks, size, model.isolation))
         for chunk in chunks
     )
     with bar:
         for blocks in batches:
-            out, kept, _ = run_model(model, blocks)
-            yield {name: x.index_select(0, kept.to(x.device)) for name, x in out.items()}
-            bar.update(len(kept))
-            if (wanted := wanted - len(kept)) <= 0:
+            batch = run_model(model, blocks)
+            yield batch.rows()
+            bar.update(len(batch.kept))
+            if (wanted := wanted - len(batch.kept)) <= 0:
                 return

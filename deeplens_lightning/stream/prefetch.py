@@ -1,30 +1,32 @@
-"""One thread that runs ahead of whoever iterates: at most one, started late, always joined.
+"""Prefetch items in one background thread: started late, bounded, always joined.
 
-In: an iterator. Out: the same items, in order, a bounded number of them computed before they are asked for.
-An error inside the thread is raised where the item was asked for, with the thread's own traceback.
+In: an iterator. Out: the same items, in order, a bounded number of them computed before they are needed. An error
+inside the thread is raised where its item would have come, with the thread's own traceback.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
 
 import torch
 
+from deeplens_lightning.types import Served
+
 T = TypeVar("T")
 
 
-class Producer(Generic[T]):
-    """Iterates `make()` in a thread of its own.
+class Prefetch(Generic[T]):
+    """Iterates `make()` in a background thread.
 
     Args:
         make: called in the thread; its iterator is closed there too.
-        depth: items that may wait; one more is being made.
-        device: whose current stream items are used on. On CUDA the thread works on a stream of its own, and an
-            item is handed out only after what it needs was done on that stream.
+        depth: finished items that may wait in the queue; one more is being made.
+        device: the device whose current stream uses the items. On CUDA the thread works on a stream of its own, and
+            the current stream waits for an item before it uses it.
     """
 
     def __init__(self, make: Callable[[], Iterator[T]], depth: int, device: torch.device) -> None:
@@ -57,7 +59,7 @@ class Producer(Generic[T]):
         return made  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """End the thread and wait for it; what it made is dropped."""
+        """End the thread and wait for it; unused items are dropped."""
         self._ended = True
         self._stop.set()
         while self._started and self._thread.is_alive():
@@ -77,7 +79,8 @@ class Producer(Generic[T]):
                     torch.cuda.set_device(self._device)
                     stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._device)))
                 iterator = self._make()
-                stack.callback(getattr(iterator, "close", lambda: None))
+                if isinstance(iterator, Generator):
+                    stack.callback(iterator.close)
                 for made in iterator:
                     event = None
                     if self._device.type == "cuda":
@@ -100,12 +103,12 @@ class Producer(Generic[T]):
 
 
 def _used_here(value: Any, stream: torch.cuda.Stream) -> None:
-    """Tell the allocator that tensors made on another stream are used on this one."""
+    """Tell CUDA's allocator that tensors made on another stream are used on this one."""
     if isinstance(value, torch.Tensor):
         if value.is_cuda:
             value.record_stream(stream)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for item in value.values():
             _used_here(item, stream)
-    elif hasattr(value, "rows"):
+    elif isinstance(value, Served):
         _used_here(value.rows, stream)

@@ -1,4 +1,4 @@
-"""The rotating shuffle: a stream of rows, mixed in one preallocated buffer without stalls or copies.
+"""The rotating shuffle: mix a stream of rows in one preallocated buffer, without pauses or copies.
 
 Pure: tensors in, tensors out. The buffer has N slots, N a multiple of the batch size m. Window w is a run of
 consecutive rows; the order in which its slots are served is drawn from (entropy, w). Serving a batch frees m
@@ -14,18 +14,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+P = TypeVar("P")
+P_co = TypeVar("P_co", covariant=True)
+Slots = NDArray[np.int64]
 
-class Arrivals(Protocol):
-    """Where rows come from, in order."""
 
-    def position(self) -> dict[str, Any]:
-        """Where the next row comes from: JSON-like, enough to make the same rows arrive again."""
+class Arrivals(Protocol[P_co]):
+    """Rows in their order, written into the buffers on request."""
+
+    def position(self) -> P_co:
+        """The place of the next row, from which the same rows can be made to arrive again."""
 
     def fill(self, slots: Tensor) -> int:
         """Write the next `len(slots)` rows into these slots of the buffers, in order.
@@ -34,12 +39,12 @@ class Arrivals(Protocol):
             slots: int64 `(n,)`, on the CPU.
 
         Returns:
-            How many rows there were: fewer than `n` only when no more will ever come.
+            The number of rows written: fewer than `n` only when no more will ever come.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Mixed:
+class Mixed(Generic[P]):
     """One served batch."""
 
     tensors: tuple[Tensor, ...]
@@ -49,7 +54,7 @@ class Mixed:
     certain_rows: int
     """Rows in those batches: only the very last batch may be short."""
     window: int
-    start: dict[str, Any]
+    start: P
     """Position of the first row of `window`."""
     step: int
     """Batches served since `start`, this one not included."""
@@ -57,13 +62,13 @@ class Mixed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotatingShuffle:
-    """The shuffle's constants.
+    """Constants of a shuffle, and the generator of its batches.
 
     Attributes:
         batch_size: m, rows a batch.
         capacity: N, slots of every buffer; a multiple of m.
         first_window: rows of window 0; a multiple of m, at most N.
-        entropy: what the order of every window is drawn from, besides the window's number.
+        entropy: seed of the order of every window, together with the window's number.
     """
 
     batch_size: int
@@ -84,28 +89,28 @@ class RotatingShuffle:
     def serve(
         self,
         buffers: Sequence[Tensor],
-        arrivals: Arrivals,
+        arrivals: Arrivals[P],
         *,
         window: int = 0,
         skip: int = 0,
         progress: Callable[[int], object] | None = None,
-    ) -> Iterator[Mixed]:
+    ) -> Iterator[Mixed[P]]:
         """Serve batches, each row exactly once, until no more rows come.
 
         Args:
             buffers: tensors `(capacity, ...)`, what `arrivals` writes into.
-            arrivals: where rows come from, standing at the first row of `window`.
+            arrivals: the rows, beginning with the first one of `window`.
             window: number of the window to begin with.
-            skip: batches of it (and beyond) that are not wanted: their rows arrive, but are not gathered.
+            skip: batches of it (and beyond) to leave out: their rows arrive, but are not gathered.
             progress: called with a number of rows as they arrive, until the first wanted batch.
         """
         step = 0
         order = self._arrival_slots(window)
         start = arrivals.position()
         count = arrivals.fill(torch.from_numpy(order))
-        _tell(progress, count)
+        _report(progress, count)
         ended = count < len(order)
-        left: np.ndarray[Any, np.dtype[np.int64]] = order[:count]
+        left: Slots = order[:count]
         while not ended:
             size, next_size = self.window_size(window), self.window_size(window + 1)
             order = self._order(window)
@@ -123,7 +128,7 @@ class RotatingShuffle:
                 due = int(np.searchsorted(needs, served, side="right"))
                 count = arrivals.fill(torch.from_numpy(slots[arrived:due]))
                 arrived, ended = arrived + count, arrived + count < due
-                _tell(progress, count)
+                _report(progress, count)
                 if ended:
                     left = np.concatenate([order[served:], slots[:arrived]])
                     step += 1
@@ -147,12 +152,12 @@ class RotatingShuffle:
     def _mixed(
         self,
         buffers: Sequence[Tensor],
-        index: np.ndarray[Any, np.dtype[np.int64]],
+        index: Slots,
         certain_rows: int,
         window: int,
-        start: dict[str, Any],
+        start: P,
         step: int,
-    ) -> Mixed:
+    ) -> Mixed[P]:
         slots = torch.from_numpy(index)
         tensors = tuple(buffer.index_select(0, slots.to(buffer.device)) for buffer in buffers)
         return Mixed(
@@ -167,11 +172,11 @@ class RotatingShuffle:
     def _generator(self, window: int, ending: int = 0) -> np.random.Generator:
         return np.random.Generator(np.random.PCG64(np.random.SeedSequence((*self.entropy, window, ending))))
 
-    def _order(self, window: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _order(self, window: int) -> Slots:
         """The order in which a window's slots are served, int64 `(window_size,)`."""
         return self._generator(window).permutation(self.window_size(window))
 
-    def _arrival_slots(self, window: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _arrival_slots(self, window: int) -> Slots:
         """The slot of each of a window's rows, in the order of their arrival."""
         if window == 0:
             return np.arange(self.window_size(0))
@@ -179,10 +184,8 @@ class RotatingShuffle:
         return _next_slots(self._order(window - 1), size, next_size)[0]
 
 
-def _next_slots(
-    order: np.ndarray[Any, np.dtype[np.int64]], size: int, next_size: int
-) -> tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.int64]]]:
-    """Where the rows of the next window go while this one is served, and how many must be served first.
+def _next_slots(order: Slots, size: int, next_size: int) -> tuple[Slots, Slots]:
+    """Slots for the rows of the next window while this one is served, and the rows served before each arrives.
 
     Arrivals take the freed slots in the order of serving, and, spread evenly among them, the
     `next_size - size` slots by which the window grows.
@@ -196,6 +199,6 @@ def _next_slots(
     return slots, np.where(is_new, freed, freed + 1)
 
 
-def _tell(progress: Callable[[int], object] | None, rows: int) -> None:
+def _report(progress: Callable[[int], object] | None, rows: int) -> None:
     if progress is not None:
         progress(rows)

@@ -1,8 +1,8 @@
-"""Documents to segments to blocks. Pure: no model, no dataset.
+"""Pack documents into blocks: cut segments, fit them into blocks, batch blocks for the model.
 
-A segment is at most `seq_length` tokens of one document, cut from the document's own start; a block is
-`seq_length` positions that hold whole segments. Blocks come in chunks of a fixed number of blocks, each packed
-from consecutive segments alone, so that a chunk can be made again from its first segment.
+Pure: no model, no dataset. A segment is at most `seq_length` tokens of one document, cut from the document's own
+start; a block is `seq_length` positions that hold whole segments. Blocks come in chunks of a fixed number of
+blocks, each packed from consecutive segments alone, so that a chunk can be made again from its first segment.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from deeplens_lightning.options import Isolation
+from deeplens_lightning.types import TextPosition
 
 PAD = -1
 """What `positions` and `documents` hold where a block holds no token."""
@@ -23,21 +27,19 @@ PAD = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedDocument:
-    """One document: where it stands, what it is, what it says.
+    """One document as token ids.
 
     Attributes:
-        cursor: JSON-like; documents read from there begin with this one.
+        position: documents read from there begin with this one; segments before its `segment` were served before.
         index: its number in the source.
         hash: 64-bit hash of its text, signed.
-        tokens: int64 `(tokens,)`, without special tokens around them.
-        first_segment: segments of it that were served before and are left out.
+        tokens: int64 `(tokens,)`, without special tokens around them; may be empty.
     """
 
-    cursor: dict[str, Any]
+    position: TextPosition
     index: int
     hash: int
-    tokens: np.ndarray[Any, np.dtype[np.int64]]
-    first_segment: int = 0
+    tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +64,35 @@ class Blocks:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The fields in the order of their definition, which is what `Blocks.of` takes."""
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return self.tokens, self.positions, self.documents, self.hashes, self.offsets, self.keep
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Blocks:
         """The inverse of `tensors`."""
-        return cls(**{f.name: tensor for f, tensor in zip(fields(cls), tensors, strict=True)})
+        tokens, positions, documents, hashes, offsets, keep = tensors
+        return cls(
+            tokens=tokens,
+            positions=positions,
+            documents=documents,
+            hashes=hashes,
+            offsets=offsets,
+            keep=keep,
+        )
 
     @classmethod
     def empty(cls, n: int, seq_length: int) -> Blocks:
         """`n` blocks of pads."""
-        fills = {"tokens": 0, "positions": PAD, "documents": PAD, "hashes": 0, "offsets": PAD, "keep": False}
-        dtypes = {"keep": torch.bool}
+
+        def filled(value: int) -> Tensor:
+            return torch.full((n, seq_length), value, dtype=torch.int64)
+
         return cls(
-            **{
-                name: torch.full((n, seq_length), fill, dtype=dtypes.get(name, torch.int64))
-                for name, fill in fills.items()
-            }
+            tokens=filled(0),
+            positions=filled(PAD),
+            documents=filled(PAD),
+            hashes=filled(0),
+            offsets=filled(PAD),
+            keep=torch.zeros(n, seq_length, dtype=torch.bool),
         )
 
     def select(self, index: Tensor) -> Blocks:
@@ -132,18 +146,21 @@ class Packing:
         allow. A document may end in a later chunk than it began in; its segments stay whole.
         """
         waiting: deque[_Segment] = deque()
-        room = 0
+        room = empty = 0
         for document in documents:
-            for number in range(document.first_segment, -(-len(document.tokens) // self.segment_tokens)):
+            empty += not len(document.tokens)
+            segments = -(-len(document.tokens) // self.segment_tokens)
+            for number in range(document.position.segment, segments):
                 waiting.append(_Segment.cut(self, document, number))
                 room += waiting[-1].room
             while room > self.blocks * self.seq_length:
-                yield self._chunk(waiting)
-                room = sum(segment.room for segment in waiting)
+                yield self._chunk(waiting, empty)
+                room, empty = sum(segment.room for segment in waiting), 0
         while waiting:
-            yield self._chunk(waiting)
+            yield self._chunk(waiting, empty)
+            empty = 0
 
-    def _chunk(self, waiting: deque[_Segment]) -> Chunk:
+    def _chunk(self, waiting: deque[_Segment], empty: int) -> Chunk:
         """Take the longest run of segments that fits."""
         rooms = list(_while_sum((s.room for s in waiting), self.blocks * self.seq_length))
         left: list[int] = []
@@ -165,30 +182,42 @@ class Packing:
             blocks.keep.logical_and_(blocks.positions >= self.drop_first_n)
         first = segments[0]
         return Chunk(
-            start={"document": first.document.cursor, "segment": first.number},
+            start=replace(first.document.position, segment=first.number),
             blocks=blocks,
             documents=sum(segment.number == 0 for segment in segments),
+            empty=empty,
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Packed blocks, and where their first segment stands.
+    """Packed blocks, and the place of their first segment.
 
     Attributes:
-        start: JSON-like: `document`, the cursor of the first document, and `segment`, its first segment here.
+        start: the first segment's place in the text.
         blocks: the packed blocks.
         documents: documents that began in this chunk.
+        empty: documents without a token that were read since the chunk before.
     """
 
-    start: dict[str, Any]
+    start: TextPosition
     blocks: Blocks
     documents: int
+    empty: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """A segment that waits to be packed: its first token in the document, its tokens, the positions it takes up."""
+    """A segment to be packed.
+
+    Attributes:
+        document: the document that it is cut from.
+        number: its number in the document.
+        begin: its first token in the document.
+        text: tokens of the document in it.
+        length: the same with special tokens.
+        room: positions that it takes of a block.
+    """
 
     document: TokenizedDocument
     number: int
@@ -204,7 +233,7 @@ class _Segment:
         length = len(packing.prefix) + text + len(packing.suffix)
         return cls(document, number, begin, text, length, packing.seq_length if packing.alone else length)
 
-    def write(self, packing: Packing, arrays: Sequence[np.ndarray[Any, Any]], row: int, column: int) -> None:
+    def write(self, packing: Packing, arrays: Sequence[NDArray[Any]], row: int, column: int) -> None:
         """Put it into blocks, given as arrays in the order of their fields."""
         tokens, positions, documents, hashes, offsets, keep = (array[row] for array in arrays)
         first = column + len(packing.prefix)
@@ -252,8 +281,8 @@ def _while_sum(values: Iterable[int], limit: int) -> Iterator[int]:
         yield value
 
 
-def model_batches(blocks: Blocks, size: int, isolation: str) -> list[Tensor]:
-    """Split blocks into model batches, like beside like.
+def model_batches(blocks: Blocks, size: int, isolation: Isolation) -> list[Tensor]:
+    """Split blocks into model batches of blocks that run fast together.
 
     - `packed`, `none`: blocks that hold one full segment first, since they take the plain causal path, which is faster;
     - `padded`: by length, so that little is padded;
@@ -277,27 +306,39 @@ def is_packed(blocks: Blocks) -> Tensor:
     return blocks.positions[:, -1] != blocks.positions.shape[1] - 1
 
 
-def model_inputs(blocks: Blocks, isolation: str) -> dict[str, Tensor]:
-    """The tokens of one model batch, and what keeps its segments apart, as `FrozenModel.activations` takes them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInputs:
+    """One model batch as `FrozenModel.activations` takes it.
 
-    Returns:
-        `tokens` `(n, length)`; in the `packed` mode `position_ids` (left out where every block is one full
-        segment), which restart at each segment and count the pads as one more; in the `padded` mode
-        `attention_mask`. `length` is `seq_length`, or the longest segment where each has a row of its own.
+    Attributes:
+        tokens: int64 `(n, length)`.
+        position_ids: int64 `(n, length)`, or None.
+        attention_mask: int64 `(n, length)`, 1 at tokens, or None.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+
+
+def model_inputs(blocks: Blocks, isolation: Isolation) -> ModelInputs:
+    """The tokens of one model batch, with the positions or the mask that keep its segments apart.
+
+    - `packed`: `position_ids`, left out where every block is one full segment; they restart at each segment and
+      count the pads as one more segment.
+    - `padded`: `attention_mask`; `length` is that of the longest segment.
+    - `equal`: neither; `length` is that of the segments.
+    - `none`: neither; `length` is `seq_length`.
     """
     if isolation in ("packed", "none"):
         if isolation == "none" or not bool(is_packed(blocks).any()):
-            return {"tokens": blocks.tokens}
+            return ModelInputs(tokens=blocks.tokens)
         pads = blocks.positions < 0
-        return {
-            "tokens": blocks.tokens,
-            "position_ids": torch.where(pads, pads.cumsum(1) - 1, blocks.positions),
-        }
+        position_ids = torch.where(pads, pads.cumsum(1) - 1, blocks.positions)
+        return ModelInputs(tokens=blocks.tokens, position_ids=position_ids)
     mask = blocks.positions >= 0
     length = int(mask.sum(1).max())
     tokens = blocks.tokens[:, :length]
-    return (
-        {"tokens": tokens}
-        if isolation == "equal"
-        else {"tokens": tokens, "attention_mask": mask[:, :length].long()}
-    )
+    if isolation == "equal":
+        return ModelInputs(tokens=tokens)
+    return ModelInputs(tokens=tokens, attention_mask=mask[:, :length].long())

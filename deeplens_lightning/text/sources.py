@@ -1,8 +1,8 @@
-"""Where documents come from: hub, local files, memory, the demo.
+"""Open datasets: from the hub, local files, memory or the demo, with their documents in a seeded order.
 
-A source is a number of shards read one after another; a place in it is `[shard, number]`, both counted in the
-epoch's order. Sources with random access are one shard, read in a seeded permutation; streams are read shard by
-shard, the shards in a seeded order. In: what the user named. Out: `Text`s.
+A source has one or several parts that are read one after another; a place in it is `(part, number)`, both counted
+in the epoch's order. Sources with random access are one part, read in a seeded permutation; streams are read part
+by part, the parts in a seeded order. In: what the user named. Out: `Text`s.
 """
 
 from __future__ import annotations
@@ -38,16 +38,17 @@ class Text:
     """One document of a source.
 
     Attributes:
-        at: its place in the epoch's order, `(shard, number)`.
+        at: its place in the epoch's order, `(part, number)`.
         index: its number in the source, the same every epoch.
         row: the text, or its token ids.
-        state: where the source may be entered again, and the place that this is: `(state, place)`.
+        reader: a state from which the dataset can be read again and the place that this is, `(state, at)`; None
+            where it is read from the start of the part.
     """
 
     at: tuple[int, int]
     index: int
     row: Row
-    state: tuple[Any, tuple[int, int]] | None = None
+    reader: tuple[Any, tuple[int, int]] | None = None
 
 
 class Source(Protocol):
@@ -58,11 +59,11 @@ class Source(Protocol):
         """What the documents are, for a fingerprint: name to value."""
 
     @property
-    def shards(self) -> int:
-        """How many parts can be read apart."""
+    def parts(self) -> int:
+        """Number of parts that can be read independently of each other."""
 
-    def read(self, shard: int, number: int, *, seed: int, epoch: int, state: Any = None) -> Iterator[Text]:
-        """The documents of one shard of the epoch's order, from a place on; `state` shortens the way there."""
+    def read(self, part: int, number: int, *, seed: int, epoch: int, reader: Any = None) -> Iterator[Text]:
+        """The documents of one part of the epoch's order from a place on; `reader` of a `Text` saves skipping."""
 
 
 @dataclass(frozen=True)
@@ -77,24 +78,24 @@ class IndexedSource:
     rows: Sequence[Row]
     identity: dict[str, str]
 
-    shards = 1
+    parts = 1
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, shard: int, number: int, *, seed: int, epoch: int, state: Any = None) -> Iterator[Text]:
+    def read(self, part: int, number: int, *, seed: int, epoch: int, reader: Any = None) -> Iterator[Text]:
         """See `Source`; going to a place costs nothing."""
-        del state
+        del reader
         order = Permutation(len(self.rows), np.random.SeedSequence((seed, epoch)))
         for first in range(number, len(self.rows), 256):
             places = np.arange(first, min(first + 256, len(self.rows)))
             for place, index in zip(places.tolist(), order[places].tolist(), strict=True):
-                yield Text((shard, place), index, self.rows[index])
+                yield Text((part, place), index, self.rows[index])
 
 
 @dataclass(frozen=True)
 class StreamedSource:
-    """A `datasets.IterableDataset`, shard by shard.
+    """A `datasets.IterableDataset`, part by part (they are its shards).
 
     Attributes:
         dataset: with one column of texts or token ids.
@@ -109,44 +110,39 @@ class StreamedSource:
     STRIDE = 256
 
     @property
-    def shards(self) -> int:
+    def parts(self) -> int:
         """See `Source`."""
         return cast(int, self.dataset.num_shards)
 
-    def read(self, shard: int, number: int, *, seed: int, epoch: int, state: Any = None) -> Iterator[Text]:
-        """See `Source`; the way to a place is as long as the dataset's own `load_state_dict` makes it."""
-        order = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch)))).permutation(
-            self.shards
-        )
-        original = int(order[shard])
-        dataset = self.dataset.shard(
-            self.shards, original
-        )  # a copy: `load_state_dict` would stick to our own
-        known, place = (state[0], tuple(state[1])) if state else (None, (shard, 0))
-        if known is not None and place[0] == shard and place[1] <= number:
+    def read(self, part: int, number: int, *, seed: int, epoch: int, reader: Any = None) -> Iterator[Text]:
+        """See `Source`; going to a place takes as long as the dataset's own `load_state_dict` does."""
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch))))
+        original = int(generator.permutation(self.parts)[part])
+        dataset = self.dataset.shard(self.parts, original)  # a copy: `load_state_dict` would stick to our own
+        known, place = reader or (None, (part, 0))
+        if known is not None and place[0] == part and place[1] <= number:
             dataset.load_state_dict(known)
         else:
-            known, place = None, (shard, 0)
+            known, place = None, (part, 0)
         rows, seekable = iter(dataset), not _has_buffer(dataset)
         for n in range(place[1], 2**62):
             if n % self.STRIDE == 0 and n != place[1] and seekable:
-                known, place = dataset.state_dict(), (shard, n)
+                known, place = dataset.state_dict(), (part, n)
             row = next(rows, None)
             if row is None:
                 return
             if n >= number:
-                yield Text(
-                    (shard, n), original << 40 | n, row[self.column], (known, place) if known else None
-                )
+                entered = (known, place) if known else None
+                yield Text((part, n), original << 40 | n, row[self.column], entered)
 
 
 def _has_buffer(dataset: datasets.IterableDataset) -> bool:
-    """Whether it shuffles in a buffer of its own, whose content its `state_dict` forgets."""
+    """Whether a step of the dataset shuffles in a buffer, whose content its `state_dict` does not hold."""
     step = dataset._ex_iterable
     while step is not None:
         if type(step).__name__ == "BufferShuffledExamplesIterable":
             return True
-        step = getattr(step, "ex_iterable", None)
+        step = getattr(step, "ex_iterable", None)  # private to `datasets`; the first step has none before it
     return False
 
 
@@ -171,7 +167,7 @@ def open_source(
     split: str = "train",
     dataset_kwargs: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Find documents by whatever the user calls them.
+    """Open the dataset that a user named or handed over.
 
     Args:
         dataset_name: `demo:docs`; a list of texts; a `datasets` object; a file, folder or glob of txt, jsonl or
@@ -259,7 +255,7 @@ def _of_hub(name: str, text_column: str, split: str, kwargs: dict[str, Any]) -> 
 
 
 def _repositories(name: str) -> list[tuple[str, str | None]]:
-    """What `name` may mean: a repository, or one with a configuration behind it."""
+    """Possible readings of `name`: a repository, or a repository followed by one of its configurations."""
     parts = name.split("/")
     if len(parts) == 3:
         return [(f"{parts[0]}/{parts[1]}", parts[2])]
@@ -290,8 +286,8 @@ def _of_dataset(dataset: Any, column: str, identity: dict[str, str]) -> Source:
 
 
 def _dataset_name(dataset: Any) -> str:
-    fingerprint = getattr(dataset, "_fingerprint", None)
-    name = getattr(dataset.info, "dataset_name", None) or type(dataset).__name__
+    fingerprint = dataset._fingerprint if isinstance(dataset, datasets.Dataset) else None
+    name = dataset.info.dataset_name or type(dataset).__name__
     return f"{name} {fingerprint}" if fingerprint else str(name)
 
 

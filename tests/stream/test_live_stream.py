@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.model.isolation import relative_error
+from deeplens_lightning.options import BufferOptions, ModelOptions
 from deeplens_lightning.types import Provenance
 from tests.support.tiny import FAMILIES, paragraphs, small_stream
 
@@ -106,7 +108,7 @@ def test_every_kept_token_is_served_exactly_once(
         buffer_size=batch * buffer,
         seq_length=seq_length,
         inference_batch_size=inference,
-        shuffle_blocks=pool,
+        buffer_options=BufferOptions(shuffle_blocks=pool),
         seed=seed,
     )
     found: dict[tuple[int, int], int] = {}
@@ -209,11 +211,12 @@ def test_served_rows_have_the_property_and_give_the_raw_ones_back(tiny: Tiny, no
 
 
 def test_outliers_are_dropped_and_counted(tiny: Tiny) -> None:
-    data = small_stream(tiny("llama"), max_norm_ratio=1.5)
+    data = small_stream(tiny("llama"), buffer_options=BufferOptions(max_norm_ratio=1.5))
     data.setup("fit")
     batches = [batch.clone() for batch in data.train_dataloader()]
-    limit = data._measured().max_norms["layers.1.mlp_out"]
-    counts = data._train.stream.counts  # type: ignore[union-attr]
+    limit = data.serving.measured().max_norms["layers.1.mlp_out"]
+    assert data.serving.loader is not None
+    counts = data.serving.loader.stream.counts
     kept = sum(map(len, batches))
     assert counts["outliers"] > 0
     assert kept + counts["outliers"] == len(expected(tiny("llama"), 32))
@@ -222,7 +225,7 @@ def test_outliers_are_dropped_and_counted(tiny: Tiny) -> None:
 
 
 def test_bfloat16_models_keep_a_bfloat16_buffer_and_serve_float32(tiny: Tiny) -> None:
-    data = small_stream(tiny("llama"), model_kwargs={"dtype": torch.bfloat16})
+    data = small_stream(tiny("llama"), model_options=ModelOptions(kwargs={"dtype": torch.bfloat16}))
     data.setup("fit")
     loader = data.train_dataloader()
     assert next(iter(loader)).dtype == torch.float32
@@ -243,7 +246,7 @@ before, peak = me.memory_info().rss, 0
 for _ in range(3):
     for batch in data.train_dataloader():
         peak = max(peak, me.memory_info().rss)
-stream = data._train.stream
+stream = data.serving.loader.stream
 print(json.dumps({"growth": peak - before, "buffer": stream.buffer_bytes, "d_in": data.d_in}))
 """
 
@@ -256,7 +259,7 @@ def test_memory_is_the_buffer_and_little_else(tmp_path_factory: pytest.TempPathF
     for rows in (4096, 65_536):
         out = subprocess.run(
             [sys.executable, "-c", MEMORY, folder, str(rows)],
-            capture_output=True, text=True, check=True, cwd="tests", timeout=300,
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], timeout=300,
         )  # fmt: skip
         found = json.loads(out.stdout.splitlines()[-1])
         assert found["buffer"] == rows * 512 * 4

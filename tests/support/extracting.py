@@ -18,9 +18,11 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer
 from deeplens_lightning.stream.document_order import Extraction
-from deeplens_lightning.text.documents import Documents, special_affixes
+from deeplens_lightning.text.documents import Documents
 from deeplens_lightning.text.packing import Packing
+from deeplens_lightning.text.pipeline import TextStage
 from deeplens_lightning.text.sources import open_source
+from deeplens_lightning.text.tokens import special_affixes
 
 SEQ_LENGTH = 48
 
@@ -86,18 +88,16 @@ def make_extraction(
     config = load_config(model)
     tokenizer = load_tokenizer(model)
     prefix, suffix = special_affixes(tokenizer, None)
+    documents = Documents(
+        source=open_source(dataset), split="train", val_fraction=0.0, seed=0, rank=rank, ranks=ranks
+    )
     return Extraction(
         model=FrozenModel.load(model, resolve(config, [1, 2], hook), device="cpu", seq_length=SEQ_LENGTH),
-        documents=Documents(
-            source=open_source(dataset),
+        text=TextStage(
+            documents=documents,
             tokenizer=tokenizer,
-            split="train",
-            val_fraction=0.0,
-            seed=0,
-            rank=rank,
-            ranks=ranks,
+            packing=Packing(seq_length=SEQ_LENGTH, blocks=32, prefix=prefix, suffix=suffix),
         ),
-        packing=Packing(seq_length=SEQ_LENGTH, blocks=32, prefix=prefix, suffix=suffix),
         inference_batch_size=4,
         config={},
         **kwargs,

@@ -124,7 +124,7 @@ def fit(
 
     class Last(L.Callback):
         def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-            kept["dropped"] = dm._train.rows_dropped if dm._train is not None else 0
+            kept["dropped"] = dm.serving.loader.rows_dropped if dm.serving.loader is not None else 0
 
         def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
             if save_to is not None and trainer.global_step == options["max_steps"]:

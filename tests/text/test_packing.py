@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deeplens_lightning.options import Isolation
 from deeplens_lightning.stream.live_stream import GROUPED
 from deeplens_lightning.text.packing import (
     Blocks,
@@ -20,12 +21,18 @@ from deeplens_lightning.text.packing import (
     model_batches,
     model_inputs,
 )
+from deeplens_lightning.types import DealingState, TextPosition
+
+
+def place(i: int, segment: int = 0) -> TextPosition:
+    dealing = DealingState(ranks=1, by_shards=False, loads=(0,))
+    return TextPosition(at=(0, i), reader=None, dealing=dealing, segment=segment)
 
 
 def documents(lengths: Sequence[int]) -> list[TokenizedDocument]:
     starts = np.cumsum([1, *lengths])
     return [
-        TokenizedDocument(cursor={"at": i}, index=i, hash=1000 + i, tokens=np.arange(start, start + length))
+        TokenizedDocument(position=place(i), index=i, hash=1000 + i, tokens=np.arange(start, start + length))
         for i, (start, length) in enumerate(zip(starts, lengths, strict=False))
     ]
 
@@ -130,7 +137,7 @@ def test_settings_without_rows_are_refused(settings_: dict[str, int], words: str
 
 
 @pytest.mark.parametrize("isolation", ["packed", "padded", "equal", "none"])
-def test_model_batches_hold_every_block_once(isolation: str) -> None:
+def test_model_batches_hold_every_block_once(isolation: Isolation) -> None:
     packing = Packing(seq_length=8, blocks=40, alone=isolation in ("padded", "equal"))
     (chunk,) = packing.chunks(documents([8, 3, 8, 5, 5, 16, 2, 2, 7]))
     batches = model_batches(chunk.blocks, 3, isolation)
@@ -141,20 +148,22 @@ def test_model_batches_hold_every_block_once(isolation: str) -> None:
         inputs = model_inputs(blocks, isolation)
         lengths = (blocks.positions >= 0).sum(1)
         if isolation == "equal":
-            assert set(inputs) == {"tokens"}
-            assert set(lengths.tolist()) == {inputs["tokens"].shape[1]}
+            assert inputs.position_ids is inputs.attention_mask is None
+            assert set(lengths.tolist()) == {inputs.tokens.shape[1]}
         elif isolation == "padded":
-            assert inputs["attention_mask"].sum(1).tolist() == lengths.tolist()
-            assert inputs["tokens"].shape[1] == int(lengths.max())
+            assert inputs.attention_mask is not None
+            assert inputs.attention_mask.sum(1).tolist() == lengths.tolist()
+            assert inputs.tokens.shape[1] == int(lengths.max())
 
 
 def test_full_segments_share_batches_so_that_they_take_the_causal_path() -> None:
     (chunk,) = Packing(seq_length=8, blocks=40).chunks(documents([8, 3, 8, 5, 8, 2, 8]))
     first, *_ = model_batches(chunk.blocks, 4, "packed")
     assert not is_packed(chunk.blocks.select(first)).any()
-    assert set(model_inputs(chunk.blocks.select(first), "packed")) == {"tokens"}
+    assert model_inputs(chunk.blocks.select(first), "packed").position_ids is None
     last = chunk.blocks.select(model_batches(chunk.blocks, 4, "packed")[-1])
-    positions = model_inputs(last, "packed")["position_ids"]
+    positions = model_inputs(last, "packed").position_ids
+    assert positions is not None
     assert (positions >= 0).all()  # pads count as one more segment
 
 

@@ -29,7 +29,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(source: Source, epoch: int = 0) -> list[str]:
-    return [str(t.row) for k in range(source.shards) for t in source.read(k, 0, seed=1, epoch=epoch)]
+    return [str(t.row) for k in range(source.parts) for t in source.read(k, 0, seed=1, epoch=epoch)]
 
 
 @pytest.mark.parametrize("name", ["part-*.jsonl", "all.parquet", "part-0.jsonl"])
@@ -51,12 +51,12 @@ def test_streams_are_entered_anywhere(files: Path, sharded: bool) -> None:
     )
     source = open_source(dataset)
     assert isinstance(source, StreamedSource)
-    assert source.shards == (3 if sharded else 1)
+    assert source.parts == (3 if sharded else 1)
     assert sorted(rows(source)) == sorted(TEXTS)
-    for shard in range(source.shards):
-        whole = list(source.read(shard, 0, seed=1, epoch=0))
+    for part in range(source.parts):
+        whole = list(source.read(part, 0, seed=1, epoch=0))
         for number in (0, 1, 7, len(whole)):
-            rest = list(source.read(shard, number, seed=1, epoch=0))
+            rest = list(source.read(part, number, seed=1, epoch=0))
             assert [(t.at, t.index, t.row) for t in rest] == [(t.at, t.index, t.row) for t in whole[number:]]
 
 
@@ -66,9 +66,9 @@ def test_a_stream_is_entered_by_its_own_state(monkeypatch: pytest.MonkeyPatch) -
     source = open_source(dataset)
     whole = list(source.read(0, 0, seed=0, epoch=0))
     here = whole[75]
-    assert here.state is not None
-    assert here.state[1] == (0, 72)
-    rest = list(source.read(0, 75, seed=0, epoch=0, state=here.state))
+    assert here.reader is not None
+    assert here.reader[1] == (0, 72)
+    rest = list(source.read(0, 75, seed=0, epoch=0, reader=here.reader))
     assert [t.row for t in rest] == [t.row for t in whole[75:]]
 
 

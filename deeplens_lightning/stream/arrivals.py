@@ -1,0 +1,235 @@
+"""What the two shuffles of a live stream mix: blocks of the text, and rows of the model.
+
+In: packed chunks, groups of shuffled blocks. Out: tensors written into the slots that a shuffle frees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deeplens_lightning.model.frozen import FrozenModel
+from deeplens_lightning.model.rows import ModelBatch, run_model
+from deeplens_lightning.stream.rotating_shuffle import Mixed
+from deeplens_lightning.text.packing import Blocks, Chunk, model_batches
+from deeplens_lightning.types import PROVENANCE, BlockPosition, RowPosition
+
+
+class RowWriter(Protocol):
+    """Takes the rows of every model batch in the order in which the model makes them."""
+
+    def write(self, rows: Mapping[str, Tensor], provenance: Tensor, number: int) -> None:
+        """Take the rows of one model batch.
+
+        Args:
+            rows: `(n, d_in)` by hook point, on the model's device.
+            provenance: int64 `(n, 4)`.
+            number: of the first of them in the epoch.
+        """
+        ...
+
+    def end(self) -> None:
+        """The epoch has no more rows."""
+        ...
+
+
+class BlockArrivals:
+    """Chunks of an epoch's documents, written into the pool of blocks.
+
+    Args:
+        chunks: of the epoch, from `start` on.
+        start: where the first window of the pool begins.
+
+    Attributes:
+        pool: tensors of blocks that `fill` writes to.
+        documents: documents that began in the chunks read so far.
+        empty: documents without a token that were read so far.
+    """
+
+    def __init__(self, chunks: Iterator[Chunk], start: BlockPosition) -> None:
+        self.pool: Sequence[Tensor] = ()
+        self.documents = self.empty = 0
+        self._chunks = chunks
+        self._start = start.start
+        self._kept = start.kept
+        self._taken = 0
+        self._chunk: Chunk | None = None
+        self._next()
+
+    def position(self) -> BlockPosition:
+        """The start of the next chunk: windows of the pool begin with one."""
+        return BlockPosition(start=self._start if self._chunk is None else self._chunk.start, kept=self._kept)
+
+    def fill(self, slots: Tensor) -> int:
+        """Write the next blocks to these slots of the pool, int64 `(n,)`; the number of them that there were."""
+        filled = 0
+        while filled < len(slots) and self._chunk is not None:
+            blocks = self._chunk.blocks
+            count = min(len(slots) - filled, len(blocks) - self._taken)
+            for pool, tensor in zip(self.pool, blocks.tensors(), strict=True):
+                pool[slots[filled : filled + count]] = tensor[self._taken : self._taken + count]
+            filled, self._taken = filled + count, self._taken + count
+            if self._taken == len(blocks):
+                self._kept += int(blocks.keep.sum())
+                self._next()
+        return filled
+
+    def count_all(self) -> int:
+        """Rows of the whole epoch; reads its text to the end."""
+        while self._chunk is not None:
+            self._kept += int(self._chunk.blocks.keep.sum())
+            self._next()
+        return self._kept
+
+    def _next(self) -> None:
+        self._chunk, self._taken = next(self._chunks, None), 0
+        if self._chunk is not None:
+            self.documents += self._chunk.documents
+            self.empty += self._chunk.empty
+
+
+class RowArrivals:
+    """The model's rows, batch after batch, written into the buffer.
+
+    Args:
+        model: run on every model batch.
+        blocks: the text, for its counts.
+        groups: groups of shuffled blocks, from `start` on.
+        size: blocks a model batch.
+        buffers: tensors of rows that `fill` writes to, one for each hook point and one for provenance.
+        max_norms: rows with a larger norm at a hook point of this name are dropped.
+        writer: gets the rows of every model batch.
+        start: where the first window of the buffer begins.
+        enter: run the model batch of `start` at once, because the window begins inside it.
+
+    Attributes:
+        tokens: tokens that the model has read.
+        outliers: rows of the epoch dropped for their norm.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: FrozenModel,
+        blocks: BlockArrivals,
+        groups: Iterator[Mixed[BlockPosition]],
+        size: int,
+        buffers: Sequence[Tensor],
+        max_norms: Mapping[str, float],
+        writer: RowWriter | None,
+        start: RowPosition,
+        enter: bool,
+    ) -> None:
+        self.blocks = blocks
+        self.tokens = 0
+        self.outliers = start.outliers
+        self._model, self._groups, self._size, self._buffers = model, groups, size, buffers
+        self._max_norms, self._writer = max_norms, writer
+        self._outliers_here = 0
+        self._made = start.made
+        self._group = start.blocks
+        self._since = start.blocks.since
+        self._work: list[Blocks] = []
+        self._batch = -1
+        self._row = 0
+        self._out = ModelBatch(
+            activations={},
+            kept=torch.empty(0, dtype=torch.int64),
+            provenance=torch.empty(0, len(PROVENANCE), dtype=torch.int64),
+        )
+        if enter and self._load():
+            self._batch = start.batch - 1
+            if self._run():
+                self._row = start.row
+            self._since = start.blocks.since
+
+    def position(self) -> RowPosition:
+        """The place of the next row."""
+        if self._batch < 0:
+            self._advance()
+        return RowPosition(
+            blocks=replace(self._group, since=self._since),
+            batch=max(self._batch, 0),
+            row=self._row,
+            outliers=self.outliers - self._outliers_here,
+            made=self._made - len(self._out.kept),
+        )
+
+    def fill(self, slots: Tensor) -> int:
+        """Write the next rows to these slots of the buffers, int64 `(n,)`; the number of them that there were."""
+        filled = 0
+        while filled < len(slots):
+            kept = self._out.kept
+            if self._row == len(kept):
+                if not self._advance():
+                    break
+                continue
+            count = min(len(slots) - filled, len(kept) - self._row)
+            into, rows = slots[filled : filled + count], slice(self._row, self._row + count)
+            for buffer, x in zip(self._buffers, self._out.activations.values(), strict=False):
+                chosen = x.index_select(0, kept[rows].to(x.device))
+                buffer.index_copy_(0, into.to(buffer.device), chosen.to(buffer.device))
+            self._buffers[-1].index_copy_(0, into, self._out.provenance[rows])
+            filled, self._row, self._since = filled + count, self._row + count, self._since + count
+        return filled
+
+    def count_all(self) -> int:
+        """Rows of the whole epoch, but for outliers in text that the model has not read."""
+        return self.blocks.count_all() - self.outliers
+
+    def drain(self) -> None:
+        """Run the rest of the epoch."""
+        while self._advance():
+            pass
+
+    def _advance(self) -> bool:
+        """Run the next model batch, if there is one."""
+        if self._run() or (self._load() and self._run()):
+            return True
+        if self._writer is not None:
+            self._writer.end()
+        return False
+
+    def _load(self) -> bool:
+        """Take the next group of blocks from the pool and sort it into model batches."""
+        mixed = next(self._groups, None)
+        if mixed is None:
+            return False
+        if mixed.window != self._group.window:
+            self._since = 0
+        self._group = replace(mixed.start, window=mixed.window, skip=mixed.step)
+        blocks = Blocks.of(mixed.tensors)
+        self._work = [
+            blocks.select(index) for index in model_batches(blocks, self._size, self._model.isolation)
+        ]
+        self._batch = -1
+        return True
+
+    def _run(self) -> bool:
+        """Run the next model batch of the group, if there is one."""
+        if self._batch + 1 >= len(self._work):
+            return False
+        self._batch, self._row = self._batch + 1, 0
+        blocks = self._work[self._batch]
+        self._out = run_model(self._model, blocks)
+        self.tokens += int((blocks.positions >= 0).sum())
+        if self._max_norms:
+            self._drop_outliers()
+        if self._writer is not None:
+            self._writer.write(self._out.rows(), self._out.provenance, self._made)
+        self._made += len(self._out.kept)
+        return True
+
+    def _drop_outliers(self) -> None:
+        kept = self._out.kept
+        fine = torch.ones(len(kept), dtype=torch.bool)
+        for name, limit in self._max_norms.items():
+            x = self._out.activations[name]
+            fine &= (x.index_select(0, kept.to(x.device)).float().norm(dim=1) <= limit).cpu()
+        self._outliers_here = int(len(fine) - fine.sum())
+        self.outliers += self._outliers_here
+        self._out = replace(self._out, kept=kept[fine], provenance=self._out.provenance[fine])

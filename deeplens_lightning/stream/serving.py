@@ -1,0 +1,227 @@
+"""Everything that a run changes: the opened source, measured statistics, the training loader and its position.
+
+In: settings, and a Trainer where there is one. Out: loaders, and the state that a checkpoint keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from deeplens_lightning.stream.cached_source import CachedActivations, CachedSettings
+from deeplens_lightning.stream.checkpoint import DataState, check_fingerprint, lost_in_accumulation
+from deeplens_lightning.stream.live_source import LiveActivations, LiveSettings
+from deeplens_lightning.stream.loader import ActivationLoader, finish
+from deeplens_lightning.stream.measured_statistics import Statistics
+from deeplens_lightning.stream.settings import DataSettings
+from deeplens_lightning.stream.trained_batches import (
+    SeenBatches,
+    TrainedBatches,
+    is_fitting,
+    trainer_ends_epochs,
+)
+from deeplens_lightning.stream.validation_set import RowsLoader
+from deeplens_lightning.types import Batch, Placement
+
+CUDA_PREFETCH = 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": None}
+
+
+class Serving:
+    """Serves one data module's batches.
+
+    Args:
+        settings: what the user said.
+
+    Attributes:
+        source: where activations come from, not opened.
+        opened: the same, between `open` and `close`.
+        seen: the provenance of batches that are alive.
+    """
+
+    def __init__(self, settings: DataSettings) -> None:
+        self.settings = settings
+        self.source = LiveSettings(settings) if settings.shards is None else CachedSettings(settings)
+        self.opened: LiveActivations | CachedActivations | None = None
+        self.seen = SeenBatches()
+        self._trained = TrainedBatches()
+        self._loader: ActivationLoader | None = None
+        self._statistics: Statistics | None = None
+        self._statistics_loaded = False
+        self._state: DataState | None = None
+        self._trainer: Trainer | None = None
+
+    @property
+    def activations(self) -> LiveActivations | CachedActivations:
+        """The opened source.
+
+        Raises:
+            RuntimeError: it is not open.
+        """
+        if self.opened is None:
+            raise RuntimeError('nothing is loaded yet: call setup("fit") on the data module first')
+        return self.opened
+
+    @property
+    def loader(self) -> ActivationLoader | None:
+        """The training loader, once there is one."""
+        return self._loader
+
+    def open(self, placement: Placement) -> None:
+        """Load text, tokenizer and model, or list the shards; again only where rank or devices have changed."""
+        if self.opened is not None:
+            if replace(self.opened.placement, progress=placement.progress) == placement:
+                return
+            self.opened.close()
+        else:
+            self._state = None
+            if self._statistics_loaded:
+                self._statistics, self._statistics_loaded = None, False
+        self.opened = self.source.open(placement)
+
+    def measured(self) -> Statistics:
+        """Normalisation and norm limits, measured once. All ranks must ask together."""
+        if self._statistics is None:
+            self._statistics = self.activations.measure()
+        return self._statistics
+
+    def training(
+        self, trainer: Trainer | None, batch_size: int, max_tokens: int | None, name: str
+    ) -> ActivationLoader:
+        """Training batches, which continue where they stopped.
+
+        Args:
+            trainer: the one that fits, if any.
+            batch_size: rows a batch.
+            max_tokens: rows that one Trainer epoch takes, over all ranks; None for a data epoch.
+            name: of the data module's class, for messages.
+
+        Raises:
+            ValueError: the Trainer continues from a checkpoint that holds no state of this data module.
+        """
+        self._trainer = trainer
+        if self._loader is not None:
+            rewound = self._trained.rewound(trainer, self._loader.served)
+            if self._loader.batch_size == batch_size and not rewound:
+                return self._loader
+        opened, given = self.activations, self.settings
+        if not given.resume_anyway and self._state is None:
+            _refuse_resume(trainer, name)
+        statistics, placement = self.measured(), opened.placement
+        stream = opened.stream(batch_size, statistics, self._state.buffer_rows if self._state else None)
+        automatic = CUDA_PREFETCH if placement.batch_device.type == "cuda" else 0
+        self._close_loader()
+        self._loader = ActivationLoader(
+            stream,
+            scalings=statistics.scalings,
+            dtype=DTYPES[given.buffer_options.dtype],
+            batch_size=batch_size,
+            batches_per_epoch=max_tokens // (batch_size * placement.ranks) if max_tokens else None,
+            known_length=opened.known_batches(batch_size),
+            prefetch=automatic if given.prefetch is None else given.prefetch,
+            device=placement.batch_device,
+            unprocessed=self._unprocessed,
+            seen=self.seen.remember,
+            warn=rank_zero_warn,
+            endless=lambda: trainer_ends_epochs(self._trainer),
+            overfit=trainer is not None and bool(trainer.overfit_batches),  # type: ignore[attr-defined]
+        )
+        if self._state is not None:
+            self._continue(self._loader, self._state, trainer)
+        return self._loader
+
+    def validation(self, batch_size: int) -> RowsLoader:
+        """The validation set."""
+        return RowsLoader(lambda: self.activations.heldout, batch_size, self._finish, self.seen.remember)
+
+    def state(self, batch_size: int) -> DataState | None:
+        """What a checkpoint keeps: the position after the last batch trained on, and what it is a position in."""
+        position = self._loader.position() if self._loader is not None else None
+        if self._loader is not None:
+            self._loader.stream.sync()
+        if self.opened is None or (position is None and self._state is not None):
+            return self._state
+        return DataState(
+            fingerprint=self._fingerprint(batch_size),
+            position=position,
+            buffer_rows=self._loader.stream.buffer_rows if self._loader is not None else None,
+            statistics=self._statistics,
+        )
+
+    def resume(self, saved: dict[str, Any], trainer: Trainer | None, batch_size: int) -> None:
+        """Take the normalisation from a checkpoint and, for training, the position in the data.
+
+        Raises:
+            ValueError: the checkpoint was taken on other data, which is named, or by another version.
+        """
+        state = DataState.from_state(saved)
+        fitting = trainer is None or is_fitting(trainer)
+        if fitting and not self.settings.resume_anyway:
+            unused = () if state.position else ("batch_size",)  # nothing was served: tuners change it
+            check_fingerprint(state.fingerprint, self._fingerprint(batch_size), unused)
+        if state.statistics is not None:
+            self._statistics, self._statistics_loaded = state.statistics, True
+        if fitting:
+            self._state = state
+            self._close_loader()
+
+    def close(self, batch_size: int) -> None:
+        """Free model, buffer, thread and rows; the position is kept."""
+        self._state = self.state(batch_size)
+        self._close_loader()
+        if self.opened is not None:
+            self.opened.close()
+        self.opened = None
+
+    def _continue(self, loader: ActivationLoader, state: DataState, trainer: Trainer | None) -> None:
+        """Move a loader to the position of a checkpoint, whatever the number of ranks is now."""
+        position, placement = state.position, self.activations.placement
+        if position is None:
+            return
+        if trainer is not None and (lost := lost_in_accumulation(trainer)):
+            rank_zero_warn(lost)
+        table = position.table()
+        if len(table) == placement.ranks:
+            here = table[placement.rank]
+            loader.go_to(here.position, here.step, position)
+            return
+        where, again = loader.stream.rescaled(table)
+        in_epoch = position.in_epoch * len(table) // placement.ranks
+        loader.go_to(where, 0, replace(position, epoch_batches=0, in_epoch=in_epoch))
+        rank_zero_info(
+            f"going on with {placement.ranks} rank(s) where {len(table)} stopped: {again} rows are served again"
+        )
+
+    def _fingerprint(self, batch_size: int) -> dict[str, str]:
+        return self.activations.fingerprint() | {
+            "batch_size": str(batch_size),
+            "normalize": self.settings.normalize,
+            "max_norm_ratio": str(self.settings.buffer_options.max_norm_ratio),
+        }
+
+    def _finish(self, rows: dict[str, Tensor]) -> Batch:
+        return finish(rows, self.measured().scalings, DTYPES[self.settings.buffer_options.dtype])
+
+    def _unprocessed(self) -> int:
+        loader = self._loader
+        return self._trained.unprocessed(self._trainer, loader.served) if loader is not None else 0
+
+    def _close_loader(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+            self._loader.stream.close()
+        self._loader = None
+
+
+def _refuse_resume(trainer: Trainer | None, name: str) -> None:
+    """Refuse a fit from a checkpoint that held no state of this data module."""
+    if trainer is not None and is_fitting(trainer) and trainer.ckpt_path:
+        raise ValueError(
+            f"{trainer.ckpt_path} holds no state of {name}, so the data would begin anew: was the data module renamed "
+            "or subclassed? Load the model alone with load_from_checkpoint, or give resume_anyway=True"
+        )
