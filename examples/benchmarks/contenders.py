@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from deeplens_lightning import ActivationDataModule
 from deeplens_lightning.demo import lm_folder
 from deeplens_lightning.demo.docs import demo_documents
+from deeplens_lightning.options import ModelOptions
 from deeplens_lightning.sae import SparseAutoencoder
 
 
@@ -105,7 +106,7 @@ def our_data(args: argparse.Namespace, shards: str | None = None) -> ActivationD
             batch_size=args.batch_size,
             buffer_size=args.buffer_batches * args.batch_size,
             **held_out,
-            compile_model=args.compile_model,
+            model_options=ModelOptions(compile=args.compile_model),
             device=args.device,
         )
     data.prepare_data()

@@ -1,14 +1,15 @@
-"""Measures reading cached activations, globally shuffled, against three others on the same rows.
+"""Measure reading cached activations, globally shuffled, against three others on the same rows.
 
     python examples/benchmarks/reading.py --out reading.json
 
 - `ram`: gathering as many random rows from one tensor in memory, the most that this machine could do;
 - `ours`: `ShardStream`, memory-mapped shards with provenance;
+- `datamodule`: the same shards through `ActivationDataModule(shards=...).train_dataloader()`;
 - `deeplens`: a shuffling `DataLoader` over a `TensorDataset` in memory, row by row, as DeepLens trains;
 - `saelens`: SAELens's store over its own cache (Arrow), left out where `sae-lens` is not installed.
 
-All take turns in one process; the table has medians and, per round, how many times faster ours is. The files
-are in the page cache, since they were just written.
+All take turns in one process; the table has medians and the median of the ratios `ours` / other, round by round. The
+files are in the page cache, since they were just written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from deeplens_lightning import ActivationDataModule
+from deeplens_lightning.options import BufferOptions, CacheOptions
 from deeplens_lightning.shards import Manifest, Rows, ShardStream, ShardWriter
 
 HOOK = "layers.0.mlp_out"
@@ -62,11 +66,25 @@ def from_shards(rows: Tensor, args: argparse.Namespace, folder: Path) -> Iterato
             writer.append({HOOK: part}, provenance, source=None, first_row=first)
         writer.finish()
     stream = ShardStream(folder, batch_size=args.batch_size, shuffle="global", drop_last=True)
-    epoch = 0
-    while True:
-        for batch in stream.batches({"epoch": epoch}, 0):
+    for epoch in count():
+        for batch in stream.batches(stream.start(epoch), 0):
             yield batch.rows[HOOK]
-        epoch += 1
+
+
+def from_data_module(args: argparse.Namespace, folder: Path) -> Iterator[Tensor]:
+    """Batches as training gets them; the cache is the one that `from_shards` wrote."""
+    options = CacheOptions(shuffle="global")
+    buffer = BufferOptions(dtype="auto")
+    data = ActivationDataModule(
+        shards=str(folder),
+        batch_size=args.batch_size,
+        val_fraction=0,
+        cache_options=options,
+        buffer_options=buffer,
+    )
+    data.setup("fit")
+    while True:
+        yield from data.train_dataloader()
 
 
 def from_deeplens(rows: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
@@ -130,6 +148,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     contenders = {
         "ram": from_ram(rows, args),
         "ours": from_shards(rows, args, folder / "shards"),
+        "datamodule": from_data_module(args, folder / "shards"),
         "deeplens": from_deeplens(rows, args),
     }
     if importlib.util.find_spec("sae_lens") is None or args.dtype == "bfloat16":  # which Arrow does not have

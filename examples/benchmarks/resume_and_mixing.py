@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning import ActivationDataModule
+from deeplens_lightning.options import BufferOptions
 from deeplens_lightning.text.sources import open_source
 
 
@@ -97,7 +98,7 @@ def resume(base: dict[str, Any], dataset: str, documents: int, buffer: int) -> l
 
 
 def texts(dataset: str, count: int) -> Iterable[str]:
-    """So many documents, again from the start where there are fewer."""
+    """`count` documents, again from the start where there are fewer."""
     number = 0
     while number < count:
         for text in islice(open_source(dataset).read(0, 0, seed=0, epoch=0), count - number):
@@ -109,7 +110,7 @@ def mixing(base: dict[str, Any], dataset: str, buffer: int) -> dict[str, float]:
     """Rows of the same document beside each row of a batch, past the ramp."""
     found = {}
     for name, pool in (("with block pool", True), ("without block pool", False)):
-        dm = opened(base, dataset, buffer, shuffle_blocks=pool)
+        dm = opened(base, dataset, buffer, buffer_options=BufferOptions(shuffle_blocks=pool))
         batches = list(islice(documents_of(dm), 6 * buffer // base["batch_size"]))[
             2 * buffer // base["batch_size"] :
         ]

@@ -93,10 +93,8 @@ def test_a_chunk_comes_again_from_its_start(
     if not chunks:
         return
     chunk = data.draw(st.sampled_from(chunks))
-    first = chunk.start["document"]["at"]
-    again = next(
-        packing.chunks([replace(docs[first], first_segment=chunk.start["segment"]), *docs[first + 1 :]])
-    )
+    first = chunk.start.at[1]
+    again = next(packing.chunks([replace(docs[first], position=chunk.start), *docs[first + 1 :]]))
     for a, b in zip(again.blocks.tensors(), chunk.blocks.tensors(), strict=True):
         assert torch.equal(a, b)
 
