@@ -144,11 +144,13 @@ def test_shards_need_texts(fit: Callable[..., Any], shards: Callable[[], Any]) -
     assert "val/ce_recovered" in _values(run)
 
 
+class _WithoutEncode(_Fixed):
+    encode = None  # type: ignore[assignment]
+
+
 def test_a_module_that_is_no_sae_is_refused(fit: Callable[..., Any]) -> None:
-    sae = _Fixed(1.0)
-    sae.encode = None  # type: ignore[assignment]
     with pytest.raises(TypeError, match=r"LossRecovered needs a module with encode\(x\)"):
-        fit([LossRecovered(150)], sae=sae)
+        fit([LossRecovered(150)], sae=_WithoutEncode(1.0))
 
 
 def test_blocks_become_segments_and_only_kept_tokens_with_a_successor_are_scored() -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from deeplens_lightning.callbacks import FitSummary, LatentStatistics, LossRecovered, Throughput
-from deeplens_lightning.callbacks.summary import summary_table
+from deeplens_lightning.callbacks.summary import Summary, summary_table
 from deeplens_lightning.callbacks.throughput import peak_rss
 
 
@@ -60,15 +60,16 @@ def test_without_validation_the_summary_says_so(
 
 def test_each_sae_of_a_sweep_has_its_own_row() -> None:
     metrics = {"val/fvu/k=8": 0.5, "val/fvu/k=16": 0.25, "val/dead_fraction/k=8": 0.1, "val/rows/k=8": 1000.0}
-    summary = {
-        "tokens": 10,
-        "tokens_per_second": None,
-        "steps": 1,
-        "hooks": [],
-        "metrics": metrics,
-        "val_rows": 2000,
-        "written": [],
-    }
+    summary = Summary(
+        tokens=10,
+        tokens_per_second=None,
+        seconds=0.0,
+        steps=1,
+        hooks=[],
+        metrics=metrics,
+        val_rows=2000,
+        written=[],
+    )
     console = Console(record=True, width=120, file=None)
     console.print(summary_table(summary))
     text = console.export_text()

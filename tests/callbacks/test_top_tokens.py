@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from deeplens_lightning.callbacks import TopActivatingTokens
-from deeplens_lightning.callbacks.top_rows import Strongest
+from deeplens_lightning.callbacks.top_rows import TopRows
 from deeplens_lightning.reporting.readable_tokens import token_strings
 from deeplens_lightning.sae import SparseAutoencoder
 
@@ -109,27 +109,27 @@ def test_merging_equals_sorting_everything_at_once() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(100, 6, generator=generator)
     provenance = torch.stack([torch.arange(100)] * 4, dim=1)
-    strongest = Strongest(torch.tensor([1, 4]), keep=5)
+    top = TopRows(torch.tensor([1, 4]), keep=5)
     for start in range(0, 100, 7):  # the last batch is smaller than keep
         part = slice(start, start + 7)
-        strongest.add({"h": rows[part]}, rows[part][:, [1, 4]], provenance[part])
-    strongest.add({"h": rows[:7]}, rows[:7][:, [1, 4]], provenance[:7])  # served again
+        top.add({"h": rows[part]}, rows[part][:, [1, 4]], provenance[part])
+    top.add({"h": rows[:7]}, rows[:7][:, [1, 4]], provenance[:7])  # served again
     want, index = rows[:, [1, 4]].T.topk(5)
-    assert torch.equal(strongest.values, want)
-    assert torch.equal(strongest.provenance[:, :, 0], index)
-    assert torch.equal(strongest.rows["h"], rows[index])
-    strongest.refresh(lambda x: -x["h"] + 1)
+    assert torch.equal(top.values, want)
+    assert torch.equal(top.provenance[:, :, 0], index)
+    assert torch.equal(top.rows["h"], rows[index])
+    top.refresh(lambda x: -x["h"] + 1)
     want, order = (1 - want).sort(descending=True)
-    assert torch.equal(strongest.values, want)
-    assert torch.equal(strongest.provenance[:, :, 0], index.gather(1, order))
+    assert torch.equal(top.values, want)
+    assert torch.equal(top.provenance[:, :, 0], index.gather(1, order))
 
 
 def test_rows_on_which_a_latent_does_not_fire_are_never_contexts() -> None:
-    strongest = Strongest(torch.tensor([0]), keep=3)
+    top = TopRows(torch.tensor([0]), keep=3)
     rows = torch.tensor([[0.0], [2.0], [-1.0]])
-    strongest.add({"h": rows}, rows, torch.arange(12).reshape(3, 4))
-    assert (strongest.values > 0).sum() == 1
-    assert strongest.fired.tolist() == [1]
+    top.add({"h": rows}, rows, torch.arange(12).reshape(3, 4))
+    assert (top.values > 0).sum() == 1
+    assert top.fired.tolist() == [1]
 
 
 def test_nonsense_is_refused() -> None:
