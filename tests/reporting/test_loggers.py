@@ -63,7 +63,7 @@ def test_mlflow_file_store_takes_image_and_table(tmp_path: Path, monkeypatch: py
 def test_a_logger_without_images_gets_the_scalars_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deeplens_lightning.reporting.loggers._told", set())
+    monkeypatch.setattr("deeplens_lightning.reporting.loggers._reported", set())
     logger = CSVLogger(tmp_path)
     with caplog.at_level("INFO"):
         _log_everything(logger)

@@ -207,7 +207,7 @@ def test_curves_come_from_whatever_logger_there_was(tmp_path: Path) -> None:
         for step in range(3):
             logger.log_metrics({"train/loss": step / 2, "epoch": 0, "nan": math.nan}, step=step)
         logger.save()
-        curves = read_run(Path(logger.log_dir))["curves"]
+        curves = read_run(Path(logger.log_dir)).curves
         assert curves == {"train/loss": [(0, 0.0), (1, 0.5), (2, 1.0)]}
         write_report(logger.log_dir)
 
@@ -218,12 +218,12 @@ def test_steps_that_came_again_after_a_resume_count_once_and_a_cut_line_not_at_a
     )
     with (tmp_path / "curves.jsonl").open("a") as file:
         file.write('{"step": 3, "a"')
-    assert read_run(tmp_path)["curves"] == {"a": [(1, 1.0), (2, 3.0)]}
+    assert read_run(tmp_path).curves == {"a": [(1, 1.0), (2, 3.0)]}
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     append_jsonl(tmp_path / "curves.jsonl", [{"step": i, "a": float(i)} for i in range(5001)])
-    curve = read_run(tmp_path)["curves"]["a"]
+    curve = read_run(tmp_path).curves["a"]
     assert len(curve) <= 800
     assert curve[-1] == (5000, 5000.0)
     assert {b[0] - a[0] for a, b in pairwise(curve)} == {7}
