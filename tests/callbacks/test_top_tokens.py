@@ -1,4 +1,4 @@
-"""The strongest contexts are the strongest, and their text is where the row came from."""
+"""The rows with the largest activations are kept, and their text is that of their documents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _read(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "top_tokens" / "latents.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_contexts_show_where_a_row_came_from_and_what_the_sae_makes_of_it(
+def test_contexts_show_the_text_of_a_row_and_the_latents_activations_on_it(
     fit: Callable[..., Any], texts: list[str], tmp_path: Path, lm_folder: str
 ) -> None:
     run = fit([TopActivatingTokens(latents=range(256), keep=4, every_n_steps=1)])
@@ -85,7 +85,7 @@ def test_without_the_documents_text_only_the_token_is_shown(
 
 
 class _Anonymous(L.LightningDataModule):
-    """Rows from nowhere."""
+    """A data module without provenance."""
 
     def train_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(torch.randn(64, 128), batch_size=8)
@@ -132,7 +132,7 @@ def test_rows_on_which_a_latent_does_not_fire_are_never_contexts() -> None:
     assert top.fired.tolist() == [1]
 
 
-def test_nonsense_is_refused() -> None:
+def test_values_outside_their_range_are_refused() -> None:
     for arguments in ({"latents": 0}, {"keep": 0}, {"latents": []}, {"before": -1}):
         with pytest.raises(ValueError, match="="):
             TopActivatingTokens(**arguments)  # type: ignore[arg-type]
