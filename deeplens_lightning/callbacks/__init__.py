@@ -1,4 +1,4 @@
-"""Lightning callbacks, one file each."""
+"""Lightning callbacks that measure, show and save a training run, one file for each."""
 
 from deeplens_lightning.callbacks.latent_statistics import LatentStatistics
 from deeplens_lightning.callbacks.loss_recovered import LossRecovered

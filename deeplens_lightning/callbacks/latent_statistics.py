@@ -1,7 +1,8 @@
-"""`LatentStatistics`: how often each latent fires, on held-out rows and while training."""
+"""`LatentStatistics`: count how often each latent fires, on held-out rows and during training."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.callbacks.support import Every, hook_names, observing, raw_rows, remember
+from deeplens_lightning.callbacks.support import Every, add_written, evaluation_mode, raw_rows
 from deeplens_lightning.distributed import max_over_ranks, sum_over_ranks
 from deeplens_lightning.reporting.figures import figure_pixels, plot_firing_histogram, save_pixels
 from deeplens_lightning.reporting.loggers import log_image, log_scalars
@@ -19,19 +21,27 @@ from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, wr
 
 
 class LatentStatistics(Callback):
-    """Counts on how many rows each latent is above 0.
+    """Counts for each latent the number of rows on which it is above 0.
 
-    At validation over held-out rows, and in training over every `every_n_steps`-th batch since the last
-    report; reported at validation, or at the end of a fit that has none. Logged: `latents/dead_fraction`
-    (fired on none of the counted rows), `latents/dense_fraction` (on more than `dense_above` of them),
-    `latents/rows` (how many were counted). Written: `latent_statistics/latest.json` with the counts of
-    all latents, `history.jsonl`, and a histogram `step_<step>.png`. Counts are summed over ranks.
+    It counts held-out rows during validation. During training it counts the rows of one batch every `every_n_steps`
+    optimizer steps; these counts start again after each report. It reports after each validation, and at the end of
+    a fit without validation. Counts are summed over ranks.
+
+    Logged: `latents/dead_fraction` (share of latents that fired on none of the counted rows),
+    `latents/dense_fraction` (share that fired on more than `dense_above` of them) and `latents/rows` (number of rows
+    counted); of the held-out rows where there are any, else of the training rows. Written in the run's folder:
+    `latent_statistics/latest.json` with the counts of all latents, `latent_statistics/history.jsonl`, and a histogram
+    `latent_statistics/step_<step>.png`.
 
     Args:
-        every_n_steps: optimizer steps between two training batches that are encoded once more.
-        max_rows: held-out rows encoded per validation and rank.
-        dense_above: the share of rows above which a latent counts as dense.
-        sae: which one, of several that train side by side; default the first.
+        every_n_steps: optimizer steps between two training batches that are counted; each costs one `encode`.
+        max_rows: held-out rows to encode in each validation, on each rank; the last batch is taken whole. With 0 only
+            training rows are counted.
+        dense_above: share of rows, above 0 and at most 1, above which a latent counts as dense.
+        sae: name of one SAE of a module that trains several; default the first.
+
+    Raises:
+        ValueError: a value outside its range.
     """
 
     def __init__(
@@ -51,8 +61,8 @@ class LatentStatistics(Callback):
         self.sae = sae
         self.written: list[Path] = []
         self._every = Every(every_n_steps)
-        self._training = _Counts()
-        self._heldout = _Counts()
+        self._training = _Counter()
+        self._heldout = _Counter()
         self._folder: Path | None = None
         self._reported = -1
 
@@ -70,7 +80,7 @@ class LatentStatistics(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._heldout = _Counts()
+        self._heldout = _Counter()
 
     @override
     def on_validation_batch_end(
@@ -95,63 +105,75 @@ class LatentStatistics(Callback):
         if self._reported != trainer.global_step:
             self._report(trainer)
 
-    def _count(self, counts: _Counts, trainer: Trainer, module: LightningModule, batch: Any) -> None:
-        sae = require_sae(module, hook_names(trainer), "LatentStatistics", self.sae)
-        with observing(module):
-            counts.add(sae, raw_rows(trainer, batch, sae.reads))
+    def _count(self, counter: _Counter, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        sae = require_sae(module, activation_data(trainer).hook_names, "LatentStatistics", self.sae)
+        with evaluation_mode(module):
+            counter.add(sae, raw_rows(trainer, batch, sae.reads))
 
     def _report(self, trainer: Trainer) -> None:
-        """Every rank takes part: which counts there are is the same on all of them."""
+        """Sum the counts over ranks, then log and write them on rank 0. A collective: every rank calls it."""
         step, self._reported = trainer.global_step, trainer.global_step
         device = trainer.strategy.root_device
-        heldout, training = self._heldout.reduced(device), self._training.reduced(device)
-        self._heldout, self._training = _Counts(), _Counts()
-        found = {name: c for name, c in (("heldout", heldout), ("training", training)) if c is not None}
+        heldout, training = self._heldout.total(device), self._training.total(device)
+        self._heldout, self._training = _Counter(), _Counter()
+        found = {
+            name: total for name, total in (("heldout", heldout), ("training", training)) if total is not None
+        }
         if not found or not trainer.is_global_zero:
             return
         assert self._folder is not None
-        counts, rows = found.get("heldout") or found["training"]
-        frequencies = counts / rows
+        name, shown = next(iter(found.items()))
+        frequencies = shown.counts / shown.rows
         scalars = {
-            "latents/dead_fraction": float((counts == 0).double().mean()),
+            "latents/dead_fraction": float((shown.counts == 0).double().mean()),
             "latents/dense_fraction": float((frequencies > self.dense_above).double().mean()),
-            "latents/rows": float(rows),
+            "latents/rows": float(shown.rows),
         }
-        data = {name: {"rows": c[1], "counts": c[0].tolist()} for name, c in found.items()}
+        data = {name: {"rows": total.rows, "counts": total.counts.tolist()} for name, total in found.items()}
         write_json(self._folder / "latest.json", {"step": step, **data})
-        line = {name.removeprefix("latents/"): value for name, value in scalars.items()}
-        append_jsonl(self._folder / "history.jsonl", [{"step": step, "on": next(iter(found)), **line}])
-        title = f"Firing frequencies at step {step}, {rows} {next(iter(found))} rows"
+        line = {metric.removeprefix("latents/"): value for metric, value in scalars.items()}
+        append_jsonl(self._folder / "history.jsonl", [{"step": step, "on": name, **line}])
+        title = f"Firing frequencies at step {step}, {shown.rows} {name} rows"
         pixels = figure_pixels(plot_firing_histogram(frequencies, title))
         save_pixels(pixels, self._folder / f"step_{step:08d}.png")
         log_scalars(trainer.loggers, scalars, step)
         log_image(trainer.loggers, "latents/firing_frequencies", pixels, step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
-        remember(self.written, self._folder)
+        trainer.callback_metrics.update({metric: torch.tensor(value) for metric, value in scalars.items()})
+        add_written(self.written, self._folder)
 
 
-class _Counts:
-    """Rows seen, and on how many of them each latent fired; on the SAE's device, without a sync."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Total:
+    """Counts of all ranks.
+
+    Attributes:
+        counts: int64 `(d_sae,)` on the CPU: rows on which each latent fired.
+        rows: number of rows counted.
+    """
+
+    counts: Tensor
+    rows: int
+
+
+class _Counter:
+    """Count rows, and on how many of them each latent fires; on the SAE's device, without waiting for it."""
 
     def __init__(self) -> None:
         self.rows = 0
         self.fired: Tensor | None = None
 
     def add(self, sae: SaeView, rows: dict[str, Tensor]) -> None:
-        """Encode and count a batch."""
+        """Encode a batch of raw rows and add it to the counts."""
         fired = (sae.encode(rows) > 0).sum(0)
         self.fired = fired if self.fired is None else self.fired + fired
         self.rows += len(next(iter(rows.values())))
 
-    def reduced(self, device: torch.device) -> tuple[Tensor, int] | None:
-        """Counts `(d_sae,)` and rows of all ranks, on the CPU; None where no rank counted anything.
-
-        A collective: a rank whose share of the rows was empty does not know d_sae, and takes part.
-        """
+    def total(self, device: torch.device) -> _Total | None:
+        """Sum the counts of all ranks; None where no rank counted a row. A collective: every rank calls it."""
         fired = torch.zeros(0, dtype=torch.int64, device=device) if self.fired is None else self.fired
-        width = int(max_over_ranks(fired.new_tensor([len(fired)])))
+        width = int(max_over_ranks(fired.new_tensor([len(fired)])))  # a rank without rows does not have d_sae
         if width == 0:
             return None
         padded = fired if len(fired) else fired.new_zeros(width)
         total = sum_over_ranks(torch.cat([padded, padded.new_tensor([self.rows])])).cpu()
-        return total[:-1], int(total[-1])
+        return _Total(counts=total[:-1], rows=int(total[-1]))

@@ -1,25 +1,28 @@
-"""`LossRecovered`: how much of the language model's loss survives the SAE's reconstruction.
+"""`LossRecovered`: measure how much of the language model's loss remains with the SAE's reconstruction.
 
-On held-out text the model is run as it is, with the reconstruction spliced in, and with the
-activations ablated (zero, and their mean): CE recovered is
-`(ce_zero - ce_sae) / (ce_zero - ce_clean)`, the "loss recovered" of Bricken et al. 2023.
+The model runs on held-out text four times: untouched, with the reconstruction in place of the activations, with zeros
+in their place, and with their mean. CE recovered is `(ce_zero - ce_sae) / (ce_zero - ce_clean)`, the "loss recovered"
+of Bricken et al. 2023.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import override
 
+from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
 from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_token_ids
-from deeplens_lightning.callbacks.spliced_loss import measure
-from deeplens_lightning.callbacks.support import datamodule_of, hook_names, observing, remember
+from deeplens_lightning.callbacks.spliced_loss import AblatedLoss, measure
+from deeplens_lightning.callbacks.support import add_written, evaluation_mode
+from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import locate
 from deeplens_lightning.model.single_text import TextActivations
@@ -30,25 +33,33 @@ from deeplens_lightning.types import device_of
 
 
 class LossRecovered(Callback):
-    """Measures next-token loss with the reconstruction spliced in, at validation and at the end.
+    """Measures next-token loss with the reconstruction in place, at validation and at the end of a fit without it.
 
-    Only the positions that the SAE is trained on are replaced, and only they are scored (where the next
-    token belongs to the same segment). Logged, in nats per token: `val/ce_clean`, `val/ce_sae`,
-    `val/ce_zero`, `val/ce_mean`, `val/kl` (from the clean to the spliced prediction), and
-    `val/ce_recovered`, 1 for a perfect reconstruction and 0 for zeros. Written: `loss_recovered.jsonl`.
+    Only the positions that the SAE trains on are replaced. Of these, a position is scored if its next token belongs to
+    the same segment. Logged, in nats per scored token: `val/ce_clean`, `val/ce_sae`, `val/ce_zero`, `val/ce_mean` and
+    `val/kl` (from the clean prediction to the one with the reconstruction). Also logged: `val/ce_recovered`, 1 for a
+    perfect reconstruction and 0 for zeros, and `val/ce_recovered_mean`, the same against the mean. Written in the
+    run's folder: `loss_recovered.jsonl`.
 
-    The whole model, head included, is loaded once, when first needed, on rank 0, which measures alone
-    and tells the other ranks.
+    Rank 0 loads the whole model, head included, at the first measurement, measures alone, and sends the values to the
+    other ranks.
 
     Args:
-        rows: held-out rows to measure on, asked of the data module; the last segment is taken whole. A few
-            hundred are too few: what ablation costs is then smaller than what texts differ by.
-        batch_size: segments to a model batch.
-        texts: measure on these instead, e.g. with cached shards, which hold no text.
-        hf_model: default the data module's.
-        device: of the whole model; `auto` is the data module's model's, else the SAE's.
-        model_kwargs: for `from_pretrained`; default the data module's.
-        sae: which one, of several that train side by side; default the first.
+        rows: held-out rows to measure on, at least 1; the last segment is taken whole. Use thousands: with a few
+            hundred, texts differ from each other by more than ablation costs.
+        batch_size: segments in a model batch, at least 1.
+        texts: texts to measure on instead of the data module's held-out text; needed with cached shards, which hold no
+            text.
+        hf_model: the model, or its name; default the data module's.
+        device: device of the whole model; "auto" is the device of the data module's model where it has one, else the
+            SAE's.
+        model_kwargs: arguments for `from_pretrained`; default the data module's.
+        sae: name of one SAE of a module that trains several; default the first.
+
+    Raises:
+        ValueError: `rows` or `batch_size` is below 1. At the start of a fit: there is no model, no held-out text, or no
+            language model head.
+        TypeError: `texts` is one string. At the start of a fit: the module has no `encode` or no `decode`.
     """
 
     def __init__(
@@ -65,7 +76,7 @@ class LossRecovered(Callback):
         if rows < 1 or batch_size < 1:
             raise ValueError(f"rows={rows} and batch_size={batch_size} must be at least 1")
         if isinstance(texts, str):
-            raise TypeError("texts must be a list of texts, got one string")
+            raise TypeError(f"texts must be a list of texts, got one string: write texts=[{texts[:20]!r}]")
         self.rows = rows
         self.batch_size = batch_size
         self.texts = tuple(texts)
@@ -77,7 +88,7 @@ class LossRecovered(Callback):
         self._path: Path | None = None
         self._model: PreTrainedModel | None = None
         self._batches: list[Segments] = []
-        self._ablated: dict[str, float] = {}
+        self._ablated: AblatedLoss | None = None
         self._measured = -1
 
     @override
@@ -87,10 +98,11 @@ class LossRecovered(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find what is missing before the first step; nothing is loaded yet."""
-        require_sae(pl_module, hook_names(trainer), "LossRecovered", self.sae)
-        self._source(datamodule_of(trainer))
-        self._blocks(datamodule_of(trainer))
+        """Check before the first step that there is an SAE, a model and text; nothing is loaded yet."""
+        data = activation_data(trainer)
+        require_sae(pl_module, data.hook_names, "LossRecovered", self.sae)
+        self._source(data)
+        self._blocks(data)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,40 +127,42 @@ class LossRecovered(Callback):
         self._release()
 
     def _release(self) -> None:
-        self._model, self._batches, self._ablated = None, [], {}
+        self._model, self._batches, self._ablated = None, [], None
 
     def _shared(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        """What rank 0 measures, on every rank: a checkpoint callback may monitor it."""
+        """Measure on rank 0 and return the values on every rank: a checkpoint callback may monitor them."""
         self._measured = trainer.global_step
         values = self._measure(trainer, module) if trainer.is_global_zero else {}
         shared: dict[str, float] = trainer.strategy.broadcast(values)
         return shared
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        with observing(module):
-            sae = require_sae(module, hook_names(trainer), "LossRecovered", self.sae)
-            model, points = self._prepare(trainer, module, sae)
-            with observing(model):
-                values = measure(model, sae, points, self._batches, self._ablated, module.device)
-        self._ablated = {name: values[name] for name in ("ce_zero", "ce_mean")}
+        data = activation_data(trainer)
+        with evaluation_mode(module):
+            sae = require_sae(module, data.hook_names, "LossRecovered", self.sae)
+            model, points = self._prepare(data, module, sae)
+            with evaluation_mode(model):
+                loss = measure(model, sae, points, self._batches, self._ablated, module.device)
+        self._ablated = AblatedLoss(ce_zero=loss.ce_zero, ce_mean=loss.ce_mean)
+        values: dict[str, float] = asdict(loss)
         assert self._path is not None
         append_jsonl(self._path, [{"step": trainer.global_step} | values])
-        remember(self.written, self._path)
+        add_written(self.written, self._path)
         return {f"val/{name}": value for name, value in values.items() if name != "tokens"}
 
     def _prepare(
-        self, trainer: Trainer, module: LightningModule, sae: SaeView
+        self, data: ActivationData, module: LightningModule, sae: SaeView
     ) -> tuple[PreTrainedModel, tuple[HookPoint, ...]]:
-        datamodule = datamodule_of(trainer)
+        """Load the model and the segments at the first call; return the model and the SAE's hook points in it."""
         if self._model is None:
-            source = self._source(datamodule)
-            kwargs = self.model_kwargs or getattr(datamodule, "model_kwargs", None)
-            frozen = getattr(datamodule, "model", None)
+            source = self._source(data)
+            kwargs = self.model_kwargs or data.model_kwargs
+            frozen: FrozenModel | None = data.model
             device = frozen.device if frozen is not None and self.device == "auto" else module.device
             self._model = whole_model(
                 source, kwargs, device if self.device == "auto" else device_of(self.device)
             )
-            self._batches = self._segments(datamodule, source, kwargs)
+            self._batches = self._segments(data, source, kwargs)
         if not any(bool(batch.scored.any()) for batch in self._batches):
             raise ValueError(
                 "LossRecovered found no held-out token to score; raise rows or val_fraction, or pass "
@@ -156,46 +170,55 @@ class LossRecovered(Callback):
             )
         return self._model, resolve(self._model, None, sae.hooks)
 
-    def _segments(self, datamodule: Any, source: str | PreTrainedModel, kwargs: Any) -> list[Segments]:
+    def _segments(
+        self, data: ActivationData, source: str | PreTrainedModel, kwargs: Mapping[str, Any] | None
+    ) -> list[Segments]:
         if self.texts:
-            reader = TextActivations(
-                source, tokenizer=getattr(datamodule, "tokenizer", None), model_kwargs=kwargs
-            )
+            reader = TextActivations(source, tokenizer=data.tokenizer, model_kwargs=kwargs)
             read = [reader.token_ids(text) for text in self.texts]
             special = set(reader.tokenizer.all_special_ids)
             kept = [(ids, [i not in special for i in ids]) for ids in read]
             return list(from_token_ids(kept, self.batch_size))
-        frozen = getattr(datamodule, "model", None)
-        whole_rows = getattr(frozen, "isolation", None) == "none"
-        blocks = self._blocks(datamodule)
+        frozen: FrozenModel | None = data.model
+        whole_rows = frozen is not None and frozen.isolation == "none"
+        blocks = self._blocks(data)
         return list(from_blocks(blocks, self.rows, whole_rows=whole_rows, batch_size=self.batch_size))
 
-    def _source(self, datamodule: Any) -> str | PreTrainedModel:
-        source: str | PreTrainedModel | None = self.hf_model or getattr(datamodule, "hf_model", None)
+    def _source(self, data: ActivationData) -> str | PreTrainedModel:
+        source: str | PreTrainedModel | None = self.hf_model or data.hf_model
         if source is None:
-            raise ValueError('LossRecovered does not know which model to run; pass hf_model="..."')
+            raise ValueError(
+                'LossRecovered has no model to run: the data module names none; pass hf_model="..."'
+            )
         if isinstance(source, PreTrainedModel) and source.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
             raise ValueError(
-                f"{type(source).__name__} has no language model head, so there is no next-token loss; hand "
-                "in the AutoModelForCausalLM, or its name, as hf_model="
+                f"{type(source).__name__} has no language model head, so there is no next-token loss; pass "
+                "the AutoModelForCausalLM, or its name, as hf_model="
             )
         return source
 
-    def _blocks(self, datamodule: Any) -> Iterable[Blocks]:
-        ask = getattr(datamodule, "heldout_blocks", None)
-        blocks = None if ask is None or self.texts else ask(self.rows)
-        if blocks is None and not self.texts:
+    def _blocks(self, data: ActivationData) -> Iterable[Blocks]:
+        if self.texts:
+            return ()
+        blocks = data.heldout_blocks(self.rows)
+        if blocks is None:
             raise ValueError(
                 "LossRecovered needs held-out text, and this data module has none (cached shards hold "
                 "activations only); pass texts=[...]"
             )
-        return () if blocks is None else cast("Iterable[Blocks]", blocks)
+        return blocks
 
 
 def whole_model(
     source: str | PreTrainedModel, model_kwargs: Mapping[str, Any] | None, device: torch.device
 ) -> PreTrainedModel:
-    """The model with its head, in evaluation mode; one that was handed in is used as it is."""
+    """Load a language model with its head, in evaluation mode, without drawing from the global random generator.
+
+    Args:
+        source: name of the model, or a loaded model, which is returned unchanged.
+        model_kwargs: arguments for `from_pretrained`.
+        device: where the model goes; with a `device_map` in `model_kwargs` it stays where that puts it.
+    """
     if isinstance(source, PreTrainedModel):
         return source
     name, kwargs = locate(source, model_kwargs)

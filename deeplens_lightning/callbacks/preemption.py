@@ -1,7 +1,7 @@
-"""A signal from a cluster becomes a checkpoint at the end of the batch, on every rank.
+"""`Preemption`: save a checkpoint at the end of a batch when a cluster signals that it will end the job.
 
-Lightning saves inside the signal handler, in the middle of whatever the batch was doing, and on SIGTERM not at
-all. Here handlers only set a flag; the ranks look at it together when a batch is over.
+Lightning's handler for SLURM's signal saves at once, in the middle of a batch, and its handler for SIGTERM does not
+save. Here the handlers only set a flag, and all ranks check their flags together at the end of each batch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,17 +23,18 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Preemption(Checkpoint):
-    """Saves at the next batch end after SIGTERM, and after the signal that SLURM sends before it ends a job.
+    """Saves a checkpoint at the end of the batch after SIGTERM or after SLURM's requeue signal.
 
-    - SIGTERM: `preempted.ckpt` is written and training stops, as Lightning stops on SIGTERM. Where SLURM
-      requeues, Lightning ignores SIGTERM; so the file is written and training goes on until the job ends.
-    - The requeue signal of Lightning's `SLURMEnvironment` (SIGUSR1, unless changed): Lightning's own plugin saves
-      its checkpoint and requeues the job, at the end of the batch instead of in the middle of it.
+    - SIGTERM: writes `preempted.ckpt`, then stops training by raising `SIGTERMException`, as Lightning does. Where
+      Lightning requeues SLURM jobs it ignores SIGTERM; there the file is written and training continues until the job
+      ends.
+    - The requeue signal of Lightning's `SLURMEnvironment` (SIGUSR1 unless changed): runs Lightning's own handler, which
+      saves its checkpoint and requeues the job, at the end of the batch instead of in the middle of it.
 
-    On one rank a batch costs nothing; on several, one reduction of a flag.
+    With one rank this costs no time; with several, one reduction of a flag for each batch and signal.
 
     Args:
-        dirpath: where `preempted.ckpt` goes; default the Trainer's `default_root_dir`.
+        dirpath: folder of `preempted.ckpt`; default the Trainer's `default_root_dir`.
     """
 
     FILE = "preempted.ckpt"
@@ -44,7 +46,7 @@ class Preemption(Checkpoint):
         self._before: dict[int, Handler] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Take the signals over from Lightning, which has set its handlers by now."""
+        """Replace Lightning's signal handlers, which are set by now, and keep them for later."""
         signals = [signal.SIGTERM]
         if requeue := _requeue_signal(trainer):
             signals.append(requeue)
@@ -52,7 +54,7 @@ class Preemption(Checkpoint):
             self._before[number] = signal.signal(number, self._note)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        """Save if any rank was told to."""
+        """Save if any rank received a signal during the batch."""
         for number in sorted(self._before):
             if not _any_rank(trainer, number in self._received):
                 continue
@@ -65,36 +67,38 @@ class Preemption(Checkpoint):
                 handler(number, None)  # Lightning's: saves and requeues
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
-        """Give the signals back."""
-        self._give_back()
+        """Restore the earlier signal handlers."""
+        self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
-        """Give the signals back."""
-        self._give_back()
+        """Restore the earlier signal handlers."""
+        self._restore()
 
     def _save(self, trainer: Trainer) -> None:
         path = Path(self._dirpath or trainer.default_root_dir) / self.FILE
         trainer.save_checkpoint(path)
-        rank_zero_info(f"preempted: {path} holds step {trainer.global_step}")
+        rank_zero_info(f"preempted: saved step {trainer.global_step} to {path}; resume with ckpt_path={path}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._received.add(number)
 
-    def _give_back(self) -> None:
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before, self._received = {}, set()
 
 
 def _requeue_signal(trainer: Trainer) -> signal.Signals | None:
-    """The signal on which Lightning requeues a SLURM job, if it does."""
-    environment = trainer._accelerator_connector.cluster_environment  # a strategy on one device has none
-    if not getattr(environment, "auto_requeue", False):
+    """The signal on which Lightning requeues a SLURM job; None where it does not requeue."""
+    # Lightning has no public way to the environment; `strategy.cluster_environment` is missing on one device.
+    environment = trainer._accelerator_connector.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
         return None
-    return getattr(environment, "requeue_signal", None) or signal.SIGUSR1
+    return environment.requeue_signal
 
 
 def _any_rank(trainer: Trainer, mine: bool) -> bool:
+    """Whether the flag is set on any rank. A collective on several ranks."""
     if trainer.world_size == 1:
         return mine
     flag = torch.tensor(int(mine), device=trainer.strategy.root_device)

@@ -1,50 +1,66 @@
-"""The SAE in training as callbacks see it: raw activations by hook point in, latents and reconstructions out.
+"""Find the SAE in the module that trains, and run it on raw activations by hook point.
 
-Autoencoders, transcoders and crosscoders differ in what they read and write; a user's own module
-may know nothing of hook points. This is the one place where callbacks care.
+Autoencoders, transcoders and crosscoders differ in the hook points that they read and write, a grid trains several
+SAEs, and a user's own module may have no notion of hook points. `SaeView` hides these differences from the callbacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+
+from deeplens_lightning.sae import SparseAutoencoder
+from deeplens_lightning.sae.training import DictionaryTraining
 
 
-@dataclass(frozen=True, slots=True)
+@runtime_checkable
+class Encodes(Protocol):
+    """A module with the methods `encode` and `decode` on raw activations."""
+
+    def encode(self, x: Any) -> Tensor:
+        """Return latents `(n, d_sae)` of raw rows `(n, d_in)`."""
+        ...
+
+    def decode(self, latents: Tensor) -> Any:
+        """Return raw rows `(n, d_in)` of latents `(n, d_sae)`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SaeView:
-    """Public `encode`, `decode` and `forward` of a module, by hook point.
+    """An SAE with its hook points: encode and reconstruct raw rows given by hook point.
 
     Attributes:
-        module: the LightningModule in training.
+        module: the SAE.
+        reconstruction: raw rows to raw reconstructions; a Tensor, or a dict by hook point.
         reads: canonical names of the hook points that it encodes.
-        writes: those that it reconstructs.
-        by_forward: whether `module(x)` is the reconstruction; else `decode(encode(x))` is.
+        writes: canonical names of the hook points that it reconstructs.
+        device: the device of its weights.
     """
 
-    module: Any
+    module: Encodes
+    reconstruction: Callable[[Any], Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    by_forward: bool
+    device: torch.device
 
     @property
     def hooks(self) -> tuple[str, ...]:
-        """All hook points it needs, each once."""
+        """All hook points that it reads or writes, each once."""
         return tuple(dict.fromkeys(self.reads + self.writes))
 
     def encode(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Latents `(n, d_sae)` of raw rows `(n, d_in)` by hook point."""
-        latents: Tensor = self.module.encode(self._input(rows))
-        return latents
+        return self.module.encode(self._input(rows))
 
     def reconstruct(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Raw reconstructions `(n, d_in)` by the hook points it writes."""
-        x = self._input(rows)
-        out = self.module(x) if self.by_forward else self.module.decode(self.module.encode(x))
+        """Raw reconstructions `(n, d_in)` by hook point written, from raw rows `(n, d_in)` by hook point read."""
+        out = self.reconstruction(self._input(rows))
         return dict(out) if isinstance(out, Mapping) else {self.writes[0]: out}
 
     def _input(self, rows: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
@@ -56,62 +72,79 @@ class SaeView:
 def find_sae(
     module: LightningModule, names: Sequence[str], hook: str | None = None, sae: str | None = None
 ) -> SaeView | None:
-    """The module as an SAE, or None where it lacks `encode` and `decode`.
+    """Find the SAE of a LightningModule; None where it has no `encode` and `decode`.
 
     Args:
-        module: the LightningModule in training.
-        names: hook points that the batches hold; empty where unknown.
-        hook: the one to look at, for a module that does not say itself what it reads.
-        sae: which one, of a module that trains several side by side (`dictionaries`); default the first.
+        module: the LightningModule that trains.
+        names: canonical names of the hook points that batches hold; empty where unknown.
+        hook: the hook point to use for a module that does not say itself which one it reads.
+        sae: name of one SAE of a module that trains several (`dictionaries`); default the first.
 
     Raises:
-        ValueError: several hook points, and neither the module nor `hook` says which; or no SAE called `sae`.
+        ValueError: batches hold several hook points, and neither the module nor `hook` chooses one; or no SAE is
+            called `sae`.
     """
-    module = _one_of(module, sae)
-    if not (callable(getattr(module, "encode", None)) and callable(getattr(module, "decode", None))):
+    chosen = _choose_dictionary(module, sae)
+    if isinstance(chosen, SparseAutoencoder):
+        return SaeView(
+            module=chosen,
+            reconstruction=chosen,  # not decode(encode(x)): a skip connection is only in the forward pass
+            reads=tuple(name or choose_hook(names, hook) for name in chosen.read.hooks),
+            writes=tuple(name or choose_hook(names, hook) for name in chosen.write.hooks),
+            device=module.device,
+        )
+    if not isinstance(chosen, Encodes):
         return None
-    read, write = (getattr(getattr(module, side, None), "hooks", None) for side in ("read", "write"))
-    if isinstance(read, Mapping) and isinstance(write, Mapping):  # a SparseAutoencoder's two sides
-        reads = tuple(name or choose_hook(names, hook) for name in read)
-        writes = tuple(name or choose_hook(names, hook) for name in write)
-        return SaeView(module, reads, writes, by_forward=True)
-    one = (choose_hook(names, hook),)
-    return SaeView(module, one, one, by_forward=False)
+    own, one = chosen, (choose_hook(names, hook),)
+    return SaeView(
+        module=own,
+        reconstruction=lambda x: own.decode(own.encode(x)),
+        reads=one,
+        writes=one,
+        device=module.device,
+    )
 
 
 def require_sae(
     module: LightningModule, names: Sequence[str], callback: str, sae: str | None = None
 ) -> SaeView:
-    """The module as an SAE.
+    """Find the SAE of a LightningModule, or raise an error that names the callback.
+
+    Args:
+        module: the LightningModule that trains.
+        names: canonical names of the hook points that batches hold; empty where unknown.
+        callback: name of the callback that needs the SAE, for the error message.
+        sae: name of one SAE of a module that trains several; default the first.
 
     Raises:
-        TypeError: it lacks `encode` or `decode`; the message says what they must do.
-        ValueError: as `find_sae`.
+        TypeError: the module has no `encode` or no `decode`.
+        ValueError: batches hold several hook points and the module does not choose one; or no SAE is called `sae`.
     """
     view = find_sae(module, names, sae=sae)
     if view is None:
         raise TypeError(
             f"{callback} needs a module with encode(x) -> latents and decode(latents) -> x on raw "
-            f"activations; {type(module).__name__} lacks one of them"
+            f"activations; {type(module).__name__} lacks one of them: add the missing method"
         )
     return view
 
 
-def _one_of(module: LightningModule, sae: str | None) -> LightningModule:
-    several = getattr(module, "dictionaries", None)
-    if not isinstance(several, Mapping) or not several:
+def _choose_dictionary(module: LightningModule, sae: str | None) -> nn.Module:
+    if not isinstance(module, DictionaryTraining):
         return module
-    if sae is not None and sae not in several:
+    several = module.dictionaries
+    if sae is None:
+        return next(iter(several.values()))
+    if sae not in several:
         raise ValueError(f"sae={sae!r} is not in training; there are {', '.join(map(repr, several))}")
-    chosen: LightningModule = several[sae] if sae is not None else next(iter(several.values()))
-    return chosen
+    return several[sae]
 
 
 def choose_hook(names: Sequence[str], hook: str | None) -> str:
-    """The hook point to look at: the named one, or the only one; "" where none has a name.
+    """Choose one hook point: `hook` if given, else the only one of `names`; "" where `names` is empty too.
 
     Raises:
-        ValueError: there are several and none was named, or the named one is not among them.
+        ValueError: there are several and `hook` is None, or `hook` is not among them.
     """
     if hook is None and len(names) <= 1:
         return names[0] if names else ""
@@ -122,5 +155,5 @@ def choose_hook(names: Sequence[str], hook: str | None) -> str:
 
 
 def side_by_side(rows: Mapping[str, Tensor], hooks: Sequence[str]) -> Tensor:
-    """Rows of several hook points joined, `(n, sum of widths)`, float32."""
+    """Concatenate the rows of several hook points: float32 `(n, sum of widths)`."""
     return torch.cat([rows[hook].float() for hook in hooks], dim=-1)

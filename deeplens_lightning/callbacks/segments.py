@@ -1,7 +1,7 @@
-"""Held-out blocks as plain padded segments, which every model keeps apart.
+"""Turn held-out blocks or texts into padded model batches with one segment in each row.
 
-A block may hold several segments in one row, which some models mix up. For a few thousand tokens of
-evaluation, one segment a row and an attention mask is simple and always right.
+A block may hold several segments in one row, and some models let them see each other. With one segment in a row and
+an attention mask, every model computes each segment as if it were alone.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from deeplens_lightning.text.packing import Blocks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segments:
-    """Segments padded on the right, `(batch, seq_length)` each.
+    """One model batch of segments, padded on the right; each tensor is `(batch, seq_length)`.
 
     Attributes:
         tokens: int64, 0 at pads.
-        mask: int64, 0 at pads.
-        keep: bool, positions whose activations the SAE is trained on.
-        scored: bool, kept positions whose next token belongs to the same segment.
+        mask: int64, 1 at tokens and 0 at pads.
+        keep: bool, positions whose activations the SAE trains on.
+        scored: bool, kept positions whose next token belongs to the same document and segment.
     """
 
     tokens: Tensor
@@ -32,23 +32,31 @@ class Segments:
     scored: Tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Segment:
+    """One segment; each tensor is `(seq_length,)`.
+
+    Attributes:
+        tokens: int64.
+        keep: bool, positions whose activations the SAE trains on.
+        joined: bool, whether the next token continues the same document.
+    """
+
     tokens: Tensor
     keep: Tensor
-    joined: Tensor  # whether the next token continues the same document
+    joined: Tensor
 
 
 def from_blocks(
     blocks: Iterable[Blocks], rows: int, *, whole_rows: bool, batch_size: int
 ) -> Iterator[Segments]:
-    """Segments of blocks, in their order, some to a batch.
+    """Split blocks into segments, in order, and batch them.
 
     Args:
         blocks: chunks of blocks.
-        rows: stop once so many positions are kept.
-        whole_rows: documents are not isolated, so that a row of a block is one context.
-        batch_size: segments to a batch.
+        rows: stop when the segments have at least this number of kept positions; the last segment is taken whole.
+        whole_rows: take each row of a block as one segment, for runs that do not isolate documents.
+        batch_size: segments in a model batch.
     """
     found: list[_Segment] = []
     kept = 0
@@ -63,9 +71,18 @@ def from_blocks(
 def from_token_ids(
     rows: Iterable[tuple[Sequence[int], Sequence[bool]]], batch_size: int
 ) -> Iterator[Segments]:
-    """Segments of texts given as token ids and which of them to keep."""
+    """Batch texts that are given as token ids.
+
+    Args:
+        rows: for each text its token ids, and for each token whether its activation is kept.
+        batch_size: segments in a model batch.
+    """
     found = [
-        _Segment(torch.tensor(list(ids)), torch.tensor(list(keep)), torch.ones(len(ids), dtype=torch.bool))
+        _Segment(
+            tokens=torch.tensor(list(ids)),
+            keep=torch.tensor(list(keep)),
+            joined=torch.ones(len(ids), dtype=torch.bool),
+        )
         for ids, keep in rows
     ]
     yield from _batches(found, batch_size)
@@ -82,7 +99,7 @@ def _split(chunk: Blocks, whole_rows: bool) -> Iterator[_Segment]:
         ends = [n] if whole_rows else [i + 1 for i in range(n) if not joined[i]]
         start = 0
         for end in ends:
-            yield _Segment(tokens[start:end], keep[start:end], joined[start:end])
+            yield _Segment(tokens=tokens[start:end], keep=keep[start:end], joined=joined[start:end])
             start = end
 
 

@@ -1,6 +1,7 @@
-"""One look at one text through an SAE: numbers per token, as records, as a table, as a picture.
+"""Numbers for each token of one text at one training step: norm, error, L0, strongest latents.
 
-In: raw activations `(seq_length, d_in)` and an SAE. Out: what `ExtractSingleSample` writes.
+In: raw activations `(seq_length, d_in)` by hook point, and an SAE. Out: a `SampleRecord`, and the JSON objects, the
+table and the picture that `ExtractSingleSample` writes.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from deeplens_lightning.reporting.loggers import Cell
 from deeplens_lightning.reporting.readable_tokens import readable
 
 TABLE_COLUMNS = ("position", "token", "norm", "relative_error", "l0", "latents")
-_CHUNK = 256  # tokens encoded at a time, which bounds the dense latents of a wide SAE
+_CHUNK = 256  # tokens to encode at a time: bounds the memory of the dense latents of a wide SAE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A text as the model reads it."""
+    """A text and its tokens.
+
+    Attributes:
+        text: the text.
+        ids: token ids, special tokens included.
+        tokens: text of each token.
+    """
 
     text: str
     ids: list[int]
@@ -33,18 +40,18 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """What one look saw; tensors on the CPU, float32 where not said otherwise.
+class SampleRecord:
+    """Numbers for each token of a text; tensors on the CPU, float32 unless another dtype is given.
 
     Attributes:
-        norm: `(seq_length,)` Euclidean norm of the raw activation.
-        error: `(seq_length,)` norm of what the reconstruction misses; None without an SAE.
-        l0: `(seq_length,)` int64, latents above 0.
-        values: `(seq_length, n)` the strongest latents' activations, strongest first.
-        latents: `(seq_length, n)` int64, their numbers.
-        columns: `(seq_length, m)` activations of the latents in `column_ids`, for a picture.
-        column_ids: int64 `(m,)` the latents that matter most on this text, by their share of each token's
-            strongest activation.
+        norm: `(seq_length,)`, Euclidean norm of the raw activation.
+        error: `(seq_length,)`, Euclidean norm of reconstruction minus activation; None without an SAE.
+        l0: int64 `(seq_length,)`, number of latents above 0.
+        values: `(seq_length, n)`, the largest activations of latents, largest first.
+        latents: int64 `(seq_length, n)`, the numbers of these latents.
+        columns: `(seq_length, m)`, activations of the latents `column_ids`, for a picture.
+        column_ids: int64 `(m,)`, the latents with the largest activations over the text, where each token's activations
+            are divided by its largest one; in the order of the tokens where they peak.
     """
 
     norm: Tensor
@@ -57,11 +64,11 @@ class Look:
 
     @property
     def relative_error(self) -> Tensor | None:
-        """`error / norm` per token."""
+        """`error / norm`, `(seq_length,)`; None without an SAE."""
         return None if self.error is None else self.error / self.norm
 
     def means(self) -> dict[str, float]:
-        """Means over tokens, for loggers."""
+        """Means over tokens, by the name under which loggers get them."""
         means = {"norm": float(self.norm.mean())}
         if self.error is not None and self.relative_error is not None:
             means |= {
@@ -71,24 +78,44 @@ class Look:
         return means
 
 
-def look_at(rows: Mapping[str, Tensor], sae: SaeView | None, n_latents: int, n_columns: int = 0) -> Look:
-    """Run an SAE on one text's raw activations.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ChunkRecord:
+    """The numbers of a `SampleRecord` for some of the tokens, on the SAE's device.
+
+    Attributes:
+        shares: `(d_sae,)`, the sum over tokens of each latent's activation divided by the token's largest one.
+    """
+
+    norm: Tensor
+    error: Tensor
+    l0: Tensor
+    values: Tensor
+    latents: Tensor
+    shares: Tensor
+
+
+def record_sample(
+    rows: Mapping[str, Tensor], sae: SaeView | None, n_latents: int, n_columns: int = 0
+) -> SampleRecord:
+    """Run an SAE on the raw activations of one text.
 
     Args:
-        rows: raw `(seq_length, d_in)` by hook point. Norms and errors are those of what the SAE
-            reconstructs; several hook points count side by side.
-        sae: None where only norms are to be had.
-        n_latents: strongest latents kept per token.
-        n_columns: how many latents a picture shows; 0 spares their cost.
+        rows: raw `(seq_length, d_in)` by hook point. Norms and errors are of what the SAE reconstructs; the rows of
+            several hook points are concatenated.
+        sae: the SAE; None records norms only.
+        n_latents: number of latents to keep for each token.
+        n_columns: number of latents to show in a picture; 0 skips the extra `encode` for it.
     """
     if sae is None:
         norm = side_by_side(rows, list(rows)).norm(dim=1).cpu()
         empty, ids = torch.zeros(len(norm), 0), torch.zeros(len(norm), 0, dtype=torch.int64)
-        return Look(norm=norm, l0=ids.sum(1), values=empty, latents=ids, columns=empty, column_ids=ids[0])
+        return SampleRecord(
+            norm=norm, l0=ids.sum(1), values=empty, latents=ids, columns=empty, column_ids=ids[0]
+        )
     chunks = _chunks(rows)
-    parts = [_look_at_chunk(chunk, sae, n_latents) for chunk in chunks]
-    norm, error, l0, values, latents = (torch.cat([part[i] for part in parts]).cpu() for i in range(5))
-    shares = torch.stack([part[5] for part in parts]).sum(0)
+    parts = [_record_chunk(chunk, sae, n_latents) for chunk in chunks]
+    norm = torch.cat([part.norm for part in parts]).cpu()
+    shares = torch.stack([part.shares for part in parts]).sum(0)
     column_ids = shares.topk(min(n_columns, len(shares))).indices
     column_ids = column_ids[shares[column_ids] > 0]
     columns = torch.zeros(len(norm), 0)
@@ -96,12 +123,12 @@ def look_at(rows: Mapping[str, Tensor], sae: SaeView | None, n_latents: int, n_c
         columns = torch.cat([sae.encode(chunk)[:, column_ids].float().cpu() for chunk in chunks])
         order = columns.argmax(0).argsort(stable=True)  # in the order of the token where each peaks
         columns, column_ids = columns[:, order], column_ids.cpu()[order]
-    return Look(
+    return SampleRecord(
         norm=norm,
-        error=error,
-        l0=l0,
-        values=values.float(),
-        latents=latents,
+        error=torch.cat([part.error for part in parts]).cpu(),
+        l0=torch.cat([part.l0 for part in parts]).cpu(),
+        values=torch.cat([part.values for part in parts]).cpu().float(),
+        latents=torch.cat([part.latents for part in parts]).cpu(),
         columns=columns,
         column_ids=column_ids.cpu(),
     )
@@ -113,62 +140,77 @@ def _chunks(rows: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{hook: x[start : start + _CHUNK] for hook, x in rows.items()} for start in starts]
 
 
-def _look_at_chunk(rows: Mapping[str, Tensor], sae: SaeView, n_latents: int) -> tuple[Tensor, ...]:
+def _record_chunk(rows: Mapping[str, Tensor], sae: SaeView, n_latents: int) -> _ChunkRecord:
     latents = sae.encode(rows)
     target = side_by_side(rows, sae.writes)
     error = (side_by_side(sae.reconstruct(rows), sae.writes) - target).norm(dim=1)
     values, ids = latents.topk(min(n_latents, latents.shape[1]), dim=1)
-    # Of each token's strongest activation: else one token of a huge norm decides what all are shown by.
+    # Relative to each token's largest activation: otherwise one token with a huge norm chooses all columns.
     shares = (latents.clamp(min=0) / values[:, :1].clamp(min=1e-12)).sum(0)
-    return target.norm(dim=1), error, (latents > 0).sum(1), values, ids, shares
+    return _ChunkRecord(
+        norm=target.norm(dim=1),
+        error=error,
+        l0=(latents > 0).sum(1),
+        values=values,
+        latents=ids,
+        shares=shares,
+    )
 
 
-def records(sample: Sample, look: Look, step: int, index: int) -> list[dict[str, Any]]:
-    """One JSON-able object per token; latents that do not fire are left out."""
-    relative = look.relative_error
+def token_records(sample: Sample, record: SampleRecord, step: int, index: int) -> list[dict[str, Any]]:
+    """The lines of `samples.jsonl`: one JSON object for each token, with the latents above 0.
+
+    Args:
+        sample: the text.
+        record: its numbers.
+        step: the Trainer's global step.
+        index: number of the text, from 0.
+    """
+    relative = record.relative_error
     out = []
     for i, token in enumerate(sample.tokens):
-        fired = look.values[i] > 0
-        record: dict[str, Any] = {
+        fired = record.values[i] > 0
+        line: dict[str, Any] = {
             "step": step,
             "sample": index,
             "position": i,
             "token_id": sample.ids[i],
             "token": token,
-            "norm": float(look.norm[i]),
+            "norm": float(record.norm[i]),
         }
-        if look.error is not None and relative is not None:
-            record |= {
-                "error": float(look.error[i]),
+        if record.error is not None and relative is not None:
+            line |= {
+                "error": float(record.error[i]),
                 "relative_error": float(relative[i]),
-                "l0": int(look.l0[i]),
-                "latents": look.latents[i][fired].tolist(),
-                "values": look.values[i][fired].tolist(),
+                "l0": int(record.l0[i]),
+                "latents": record.latents[i][fired].tolist(),
+                "values": record.values[i][fired].tolist(),
             }
-        out.append(record)
+        out.append(line)
     return out
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
-    """`records` as cells under `TABLE_COLUMNS`."""
+def table_rows(lines: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
+    """The objects of `token_records` as table rows with the columns `TABLE_COLUMNS`."""
     return [
         [
-            row["position"],
-            readable(row["token"]),
-            row["norm"],
-            row.get("relative_error"),
-            row.get("l0"),
+            line["position"],
+            readable(line["token"]),
+            line["norm"],
+            line.get("relative_error"),
+            line.get("l0"),
             ", ".join(
-                f"{n}: {v:.3g}" for n, v in zip(row.get("latents", ()), row.get("values", ()), strict=True)
+                f"{n}: {v:.3g}" for n, v in zip(line.get("latents", ()), line.get("values", ()), strict=True)
             ),
         ]
-        for row in rows
+        for line in lines
     ]
 
 
-def picture(sample: Sample, look: Look, title: str) -> NDArray[np.uint8]:
-    """Bars per token and tokens × top latents: `(height, width, 4)` uint8."""
-    metrics: dict[str, Tensor | NDArray[Any]] = {"norm": look.norm}
-    if look.relative_error is not None:
-        metrics |= {"relative error": look.relative_error, "L0": look.l0}
-    return figure_pixels(plot_sample(sample.tokens, metrics, look.columns, look.column_ids.tolist(), title))
+def sample_picture(sample: Sample, record: SampleRecord, title: str) -> NDArray[np.uint8]:
+    """Draw bars for each token beside a heatmap of tokens by latents: RGBA pixels `(height, width, 4)`."""
+    metrics: dict[str, Tensor | NDArray[Any]] = {"norm": record.norm}
+    if record.relative_error is not None:
+        metrics |= {"relative error": record.relative_error, "L0": record.l0}
+    figure = plot_sample(sample.tokens, metrics, record.columns, record.column_ids.tolist(), title)
+    return figure_pixels(figure)

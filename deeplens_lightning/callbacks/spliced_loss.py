@@ -1,12 +1,13 @@
-"""Next-token loss of a model whose activations are reconstructed, or ablated, at some hook points.
+"""Next-token loss of a language model whose activations are replaced by reconstructions, zeros or means.
 
-In: a whole model, an SAE, held-out segments. Out: cross-entropies, KL, and the share recovered.
+In: a whole model, an SAE and held-out segments. Out: cross-entropies, a KL divergence and the share of loss recovered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +20,46 @@ from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.splicing import spliced
 
 Splice = Callable[[Tensor], Tensor]
+"""Activations `(..., d_in)` at a hook point to what the rest of the model gets in their place."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AblatedLoss:
+    """Cross-entropies with ablated activations, in nats per scored token; they do not depend on the SAE.
+
+    Attributes:
+        ce_zero: with zeros in place of the activations.
+        ce_mean: with the mean activation in place of each.
+    """
+
+    ce_zero: float
+    ce_mean: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplicedLoss:
+    """Losses on the same held-out tokens, in nats per scored token.
+
+    Attributes:
+        ce_clean: cross-entropy of the untouched model.
+        ce_sae: cross-entropy with the SAE's reconstruction.
+        ce_zero: cross-entropy with zeros.
+        ce_mean: cross-entropy with the mean activation.
+        kl: KL divergence from the clean prediction to the one with the reconstruction.
+        ce_recovered: `(ce_zero - ce_sae) / (ce_zero - ce_clean)`, the "loss recovered" of Bricken et al. 2023; NaN
+            where the denominator is 0.
+        ce_recovered_mean: the same with `ce_mean` in place of `ce_zero`.
+        tokens: number of scored tokens.
+    """
+
+    ce_clean: float
+    ce_sae: float
+    ce_zero: float
+    ce_mean: float
+    kl: float
+    ce_recovered: float
+    ce_recovered_mean: float
+    tokens: float
 
 
 def measure(
@@ -26,26 +67,22 @@ def measure(
     sae: SaeView,
     points: Sequence[HookPoint],
     batches: Sequence[Segments],
-    ablated: Mapping[str, float],
+    ablated: AblatedLoss | None,
     device: torch.device,
-) -> dict[str, float]:
-    """Next-token losses in nats per scored token, and what follows from them.
+) -> SplicedLoss:
+    """Measure the next-token losses of a model with and without the SAE's reconstruction.
 
     Args:
-        model: with its head, in evaluation mode.
-        sae: what reconstructs.
+        model: the whole model with its head, in evaluation mode.
+        sae: the SAE.
         points: the hook points `sae.hooks` of this model.
-        batches: held-out segments.
-        ablated: `ce_zero` and `ce_mean` where known: they do not depend on the SAE.
-        device: where the SAE is.
-
-    Returns:
-        `ce_clean, ce_sae, ce_zero, ce_mean, kl, ce_recovered, ce_recovered_mean` (against mean ablation)
-        and `tokens`, how many were scored.
+        batches: held-out segments, with at least one scored position.
+        ablated: losses under ablation from an earlier call with the same batches; None measures them.
+        device: device of the SAE.
     """
     writes = [point for point in points if point.name in sae.writes]
     sums: dict[str, float] = dict.fromkeys(("clean", "sae", "zero", "mean", "kl", "tokens"), 0.0)
-    means = {} if ablated else _means(model, writes, batches)
+    means = {} if ablated is not None else _means(model, writes, batches)
     for batch in batches:
         rows: dict[str, Tensor] = {}
         clean = _predict(model, batch, {point: _recorder(rows, point.name, batch) for point in points})
@@ -55,21 +92,24 @@ def measure(
         sums["sae"] += _loss(spliced_in, batch)
         sums["kl"] += float(kl_div(spliced_in, clean, log_target=True, reduction="sum"))
         sums["tokens"] += int(batch.scored.sum())
-        if not ablated:
+        if ablated is None:
             zeros = {p: _writer(torch.zeros_like(rows[p.name]), batch) for p in writes}
             flat = {p: _writer(means[p.name].expand_as(rows[p.name]), batch) for p in writes}
             sums["zero"] += _loss(_predict(model, batch, zeros), batch)
             sums["mean"] += _loss(_predict(model, batch, flat), batch)
     tokens = sums["tokens"]
-    ce = {name: sums[name] / tokens for name in ("clean", "sae")}
-    ce |= {name: ablated.get(f"ce_{name}", sums[name] / tokens) for name in ("zero", "mean")}
-    return {
-        **{f"ce_{name}": value for name, value in ce.items()},
-        "kl": sums["kl"] / tokens,
-        "ce_recovered": _recovered(ce["clean"], ce["sae"], ce["zero"]),
-        "ce_recovered_mean": _recovered(ce["clean"], ce["sae"], ce["mean"]),
-        "tokens": tokens,
-    }
+    clean_ce, sae_ce = sums["clean"] / tokens, sums["sae"] / tokens
+    ablated = ablated or AblatedLoss(ce_zero=sums["zero"] / tokens, ce_mean=sums["mean"] / tokens)
+    return SplicedLoss(
+        ce_clean=clean_ce,
+        ce_sae=sae_ce,
+        ce_zero=ablated.ce_zero,
+        ce_mean=ablated.ce_mean,
+        kl=sums["kl"] / tokens,
+        ce_recovered=_recovered(clean_ce, sae_ce, ablated.ce_zero),
+        ce_recovered_mean=_recovered(clean_ce, sae_ce, ablated.ce_mean),
+        tokens=tokens,
+    )
 
 
 def _predict(model: PreTrainedModel, batch: Segments, splices: Mapping[HookPoint, Splice]) -> Tensor:
@@ -85,13 +125,13 @@ def _predict(model: PreTrainedModel, batch: Segments, splices: Mapping[HookPoint
 
 
 def _loss(predictions: Tensor, batch: Segments) -> float:
-    """Summed cross-entropy in nats of `_predict`'s log-probabilities."""
+    """Sum of the cross-entropies, in nats, of log-probabilities from `_predict`."""
     following = batch.tokens.roll(-1, dims=1)[batch.scored].to(predictions.device)
     return -float(predictions.gather(1, following[:, None]).double().sum())
 
 
 def _recorder(rows: dict[str, Tensor], name: str, batch: Segments) -> Splice:
-    """Changes nothing, and leaves the kept rows `(n_kept, d_in)` under `name`."""
+    """A splice that changes nothing and stores the kept rows `(n_kept, d_in)` as `rows[name]`."""
 
     def record(x: Tensor) -> Tensor:
         rows[name] = x.reshape(*batch.keep.shape, -1)[batch.keep.to(x.device)].clone()
@@ -101,7 +141,7 @@ def _recorder(rows: dict[str, Tensor], name: str, batch: Segments) -> Splice:
 
 
 def _writer(new: Tensor, batch: Segments) -> Splice:
-    """Puts rows `(n_kept, d_in)` at the kept positions."""
+    """A splice that writes the rows `new` `(n_kept, d_in)` at the kept positions."""
 
     def write(x: Tensor) -> Tensor:
         out = x.clone().reshape(*batch.keep.shape, -1)
@@ -114,7 +154,7 @@ def _writer(new: Tensor, batch: Segments) -> Splice:
 def _means(
     model: PreTrainedModel, points: Sequence[HookPoint], batches: Sequence[Segments]
 ) -> dict[str, Tensor]:
-    """The mean kept row `(d_in,)` of each hook point."""
+    """Mean of the kept rows, `(d_in,)` by hook point."""
     sums: dict[str, Tensor] = {}
     count = 0
     for batch in batches:
@@ -127,5 +167,5 @@ def _means(
 
 
 def _recovered(clean: float, reconstructed: float, ablated: float) -> float:
-    """1 where nothing is lost, 0 where as much as by ablation; not a number where ablation costs nothing."""
+    """Share of the loss that ablation costs which the reconstruction saves: 1 is all; NaN where ablation costs 0."""
     return (ablated - reconstructed) / (ablated - clean) if ablated != clean else float("nan")

@@ -1,4 +1,4 @@
-"""`StreamStatistics`: what the data are doing while training runs."""
+"""`StreamStatistics`: log what the data stream read, served, mixed and dropped during training."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.callbacks.support import batch_rows, log_every
 from deeplens_lightning.stream.loader import ActivationLoader
 
 
 class StreamStatistics(Callback):
-    """Logs what the stream does, each time Lightning logs (`log_every_n_steps`), for rank 0.
+    """Logs figures of the stream of rank 0 each time that Lightning logs (`log_every_n_steps`).
 
-    - `stream/rows`: rows trained on so far, over all ranks; it goes on after a checkpoint.
-    - `stream/documents`, `stream/tokens`: read in this epoch since the stream was entered. A token that is in no row
-      (a special token, say) counts.
-    - `stream/documents_per_batch`: effective number of distinct documents in this batch, 1 / Σ p², p the share of
-      rows that a document has (the inverse Simpson index).
-    - `stream/row_age`: how many rows were served, on average, between the moment that a row of this batch was
-      computed and now; about a buffer's worth once the buffer is full.
-    - `stream/wait_fraction`: share of the time since the last log that training waited for a batch.
-    - `stream/rows_dropped`: at ends of epochs that some ranks reached before others, over all ranks.
+    - `stream/rows`: rows trained on up to now, over all ranks; continues after a checkpoint.
+    - `stream/documents`, `stream/tokens`: documents and tokens read in this epoch since the stream was opened. Tokens
+      that give no row (special tokens, for example) count too.
+    - `stream/documents_per_batch`: effective number of distinct documents in this batch, 1 / Σ p², with p the share of
+      rows of each document (the inverse Simpson index).
+    - `stream/row_age`: mean number of rows served between the time when a row of this batch was computed and now; about
+      the size of the buffer once it is full.
+    - `stream/wait_fraction`: share of the time since the last log in which training waited for a batch.
+    - `stream/rows_dropped`: rows dropped, over all ranks, at ends of epochs where some ranks ran out of rows before
+      others.
 
-    What a data source cannot say is left out (shards run no text through a model).
+    A figure that the data source does not have is left out: shards, for example, run no text through a model.
     """
 
     def __init__(self) -> None:
@@ -62,11 +64,11 @@ class StreamStatistics(Callback):
         now = time.perf_counter()
         found["wait_fraction"] = min(1.0, (loader.wait_seconds - self._waited) / max(now - self._begun, 1e-9))
         self._begun, self._waited = now, loader.wait_seconds
-        counts = getattr(loader.stream, "counts", {})
+        counts = loader.stream.counts
         found |= {name: counts[name] for name in ("documents", "tokens") if name in counts}
         if (age := loader.row_age()) is not None:
             found["row_age"] = age
-        provenance = getattr(trainer, "datamodule", None) and trainer.datamodule.provenance(batch)  # type: ignore[attr-defined]
+        provenance = activation_data(trainer).provenance(batch)
         if provenance is not None and bool((provenance.document_index >= 0).all()):
             found["documents_per_batch"] = effective_number(provenance.document_index)
         for name, value in found.items():
@@ -74,6 +76,10 @@ class StreamStatistics(Callback):
 
 
 def effective_number(labels: Tensor) -> float:
-    """1 / Σ p² over the shares p of each label in an int64 `(n,)`: n if all differ, 1 if all are the same."""
+    """Inverse Simpson index 1 / Σ p², with p the share of each label: n if all n differ, 1 if all are equal.
+
+    Args:
+        labels: int64 `(n,)`.
+    """
     shares = torch.unique(labels, return_counts=True)[1].double() / len(labels)
     return float(1 / (shares**2).sum())

@@ -1,7 +1,7 @@
-"""What every callback here shares: looking at a training run without touching it.
+"""Helpers for callbacks: evaluation mode, raw rows of a batch, steps between two actions, lists of written files.
 
-Reading an SAE in mid-training must leave no trace: no gradient, no changed train/eval flag, no
-random number drawn, no hook. These helpers keep that in one place.
+A callback that runs the SAE in the middle of training must not change the training: no gradient, no different
+train/eval flag, no number drawn from the global random generators, no hook left on a module.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.normalization import Scaling
 
 
 @contextmanager
-def observing(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every submodule's flag is what it was."""
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Run a block in evaluation mode without gradients, then restore the train/eval flag of every submodule."""
     training = [child for child in module.modules() if child.training]
     module.eval()
     try:
@@ -31,25 +32,18 @@ def observing(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def datamodule_of(trainer: Trainer) -> LightningDataModule | None:
-    """The data module of this run, if there is one."""
-    return cast("LightningDataModule | None", getattr(trainer, "datamodule", None))
-
-
-def hook_names(trainer: Trainer) -> tuple[str, ...]:
-    """Canonical names of the hook points that batches hold; empty where the data module does not say."""
-    return tuple(getattr(datamodule_of(trainer), "hook_names", ()))
-
-
 def raw_rows(trainer: Trainer, batch: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
-    """Rows `(batch, d_in)` by hook point, with the data module's scaling undone.
+    """Rows of a batch with the data module's normalisation undone: `(batch, d_in)` by hook point.
 
     Args:
-        trainer: whose data module served the batch.
-        batch: as `training_step` got it, a Tensor or a dict by hook point.
-        hooks: which hook points; one name is enough for a Tensor, whatever it is.
+        trainer: the Trainer whose data module served the batch.
+        batch: the batch as `training_step` received it: a Tensor, or a dict of Tensors by hook point.
+        hooks: hook points to return. For a Tensor, give one name; it becomes the key of the result.
+
+    Raises:
+        TypeError: the batch is neither a Tensor nor a dict of Tensors.
     """
-    scaling = getattr(datamodule_of(trainer), "scaling", None)
+    scaling = activation_data(trainer).scaling
     rows = {}
     for hook in hooks:
         x = batch[hook] if isinstance(batch, Mapping) else batch
@@ -63,18 +57,28 @@ def raw_rows(trainer: Trainer, batch: Any, hooks: Sequence[str]) -> dict[str, Te
 
 
 def batch_rows(batch: Any) -> int:
-    """Rows of a batch: activation vectors, one per token."""
+    """Number of rows in a batch; one row is the activation vector of one token."""
     rows = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
     return len(rows)
 
 
 def log_every(trainer: Trainer) -> int:
-    """Steps between two logs of this run; 0 for none."""
-    return int(getattr(trainer, "log_every_n_steps", 0))
+    """Optimizer steps between two logs, the Trainer's `log_every_n_steps`; 0 means that nothing is logged."""
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 class Every:
-    """True once for every `n` optimizer steps, whatever gradients are accumulated over."""
+    """Decide at which optimizer steps a callback acts: every `n`-th one, once.
+
+    With gradient accumulation several batches share one optimizer step; only the first of them counts.
+
+    Args:
+        n: optimizer steps between two actions, at least 1.
+        name: name of the argument that `n` was given as, for the error message.
+
+    Raises:
+        ValueError: `n` is below 1.
+    """
 
     def __init__(self, n: int, name: str = "every_n_steps") -> None:
         if n < 1:
@@ -83,14 +87,25 @@ class Every:
         self._last = 0
 
     def due(self, step: int) -> bool:
-        """Whether `step` (the Trainer's global step) is a multiple of n not met before."""
+        """Return True the first time that `step`, the Trainer's global step, is a given multiple of `n`."""
         due = step > 0 and step % self.n == 0 and step != self._last
         if due:
             self._last = step
         return due
 
 
-def remember(written: list[Path], path: Path) -> None:
-    """Note a file or folder for the summary, once."""
+@runtime_checkable
+class WritesFiles(Protocol):
+    """A callback that lists the files and folders it wrote; `FitSummary` prints them.
+
+    Attributes:
+        written: paths, each once, in the order in which they were first written.
+    """
+
+    written: list[Path]
+
+
+def add_written(written: list[Path], path: Path) -> None:
+    """Append a path to the list of written files unless it is listed already."""
     if path not in written:
         written.append(path)

@@ -1,4 +1,4 @@
-"""`Throughput`: tokens per second, how much of the time the step waits for data, and memory."""
+"""`Throughput`: log tokens per second, the share of time spent waiting for data, and peak memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from deeplens_lightning.callbacks.support import batch_rows, log_every
 
 
 class Throughput(Callback):
-    """Logs how fast training runs, each time Lightning logs (`log_every_n_steps`).
+    """Logs how fast training runs each time that Lightning logs (`log_every_n_steps`).
 
-    One row is one token. Over the steps since the last log, validation aside: `tokens_per_second` of all
-    ranks together (on the progress bar too), `data_wait_fraction`, the share of time between the end of
-    one step and the start of the next (where the loader is asked for a batch), and peak memory:
-    `memory/peak_rss_gb`, on CUDA also `memory/peak_cuda_gb` (decimal gigabytes, of rank 0).
-    On CUDA, steps are queued: a wait is then what remains after the queue is full.
+    All times are since the last log and leave validation out. One row is one token.
+
+    - `tokens_per_second`: tokens trained on per second, over all ranks; also on the progress bar.
+    - `data_wait_fraction`: share of the time between the end of one step and the start of the next, in which the
+      Trainer gets the next batch. On CUDA, steps are queued, so this shows only the waiting that the queue does not
+      hide.
+    - `memory/peak_rss_gb`: peak memory of the process of rank 0, in gigabytes (10⁹ bytes).
+    - `memory/peak_cuda_gb`: peak memory on the GPU of rank 0, on CUDA alone.
     """
 
     def __init__(self) -> None:
@@ -50,13 +53,13 @@ class Throughput(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._excluded += time.perf_counter() - self._validation_start
-        self._step_end = None  # the gap around a validation says nothing about the loader
+        self._step_end = None  # the time around a validation is not spent waiting for the loader
 
     @override
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        self._step_end = None  # nor does the gap in which a checkpoint is written
+        self._step_end = None  # nor is the time in which a checkpoint is written
 
     @override
     def on_train_batch_end(
@@ -85,7 +88,7 @@ class Throughput(Callback):
 
 
 def peak_rss() -> int:
-    """The most memory, in bytes, that this process has held; 0 where the platform does not say."""
+    """Peak resident memory of this process in bytes; 0 on Windows, which does not report it here."""
     if sys.platform == "win32":
         return 0
     import resource

@@ -1,8 +1,8 @@
-"""From a row's provenance to the text around it, with a latent's activation on every token.
+"""Find the text around a row from its provenance, with a latent's activation on every token.
 
-In: which latent, how strong, and where the row came from. Out: `Context`s. The document's tokens come
-from the data module; where it has a live model the segment is run again, so that each token of the
-context is shaded by the SAE as it is now; else only the row's own token has a value.
+In: the row with its latent and provenance (`TopRow`). Out: a `Context`. The data module gives the document's tokens.
+Where it has a model, the segment runs through the model and the SAE again, so that each token of the context has its
+activation; elsewhere only the row's own token has one.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from deeplens_lightning.activation_data import ActivationData
 from deeplens_lightning.callbacks.sae_view import SaeView
+from deeplens_lightning.callbacks.top_rows import TopRow
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.reporting.readable_tokens import token_strings
 from deeplens_lightning.text.documents import document_hash
@@ -22,23 +25,20 @@ from deeplens_lightning.text.packing import Packing
 from deeplens_lightning.text.sources import IndexedSource
 from deeplens_lightning.text.tokens import tokenize
 
-Wanted = tuple[int, float, Sequence[int]]
-"""Latent, its activation, and `(document hash, document index, position, token id)`."""
-
-_BATCH = 16
+_BATCH = 16  # segments in a model batch
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """Some tokens of a document around the one on which a latent was strong.
+    """Tokens of a document around one on which a latent fires strongly.
 
     Attributes:
         value: the latent's activation on the token at `peak`.
-        tokens: their texts.
-        values: the latent's activation on each; None where it is not known.
-        peak: which token it is.
-        document: the document's number in the source.
-        position: the token's position in the document.
+        tokens: text of each token.
+        values: the latent's activation on each token; None where unknown.
+        peak: index of the row's own token in `tokens`.
+        document: number of the document in its source.
+        position: position of the row's own token in the document.
     """
 
     value: float
@@ -49,7 +49,7 @@ class Context:
     position: int
 
     def as_json(self) -> dict[str, Any]:
-        """As the report reads it."""
+        """The fields as a dict for `top_tokens/latents.json`, which the report reads."""
         return {
             "value": self.value,
             "tokens": self.tokens,
@@ -60,9 +60,15 @@ class Context:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Segment:
-    """A segment as the model saw it, special tokens included, up to the last token shown."""
+    """A segment as the model reads it, cut after the last token to show.
+
+    Attributes:
+        ids: token ids, special tokens included.
+        peak: index of the row's own token in `ids`.
+        first: index of the first token to show.
+    """
 
     ids: list[int]
     peak: int
@@ -70,103 +76,104 @@ class _Segment:
 
 
 class ContextReader:
-    """Reads contexts through a data module.
+    """Read contexts of rows through the data module that served them.
 
     Args:
-        datamodule: whose rows they are. Where the text of a document cannot be had again (streams, shards),
-            only the row's own token is shown.
-        sae: whose latents.
-        before: tokens shown before the peak.
-        after: tokens shown after it.
+        data: the data module. Where it cannot read a document again (streamed text, shards), a context is the row's
+            own token alone.
+        sae: the SAE whose latents are shown.
+        before: number of tokens to show before the row's own.
+        after: number of tokens to show after it.
     """
 
-    def __init__(self, datamodule: Any, sae: SaeView, before: int, after: int) -> None:
+    def __init__(self, data: ActivationData, sae: SaeView, before: int, after: int) -> None:
         self.sae = sae
         self.before, self.after = before, after
-        self.tokenizer = getattr(datamodule, "tokenizer", None)
-        text = getattr(datamodule, "source", None)
-        source, packing = getattr(text, "source", None), getattr(text, "packing", None)
-        self._source = source if isinstance(source, IndexedSource) else None
-        self._packing = packing if isinstance(packing, Packing) else None
-        frozen = getattr(datamodule, "model", None)
-        whole = isinstance(frozen, FrozenModel) and frozen.isolation != "none"
-        self._model: FrozenModel | None = frozen if whole else None
+        self.tokenizer: PreTrainedTokenizerBase | None = data.tokenizer
+        self._source: IndexedSource | None = data.documents
+        self._packing: Packing | None = data.packing
+        frozen: FrozenModel | None = data.model
+        # Without isolation a segment's activations depend on the rest of its block, which is not known here.
+        self._model = frozen if frozen is not None and frozen.isolation != "none" else None
         self._known: dict[int, Sequence[int] | None] = {}
 
-    def read(self, wanted: Sequence[Wanted]) -> list[Context]:
-        """One context per row, in their order; call it under `observing`."""
-        segments = [self._segment(place) for _, _, place in wanted]
-        shades = self._shades([w[0] for w in wanted], segments)
-        return [self._context(w, s, shade) for w, s, shade in zip(wanted, segments, shades, strict=True)]
+    def read(self, rows: Sequence[TopRow]) -> list[Context]:
+        """Return one context for each row, in order; call it in `evaluation_mode`."""
+        segments = [self._segment(row) for row in rows]
+        activations = self._activations([row.latent for row in rows], segments)
+        return [
+            self._context(row, segment, on_tokens)
+            for row, segment, on_tokens in zip(rows, segments, activations, strict=True)
+        ]
 
-    def _segment(self, place: Sequence[int]) -> _Segment | None:
-        identity, index, position, token = place
+    def _segment(self, row: TopRow) -> _Segment | None:
+        """The segment that held the row; None where its document cannot be read or does not hold that token."""
         packing = self._packing
-        document = self._document(index, identity)
+        document = self._document(row.document_index, row.document_hash)
         if document is None or packing is None:
             return None
-        if not 0 <= position < len(document) or int(document[position]) != token:
+        if not 0 <= row.position < len(document) or int(document[row.position]) != row.token_id:
             return None
-        start = position // packing.segment_tokens * packing.segment_tokens
-        end = min(start + packing.segment_tokens, len(document), position + 1 + self.after)
+        start = row.position // packing.segment_tokens * packing.segment_tokens
+        end = min(start + packing.segment_tokens, len(document), row.position + 1 + self.after)
         ids = [*packing.prefix, *(int(i) for i in document[start:end])]
-        peak = len(packing.prefix) + position - start
-        return _Segment(ids, peak, max(0, peak - self.before))
+        peak = len(packing.prefix) + row.position - start
+        return _Segment(ids=ids, peak=peak, first=max(0, peak - self.before))
 
-    def _document(self, index: int, document: int) -> Sequence[int] | None:
-        """A document's token ids, if the source still has the one of that hash under that number."""
+    def _document(self, index: int, expected_hash: int) -> Sequence[int] | None:
+        """Token ids of a document; None where the source has no document of that hash at that index."""
         if index not in self._known:
             self._known[index] = None
             if self._source is not None and 0 <= index < len(self._source):
                 row = self._source.rows[index]
-                if document_hash(row) == document:
+                if document_hash(row) == expected_hash:
                     self._known[index] = tokenize([row], self.tokenizer)[0].tolist()
         return self._known[index]
 
-    def _shades(
+    def _activations(
         self, latents: Sequence[int], segments: Sequence[_Segment | None]
     ) -> list[list[float] | None]:
-        """The latent's activation on every token of each segment."""
-        shades: list[list[float] | None] = [None] * len(segments)
+        """Each latent's activation on every token of its segment; None where there is no model or no segment."""
+        activations: list[list[float] | None] = [None] * len(segments)
         if self._model is None or not {p.name for p in self._model.hook_points} >= set(self.sae.reads):
-            return shades
-        order = sorted(
-            (i for i, s in enumerate(segments) if s is not None), key=lambda i: len(_ids(segments[i]))
-        )
-        for start in range(0, len(order), _BATCH):
-            group = order[start : start + _BATCH]
-            rows = self._run([_ids(segments[i]) for i in group])
-            for row, i in enumerate(group):
-                n = len(_ids(segments[i]))
-                z = self.sae.encode({name: x[row, :n] for name, x in rows.items()})
-                shades[i] = z[:, latents[i]].float().cpu().tolist()
-        return shades
+            return activations
+        found = [(i, segment.ids) for i, segment in enumerate(segments) if segment is not None]
+        found.sort(key=lambda item: len(item[1]))  # similar lengths together: less padding
+        for start in range(0, len(found), _BATCH):
+            group = found[start : start + _BATCH]
+            rows = self._run([ids for _, ids in group])
+            for row, (i, ids) in enumerate(group):
+                z = self.sae.encode({name: x[row, : len(ids)] for name, x in rows.items()})
+                activations[i] = z[:, latents[i]].float().cpu().tolist()
+        return activations
 
     def _run(self, ids: Sequence[list[int]]) -> Mapping[str, Tensor]:
+        """Raw activations `(batch, seq_length, d_in)` by hook point that the SAE reads, on the SAE's device."""
         assert self._model is not None
         length = max(map(len, ids))
         tokens = torch.tensor([row + [0] * (length - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in ids])
         rows = self._model.activations(tokens, None, None if bool(mask.all()) else mask)
-        return {name: rows[name].to(self.sae.module.device) for name in self.sae.reads}
+        return {name: rows[name].to(self.sae.device) for name in self.sae.reads}
 
-    def _context(self, wanted: Wanted, segment: _Segment | None, shade: list[float] | None) -> Context:
-        _, value, (_, document, position, token) = wanted
-        if segment is None:
-            return Context(value, self._texts([token]), [value], 0, document, position)
-        ids, peak = segment.ids[segment.first :], segment.peak - segment.first
+    def _context(self, row: TopRow, segment: _Segment | None, activations: list[float] | None) -> Context:
+        ids, peak, value = [row.token_id], 0, row.value
+        if segment is not None:
+            ids, peak = segment.ids[segment.first :], segment.peak - segment.first
         values: list[float | None] = [None] * len(ids)
-        if shade is not None:
-            values = list(shade[segment.first :])
-            value = shade[segment.peak]
+        if segment is not None and activations is not None:
+            values = list(activations[segment.first :])
+            value = activations[segment.peak]
         else:
             values[peak] = value
-        return Context(value, self._texts(ids), values, peak, document, position)
+        return Context(
+            value=value,
+            tokens=self._texts(ids),
+            values=values,
+            peak=peak,
+            document=row.document_index,
+            position=row.position,
+        )
 
     def _texts(self, ids: Sequence[int]) -> list[str]:
         return [f"[{i}]" for i in ids] if self.tokenizer is None else token_strings(self.tokenizer, ids)
-
-
-def _ids(segment: _Segment | None) -> list[int]:
-    assert segment is not None
-    return segment.ids

@@ -1,24 +1,56 @@
-"""The strongest rows of some latents seen so far: a few tensors, merged batch by batch without a sync."""
+"""Keep the rows with the largest activations of chosen latents, merged batch by batch without waiting for the device.
+
+In: raw rows, activations and provenance of one batch after another. Out: for each latent its top rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_EMPTY = float("-inf")
+_EMPTY = float("-inf")  # value of a place that holds no row
 
 
-class Strongest:
-    """For each of `n` latents, the `keep` rows on which it was strongest, with their provenance.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopRow:
+    """One row on which a latent fires, and where the row came from.
 
-    The activations themselves are kept too (`n * keep` of them), so that the values can be taken again
-    from an SAE that has learned since: what was strong for an early SAE does not stay in the way.
+    Attributes:
+        latent: number of the latent.
+        value: the latent's activation on the row, above 0.
+        document_hash: 64-bit hash of the document's text.
+        document_index: number of the document in its source.
+        position: position of the token in the document.
+        token_id: id of the token.
+    """
+
+    latent: int
+    value: float
+    document_hash: int
+    document_index: int
+    position: int
+    token_id: int
+
+
+class TopRows:
+    """For each of `n` latents, the `keep` rows with its largest activations up to now.
+
+    The raw rows are kept too (`n * keep` of them), so that `refresh` can compute the activations again with the SAE as
+    it is then. Rows that were strong for the SAE early in training can so be replaced later.
 
     Args:
-        latents: int64 `(n,)`.
-        keep: rows per latent.
+        latents: numbers of the latents, int64 `(n,)`.
+        keep: number of rows to keep for each latent.
+
+    Attributes:
+        values: activations, largest first, float32 `(n, keep)`; `-inf` where there is no row.
+        provenance: int64 `(n, keep, 4)`: document hash, document index, position, token id.
+        rows: raw rows `(n, keep, d_in)` by hook point.
+        fired: number of rows on which each latent fired, int64 `(n,)`.
+        seen: number of rows added.
     """
 
     def __init__(self, latents: Tensor, keep: int) -> None:
@@ -31,11 +63,11 @@ class Strongest:
         self.seen = 0
 
     def add(self, rows: Mapping[str, Tensor], activations: Tensor, provenance: Tensor) -> None:
-        """Merge a batch.
+        """Merge one batch.
 
         Args:
-            rows: raw `(batch, d_in)` by hook point.
-            activations: `(batch, n)` of the latents watched.
+            rows: raw rows `(batch, d_in)` by hook point.
+            activations: `(batch, n)`, of the latents in their order.
             provenance: int64 `(batch, 4)`: document hash, document index, position, token id.
         """
         n, keep = self.values.shape
@@ -45,7 +77,8 @@ class Strongest:
         top, index = top.T, index.T  # (n, k)
         new = provenance.to(index.device, non_blocking=True)[index]  # (n, k, 4)
         same = (new[:, :, None, [0, 2]] == self.provenance[:, None, :, [0, 2]]).all(-1)
-        known = (same & (self.values[:, None, :] > _EMPTY)).any(-1)  # the next epoch serves it again
+        # A later epoch serves the same rows again: those that are kept already do not count twice.
+        known = (same & (self.values[:, None, :] > _EMPTY)).any(-1)
         top = torch.where((top > 0) & ~known, top, _EMPTY)
         values = torch.cat([self.values, top], dim=1)
         self.values, order = values.topk(keep, dim=1)
@@ -56,7 +89,11 @@ class Strongest:
             self.rows[name] = _take(torch.cat([held, x[index]], dim=1), order)
 
     def refresh(self, encode: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
-        """Take every value again from `encode`, raw rows by hook point to latents, and sort anew."""
+        """Compute the activations of the kept rows again and sort them; rows that no longer fire are removed.
+
+        Args:
+            encode: raw rows `(m, d_in)` by hook point to latents `(m, d_sae)`.
+        """
         if not self.rows:
             return
         n, keep = self.values.shape
@@ -68,7 +105,24 @@ class Strongest:
         self.provenance = _take(self.provenance, order)
         self.rows = {name: _take(x, order) for name, x in self.rows.items()}
 
+    def firing(self) -> list[TopRow]:
+        """The kept rows as plain numbers, latent by latent in the order of `latents`, largest activation first."""
+        values, provenance = self.values.tolist(), self.provenance.tolist()
+        return [
+            TopRow(
+                latent=latent,
+                value=values[i][j],
+                document_hash=place[0],
+                document_index=place[1],
+                position=place[2],
+                token_id=place[3],
+            )
+            for i, latent in enumerate(self.latents.tolist())
+            for j, place in enumerate(provenance[i])
+            if values[i][j] > 0
+        ]
+
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
-    """`x[i, order[i, j]]` for x `(n, m, ...)` and order `(n, k)`."""
+    """`x[i, order[i, j]]` at `(i, j)`, for x `(n, m, ...)` and order `(n, k)`."""
     return x[torch.arange(len(x), device=x.device)[:, None], order]

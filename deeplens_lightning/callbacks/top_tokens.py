@@ -1,4 +1,4 @@
-"""`TopActivatingTokens`: the contexts in which a latent was strongest during training."""
+"""`TopActivatingTokens`: collect the text on which each latent fires most strongly during training."""
 
 from __future__ import annotations
 
@@ -13,40 +13,39 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.callbacks.support import (
-    Every,
-    datamodule_of,
-    hook_names,
-    observing,
-    raw_rows,
-    remember,
-)
+from deeplens_lightning.callbacks.support import Every, add_written, evaluation_mode, raw_rows
 from deeplens_lightning.callbacks.token_contexts import Context, ContextReader
-from deeplens_lightning.callbacks.top_rows import Strongest
+from deeplens_lightning.callbacks.top_rows import TopRows
 from deeplens_lightning.reporting.loggers import log_table
 from deeplens_lightning.reporting.readable_tokens import readable
 from deeplens_lightning.reporting.run_folder import run_folder, write_json
 
-_REFRESH_EVERY = 16  # looks between two times that values are taken again from the SAE as it is now
+_REFRESH_EVERY = 16  # encoded batches between two times that the kept rows are encoded again
 
 
 class TopActivatingTokens(Callback):
-    """Keeps the rows on which some latents fire strongest, and writes them with their text at the end.
+    """Keeps the rows on which chosen latents fire most strongly, and writes them with their text at the end.
 
-    Every `every_n_steps`-th training batch is encoded once more. At the end of the fit the text around each
-    row comes from the data module through its provenance, and where the data module has a live model, every
-    token of the context gets its own activation. Written on rank 0, of the rows that rank saw:
-    `top_tokens/latents.json`, and a table for loggers that show tables.
+    One training batch every `every_n_steps` optimizer steps is encoded. At the end of the fit, the text around each
+    kept row is found through the data module's provenance. Where the data module has a model, every token of that text
+    gets its own activation. Only rank 0 works, on the rows that it served. Written in the run's folder:
+    `top_tokens/latents.json`; a table goes to loggers that show tables.
 
     Args:
-        latents: numbers of the latents to watch, or how many to draw at random.
-        keep: contexts per latent.
-        every_n_steps: optimizer steps between two batches that are looked at; each look costs one `encode`.
-        before: tokens of context shown before the strongest one.
-        after: tokens shown after it.
-        seed: of the random choice.
-        sae: which one, of several that train side by side; default the first.
+        latents: numbers of the latents to watch, or how many to choose at random.
+        keep: number of rows to keep for each latent, at least 1.
+        every_n_steps: optimizer steps between two batches that are encoded; each costs one `encode`.
+        before: number of tokens to show before the row's own, at least 0.
+        after: number of tokens to show after it, at least 0.
+        seed: seed of the random choice of latents.
+        sae: name of one SAE of a module that trains several; default the first.
+
+    Raises:
+        ValueError: a value outside its range, or a latent that the SAE does not have. At the start of a fit: a data
+            module without provenance.
+        TypeError: at the start of a fit: the module has no `encode` or no `decode`.
     """
 
     def __init__(
@@ -74,23 +73,24 @@ class TopActivatingTokens(Callback):
         self.sae = sae
         self.written: list[Path] = []
         self._every = Every(every_n_steps)
-        self._looks = 0
+        self._encoded = 0
         self._path: Path | None = None
-        self._strongest: Strongest | None = None
+        self._top: TopRows | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._path = run_folder(trainer) / "top_tokens" / "latents.json"
-            self._strongest, self._looks = None, 0
+            self._top, self._encoded = None, 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        require_sae(pl_module, hook_names(trainer), "TopActivatingTokens", self.sae)
-        if not callable(getattr(datamodule_of(trainer), "provenance", None)):
+        """Check before the first step that there is an SAE, and a data module with provenance."""
+        self._find_sae(trainer, pl_module)
+        if not isinstance(trainer.datamodule, ActivationData):  # type: ignore[attr-defined]
             raise ValueError(
-                "TopActivatingTokens needs a data module that says where rows came from, "
-                "provenance(batch), as ActivationDataModule does"
+                "TopActivatingTokens needs a data module that says where rows came from: use an "
+                "ActivationDataModule, or inherit from ActivationData and write provenance(batch)"
             )
 
     @override
@@ -102,31 +102,34 @@ class TopActivatingTokens(Callback):
         provenance = _provenance(trainer, batch)
         if provenance is None:
             return
-        sae = require_sae(pl_module, hook_names(trainer), "TopActivatingTokens", self.sae)
-        with observing(pl_module):
+        sae = self._find_sae(trainer, pl_module)
+        with evaluation_mode(pl_module):
             rows = raw_rows(trainer, batch, sae.reads)
             latents = sae.encode(rows)
-            if self._strongest is None:
-                self._strongest = Strongest(self._choose(latents), self.keep)
-            self._strongest.add(rows, latents[:, self._strongest.latents], provenance)
-            self._looks += 1
-            if self._looks % _REFRESH_EVERY == 0:
-                self._strongest.refresh(sae.encode)
+            if self._top is None:
+                self._top = TopRows(self._choose(latents), self.keep)
+            self._top.add(rows, latents[:, self._top.latents], provenance)
+            self._encoded += 1
+            if self._encoded % _REFRESH_EVERY == 0:
+                self._top.refresh(sae.encode)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or self._path is None:
             return
-        if self._strongest is None:
+        if self._top is None:
             rank_zero_info(
                 "TopActivatingTokens saw no rows with provenance: the fit was shorter than every_n_steps="
-                f"{self._every.n}, or the data module knows none (bare shards)"
+                f"{self._every.n}, or the data have no provenance (bare tensors as shards)"
             )
             return
-        sae = require_sae(pl_module, hook_names(trainer), "TopActivatingTokens", self.sae)
-        with observing(pl_module):
-            self._strongest.refresh(sae.encode)
-            self._write(trainer, sae, self._strongest)
+        sae = self._find_sae(trainer, pl_module)
+        with evaluation_mode(pl_module):
+            self._top.refresh(sae.encode)
+            self._write(trainer, sae, self._top, self._path)
+
+    def _find_sae(self, trainer: Trainer, module: LightningModule) -> SaeView:
+        return require_sae(module, activation_data(trainer).hook_names, "TopActivatingTokens", self.sae)
 
     def _choose(self, latents: Tensor) -> Tensor:
         d_sae = latents.shape[1]
@@ -138,53 +141,36 @@ class TopActivatingTokens(Callback):
             raise ValueError(f"latents={wrong} do not exist: this SAE has latents 0 to {d_sae - 1}")
         return torch.tensor(list(self.latents), device=latents.device)
 
-    def _write(self, trainer: Trainer, sae: SaeView, strongest: Strongest) -> None:
-        reader = ContextReader(datamodule_of(trainer), sae, self.before, self.after)
+    def _write(self, trainer: Trainer, sae: SaeView, top: TopRows, path: Path) -> None:
+        rows = top.firing()
+        contexts = ContextReader(activation_data(trainer), sae, self.before, self.after).read(rows)
         entries = []
         table: list[list[str | int | float | None]] = []
-        values, provenance = strongest.values.cpu(), strongest.provenance.cpu()
-        wanted = [
-            (int(latent), float(values[i, j]), provenance[i, j].tolist())
-            for i, latent in enumerate(strongest.latents.tolist())
-            for j in range(values.shape[1])
-            if values[i, j] > 0
-        ]
-        contexts = reader.read(wanted)
-        for i, latent in enumerate(strongest.latents.tolist()):
-            own = [
-                context for (owner, _, _), context in zip(wanted, contexts, strict=True) if owner == latent
-            ]
+        for i, latent in enumerate(top.latents.tolist()):
+            own = [context for row, context in zip(rows, contexts, strict=True) if row.latent == latent]
             own.sort(key=lambda context: -context.value)
-            frequency = int(strongest.fired[i]) / strongest.seen
+            frequency = int(top.fired[i]) / top.seen
             entries.append(
                 {"latent": latent, "frequency": frequency, "contexts": [context.as_json() for context in own]}
             )
             table += [[latent, frequency, context.value, _line(context)] for context in own]
-        assert self._path is not None
-        write_json(
-            self._path,
-            {
-                "step": trainer.global_step,
-                "rows": strongest.seen,
-                "reads": list(sae.reads),
-                "latents": entries,
-            },
-        )
-        remember(self.written, self._path)
+        found = {"step": trainer.global_step, "rows": top.seen, "reads": list(sae.reads), "latents": entries}
+        write_json(path, found)
+        add_written(self.written, path)
         columns = ["latent", "frequency", "activation", "context"]
         log_table(trainer.loggers, "top_tokens", columns, table, trainer.global_step)
 
 
 def _provenance(trainer: Trainer, batch: Any) -> Tensor | None:
-    """Int64 `(batch, 4)`: document hash, document index, position, token id; None where nobody knows."""
-    found = datamodule_of(trainer).provenance(batch)  # type: ignore[union-attr]
+    """Provenance of a batch, int64 `(batch, 4)` as `TopRows.add` needs it; None where it is unknown."""
+    found = activation_data(trainer).provenance(batch)
     if found is None or bool((found.token_id < 0).all()):
         return None
-    columns = (found.document_hash, found.document_index, found.position, found.token_id)
-    return torch.stack([column.to(torch.int64) for column in columns], dim=1)
+    return found.stacked().to(torch.int64)
 
 
 def _line(context: Context) -> str:
+    """The context on one line, with the row's own token in «guillemets»."""
     shown = [readable(token) for token in context.tokens]
     shown[context.peak] = f"«{shown[context.peak]}»"
     return " ".join(shown)

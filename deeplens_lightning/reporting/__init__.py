@@ -1,1 +1,1 @@
-"""Where what a run learned is written and shown: files, loggers, one HTML page."""
+"""Write and show the results of a run: figures, loggers, files in the run's folder, and one HTML page."""

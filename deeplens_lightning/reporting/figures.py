@@ -1,13 +1,12 @@
-"""Figures only: matrices and tokens in, matplotlib `Figure` objects out.
+"""Plot activations, latents and firing frequencies as matplotlib figures.
 
-Nothing here touches pyplot, its global state or a display: a figure is an object, drawn by the
-Agg canvas when it is saved, and shown by a notebook because it is returned.
+In: matrices and tokens. Out: `Figure` objects, which a notebook shows when a cell returns them. pyplot is never imported,
+so no display is needed and no global state is changed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,26 +16,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deeplens_lightning.reporting.readable_tokens import code_point, readable
+from deeplens_lightning.reporting.drawing import (
+    draw_heatmap,
+    drawable,
+    finish,
+    label_columns,
+    label_tokens,
+    new_figure,
+    one_line,
+    set_title,
+    token_figure,
+    token_height,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Rows = Tensor | NDArray[Any]
-
-_MISSING = "#b8b8b8"  # what is not a number: grey, which neither colour map contains
-_MAX_LABELS = 64
-# Fonts that know more scripts than matplotlib's own; used only where the machine has them.
-_FALLBACK_FONTS = (
-    "Noto Sans",
-    "Noto Sans CJK JP",
-    "Noto Sans Hebrew",
-    "Noto Sans Arabic",
-    "Noto Emoji",
-    "Symbola",
-    "Arial Unicode MS",
-)
 
 
 def plot_activation_heatmap(
@@ -47,30 +43,31 @@ def plot_activation_heatmap(
     path: str | PathLike[str] | None = None,
     max_dims: int = 100,
 ) -> Figure:
-    """Tokens down, evenly sampled dimensions across, colours centred on 0.
+    """Plot a heatmap of activations: one row for each token, one column for each sampled dimension.
 
     Args:
-        activations: `(seq_length, hidden_dim)` of one text, any float dtype and device.
+        activations: `(seq_length, hidden_dim)` of one text, with any float dtype and device.
         tokens: `seq_length` strings.
-        title: the figure's title, shown as it is (no mathematical markup).
-        path: where to save it too; the ending chooses the format (`.png`, `.svg`, `.pdf`).
-        max_dims: at most so many dimensions are drawn, the first and last among them.
+        title: title of the figure, shown without mathematical markup.
+        path: file to save the figure to; the ending chooses the format (`.png`, `.svg`, `.pdf`).
+        max_dims: largest number of dimensions drawn; they have equal distances and include the first and the last.
 
     Returns:
-        The figure. Values that are not finite are drawn grey and counted in the title.
+        The figure, with 0 at the middle of the colours. Values that are not finite are grey, and the title gives their
+        number.
 
     Raises:
-        ValueError: `activations` is not a matrix, or has another number of rows than `tokens`.
+        ValueError: `activations` is not a matrix, or its number of rows is not the number of tokens.
     """
     values = _matrix(activations, tokens, "activations")
     n_dims = min(max_dims, values.shape[1])
     dims = np.linspace(0, values.shape[1] - 1, n_dims, dtype=int)
-    figure, axes = _token_figure(len(tokens), width=12)
-    _draw_heatmap(axes, values[:, dims], "RdBu_r", "Activation Value", centred=True)
-    _label_tokens(axes, tokens)
-    _label_columns(axes, [str(d) for d in dims], "Hidden Dimensions (sampled)")
-    _set_title(axes, title, values)
-    return _finish(figure, path)
+    figure, axes = token_figure(len(tokens), width=12)
+    draw_heatmap(axes, values[:, dims], "RdBu_r", "Activation Value", centred=True)
+    label_tokens(axes, tokens)
+    label_columns(axes, [str(d) for d in dims], "Hidden Dimensions (sampled)")
+    set_title(axes, title, values)
+    return finish(figure, path)
 
 
 def plot_top_latents(
@@ -81,27 +78,27 @@ def plot_top_latents(
     n_latents: int = 20,
     path: str | PathLike[str] | None = None,
 ) -> Figure:
-    """Tokens down, the latents that fire strongest on this text across.
+    """Plot the most active latents of a text: one row for each token, one column for each latent.
 
     Args:
-        latents: `(seq_length, d_sae)`, what an SAE's `encode` gives for one text.
+        latents: `(seq_length, d_sae)`, the output of an SAE's `encode` for one text.
         tokens: `seq_length` strings.
-        title: the figure's title.
-        n_latents: how many latents to draw, those with the largest activation on any token,
-            in the order of the token where each peaks.
-        path: where to save it too.
+        title: title of the figure.
+        n_latents: number of latents to draw: those with the largest activation on any token, in the order of the
+            tokens where they peak.
+        path: file to save the figure to.
 
     Raises:
-        ValueError: as `plot_activation_heatmap`.
+        ValueError: `latents` is not a matrix, or its number of rows is not the number of tokens.
     """
     values = _matrix(latents, tokens, "latents")
-    chosen = _strongest(values, n_latents)
-    figure, axes = _token_figure(len(tokens), width=4 + 0.35 * len(chosen))
-    _draw_heatmap(axes, values[:, chosen], "magma_r", "Latent activation", centred=False)
-    _label_tokens(axes, tokens)
-    _label_columns(axes, [str(i) for i in chosen], "Latent")
-    _set_title(axes, title, values)
-    return _finish(figure, path)
+    chosen = _most_active(values, n_latents)
+    figure, axes = token_figure(len(tokens), width=4 + 0.35 * len(chosen))
+    draw_heatmap(axes, values[:, chosen], "magma_r", "Latent activation", centred=False)
+    label_tokens(axes, tokens)
+    label_columns(axes, [str(i) for i in chosen], "Latent")
+    set_title(axes, title, values)
+    return finish(figure, path)
 
 
 def plot_sample(
@@ -113,25 +110,25 @@ def plot_sample(
     *,
     path: str | PathLike[str] | None = None,
 ) -> Figure:
-    """One text as an SAE sees it: a bar per token for each metric, then tokens × latents.
+    """Plot an SAE's numbers for one text: bars for each token and metric, then a heatmap of tokens by latents.
 
     Args:
         tokens: `seq_length` strings.
-        metrics: columns of bars, name to `(seq_length,)`, e.g. norm, relative error, L0.
-        latents: `(seq_length, n)` values of the latents to draw.
-        latent_ids: their `n` numbers; with none of them there is no panel of latents.
-        title: the figure's title.
-        path: where to save it too.
+        metrics: values `(seq_length,)` by name, e.g. norm, relative error, L0; each gets a panel of bars.
+        latents: `(seq_length, n)`, activations of the latents to draw.
+        latent_ids: numbers of these `n` latents; without any there is no heatmap.
+        title: title of the figure.
+        path: file to save the figure to.
 
     Raises:
-        ValueError: as `plot_activation_heatmap`.
+        ValueError: `latents` is not a matrix, or its number of rows is not the number of tokens.
     """
     values = (
         _matrix(latents, tokens, "latents") if len(latent_ids) else np.zeros((len(tokens), 0), np.float32)
     )
     heat_width = [max(1.5, 0.35 * values.shape[1])] if len(latent_ids) else []
     widths = [1.0] * len(metrics) + heat_width
-    figure = _new_figure(4 + 1.1 * len(metrics) + sum(heat_width), _height(len(tokens)))
+    figure = new_figure(4 + 1.1 * len(metrics) + sum(heat_width), token_height(len(tokens)))
     panels = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
     for axes, (name, column) in zip(panels, metrics.items(), strict=False):
         bars = _numpy(column)
@@ -140,40 +137,40 @@ def plot_sample(
         axes.tick_params(axis="x", labelsize=7)
         axes.margins(y=0)
     if heat_width:
-        _draw_heatmap(panels[-1], values, "magma_r", "Latent activation", centred=False)
-        _label_columns(panels[-1], [str(i) for i in latent_ids], "Latent")
+        draw_heatmap(panels[-1], values, "magma_r", "Latent activation", centred=False)
+        label_columns(panels[-1], [str(i) for i in latent_ids], "Latent")
         panels[-1].tick_params(axis="y", length=0)
-    _label_tokens(panels[0], tokens)
-    figure.suptitle(_drawable(_one_line(title)), fontsize=11, parse_math=False)
-    return _finish(figure, path)
+    label_tokens(panels[0], tokens)
+    figure.suptitle(drawable(one_line(title)), fontsize=11, parse_math=False)
+    return finish(figure, path)
 
 
 def plot_firing_histogram(
     frequencies: Rows, title: str = "Firing frequencies", *, path: str | PathLike[str] | None = None
 ) -> Figure:
-    """How often each latent fires: a histogram over log10 of the fraction of rows.
+    """Plot a histogram of latents over log10 of the fraction of rows on which they fire.
 
     Args:
-        frequencies: `(d_sae,)`, the fraction of rows on which each latent is above 0. Latents that
-            never fired have no logarithm; they are counted in the legend instead of drawn.
-        title: the figure's title.
-        path: where to save it too.
+        frequencies: `(d_sae,)`, the fraction of rows on which each latent is above 0. The logarithm of 0 does not
+            exist: latents that never fired are not drawn, and the title gives their number.
+        title: title of the figure.
+        path: file to save the figure to.
     """
     values = _numpy(frequencies).reshape(-1)
     fired = values[np.isfinite(values) & (values > 0)]
-    figure = _new_figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.subplots()
     if len(fired):
         axes.hist(np.log10(fired), bins=min(60, max(10, len(fired) // 10)), color="#4c78a8")
     axes.set_xlabel("log10 of the fraction of rows on which a latent fires")
     axes.set_ylabel("latents")
     never = len(values) - len(fired)
-    axes.set_title(f"{_drawable(_one_line(title))} ({never} of {len(values)} never fired)", parse_math=False)
-    return _finish(figure, path)
+    axes.set_title(f"{drawable(one_line(title))} ({never} of {len(values)} never fired)", parse_math=False)
+    return finish(figure, path)
 
 
 def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
-    """The figure as `(height, width, 4)` uint8 RGBA: one rendering for loggers and file alike."""
+    """Render a figure as RGBA pixels, uint8 `(height, width, 4)`; one rendering serves the file and all loggers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -182,7 +179,7 @@ def figure_pixels(figure: Figure) -> NDArray[np.uint8]:
 
 
 def save_pixels(pixels: NDArray[np.uint8], path: str | PathLike[str]) -> None:
-    """Write what `figure_pixels` gave as a PNG file; missing folders are made."""
+    """Write the pixels of `figure_pixels` as a PNG file; missing folders are created."""
     from matplotlib.image import imsave
 
     target = Path(path)
@@ -190,69 +187,16 @@ def save_pixels(pixels: NDArray[np.uint8], path: str | PathLike[str]) -> None:
     imsave(target, pixels, format="png")
 
 
-def _strongest(values: NDArray[np.float32], n: int) -> NDArray[np.int64]:
+def _most_active(values: NDArray[np.float32], n: int) -> NDArray[np.int64]:
+    """Columns with the largest values, at most `n`, in the order of the rows where they peak."""
     finite = np.where(np.isfinite(values), values, 0.0)
     peaks = finite.max(axis=0, initial=0.0)
     chosen = np.argsort(-peaks, kind="stable")[: min(n, values.shape[1])]
     return chosen[np.lexsort((chosen, finite[:, chosen].argmax(axis=0)))]
 
 
-def _draw_heatmap(
-    axes: Axes, values: NDArray[np.float32], colours: str, label: str, *, centred: bool
-) -> None:
-    from matplotlib import colormaps
-    from matplotlib.colors import Normalize, PowerNorm
-
-    finite = values[np.isfinite(values)]
-    top = float(np.abs(finite).max()) if len(finite) else 1.0
-    top = top or 1.0
-    bottom = float(finite.min()) if len(finite) else 0.0
-    if centred:
-        norm = Normalize(-top, top)
-    elif bottom < 0:
-        norm = Normalize(bottom, top)
-    else:
-        norm = PowerNorm(0.5, 0.0, top)  # a square root: one huge activation must not hide all others
-    image = axes.imshow(
-        np.ma.masked_invalid(values),
-        cmap=colormaps[colours].with_extremes(bad=_MISSING),
-        norm=norm,
-        aspect="auto",
-        interpolation="nearest",
-    )
-    assert axes.figure is not None
-    axes.figure.colorbar(image, ax=axes, label=label)
-
-
-def _label_tokens(axes: Axes, tokens: Sequence[str]) -> None:
-    every = -(-len(tokens) // _MAX_LABELS)
-    places = list(range(0, len(tokens), every))
-    labels = [_drawable(readable(tokens[i])) for i in places]
-    axes.set_yticks(places, [_one_line(label, limit=30) for label in labels], parse_math=False)
-    axes.set_ylim(len(tokens) - 0.5, -0.5)
-    axes.set_ylabel("Tokens")
-
-
-def _label_columns(axes: Axes, labels: Sequence[str], name: str) -> None:
-    every = -(-len(labels) // 34)
-    places = list(range(0, len(labels), every))
-    axes.set_xticks(places, [labels[i] for i in places], rotation=45, ha="right", rotation_mode="anchor")
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel(name)
-
-
-def _set_title(axes: Axes, title: str, values: NDArray[np.float32]) -> None:
-    bad = int((~np.isfinite(values)).sum())
-    note = f" [{bad} values are not finite: grey]" if bad else ""
-    axes.set_title(_drawable(_one_line(title)) + note, parse_math=False)
-
-
-def _one_line(text: str, limit: int = 110) -> str:
-    line = readable(" ".join(text.split()), max_chars=10 * len(text) + 1)
-    return line if len(line) <= limit else line[: limit - 1] + "…"
-
-
 def _matrix(rows: Rows, tokens: Sequence[str], name: str) -> NDArray[np.float32]:
+    """A matrix with one row for each token, float32 on the CPU; raises ValueError for another shape."""
     values = _numpy(rows)
     if values.ndim != 2 or 0 in values.shape:
         hint = f"; for one text of a batch pass {name}[0]" if values.ndim == 3 else ""
@@ -271,54 +215,3 @@ def _numpy(rows: Rows) -> NDArray[np.float32]:
     if isinstance(rows, Tensor):
         rows = rows.detach().to("cpu", torch.float32).numpy()
     return np.asarray(rows, dtype=np.float32)
-
-
-def _new_figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _token_figure(n_tokens: int, width: float) -> tuple[Figure, Axes]:
-    figure = _new_figure(width, _height(n_tokens))
-    return figure, figure.subplots()
-
-
-def _height(n_tokens: int) -> float:
-    return min(16.0, max(3.5, 1.6 + 0.24 * n_tokens))
-
-
-def _finish(figure: Figure, path: str | PathLike[str] | None) -> Figure:
-    from matplotlib.text import Text
-
-    families = _font_families()
-    for item in figure.findobj(Text):
-        assert isinstance(item, Text)
-        item.set_fontfamily(list(families))
-    if path is not None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=100)
-    return figure
-
-
-@lru_cache(maxsize=1)
-def _font_families() -> tuple[str, ...]:
-    from matplotlib import font_manager
-
-    here = {font.name for font in font_manager.fontManager.ttflist}
-    return ("DejaVu Sans", *(name for name in _FALLBACK_FONTS if name in here))
-
-
-@lru_cache(maxsize=1)
-def _charmaps() -> tuple[frozenset[int], ...]:
-    from matplotlib import font_manager, ft2font
-
-    files = (font_manager.findfont(name) for name in _font_families())
-    return tuple(frozenset(ft2font.FT2Font(file).get_charmap()) for file in files)
-
-
-def _drawable(text: str) -> str:
-    """`text` with every character that no installed font can draw written as its code point."""
-    maps = _charmaps()
-    return "".join(c if any(ord(c) in known for known in maps) else code_point(c) for c in text)

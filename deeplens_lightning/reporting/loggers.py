@@ -1,8 +1,8 @@
-"""One way to log scalars, figures and tables, whatever loggers the Trainer has.
+"""Log scalars, pictures and tables to any of Lightning's loggers.
 
-Lightning's loggers agree on scalars alone: W&B has methods for images and tables, TensorBoard and
-MLflow want their own client called, CSV takes numbers only. What a logger cannot show is still on
-disk, because callbacks write files first and log second. Call these on rank 0.
+Lightning's loggers share a method for scalars only: W&B has methods for pictures and tables, TensorBoard and MLflow need
+calls to their own clients, CSV takes numbers only. Callbacks write files before they log, so a result that a logger
+cannot show is still on disk. Call these functions on rank 0.
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 Cell = str | int | float | None
+"""One cell of a table."""
 
 _MAX_MARKDOWN_ROWS = 500
-_told: set[str] = set()
+_reported: set[str] = set()  # classes of loggers for which the message about numbers was printed
 
 
 def log_scalars(loggers: Iterable[Logger], values: Mapping[str, float], step: int) -> None:
-    """Log numbers to every logger at `step` (the Trainer's global step)."""
+    """Log numbers to every logger.
+
+    Args:
+        loggers: the Trainer's loggers.
+        values: numbers by name.
+        step: the Trainer's global step.
+    """
     for logger in loggers:
         logger.log_metrics(dict(values), step=step)
 
@@ -30,9 +37,9 @@ def log_image(loggers: Iterable[Logger], name: str, pixels: NDArray[np.uint8], s
     """Log one picture to every logger that shows pictures.
 
     Args:
-        loggers: the Trainer's.
-        name: the picture's name, the same at every step; `/` groups.
-        pixels: `(height, width, 4 or 3)` uint8.
+        loggers: the Trainer's loggers.
+        name: name of the picture, the same at every step; `/` makes groups.
+        pixels: uint8 `(height, width, 3 or 4)`; a fourth channel is left out.
         step: the Trainer's global step.
     """
     pixels = pixels[..., :3]
@@ -44,7 +51,7 @@ def log_image(loggers: Iterable[Logger], name: str, pixels: NDArray[np.uint8], s
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_image(_mlflow_run(logger), pixels, key=name, step=step)
         else:
-            _say_once(logger)
+            _report_once(logger)
 
 
 def log_table(
@@ -56,10 +63,10 @@ def log_table(
     `<name>/step_<step>.json` in the layout of its own tables (`columns`, `data`).
 
     Args:
-        loggers: the Trainer's.
-        name: the table's name, the same at every step.
-        columns: one heading per column.
-        rows: cells, as long as `columns`.
+        loggers: the Trainer's loggers.
+        name: name of the table, the same at every step.
+        columns: one heading for each column.
+        rows: rows of cells, each as long as `columns`.
         step: the Trainer's global step.
     """
     for logger in loggers:
@@ -71,11 +78,11 @@ def log_table(
             table = {"columns": list(columns), "data": [list(row) for row in rows]}
             logger.experiment.log_dict(_mlflow_run(logger), table, f"{name}/step_{step}.json")
         else:
-            _say_once(logger)
+            _report_once(logger)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    """A Markdown table whose cells can hold any text (escaped, one line each)."""
+    """A Markdown table of the first 500 rows; cells may hold any text, which is escaped and put on one line."""
     lines = [_markdown_row(columns), _markdown_row(["---"] * len(columns))]
     lines += [_markdown_row(row) for row in rows[:_MAX_MARKDOWN_ROWS]]
     more = len(rows) - _MAX_MARKDOWN_ROWS
@@ -92,7 +99,7 @@ def _markdown_cell(cell: Cell) -> str:
     if isinstance(cell, float):
         return f"{cell:.4g}"
     text = " ".join(str(cell).splitlines())
-    # TensorBoard renders HTML and links inside Markdown: everything that starts markup is escaped.
+    # TensorBoard renders HTML and links inside Markdown, so every character that starts markup is escaped.
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join("\\" + char if char in "\\`*_{}[]()#+!|~" else char for char in text)
 
@@ -100,14 +107,16 @@ def _markdown_cell(cell: Cell) -> str:
 def _mlflow_run(logger: MLFlowLogger) -> str:
     run_id = logger.run_id
     if run_id is None:
-        raise RuntimeError("MLflow gave this run no id; the Trainer's logger was not started")
+        raise RuntimeError(
+            "MLFlowLogger has no run id: its run was not started; log from inside a Trainer run"
+        )
     return run_id
 
 
-def _say_once(logger: Logger) -> None:
+def _report_once(logger: Logger) -> None:
     name = type(logger).__name__
-    if name not in _told:
-        _told.add(name)
+    if name not in _reported:
+        _reported.add(name)
         rank_zero_info(
             f"{name} takes numbers only: figures and tables are files in the run's folder "
             "(add a TensorBoardLogger, WandbLogger or MLFlowLogger to see them there too)."

@@ -1,7 +1,7 @@
-"""Tokens as people read them: one short printable string per token id.
+"""Turn token ids into short printable strings, one for each token.
 
-In: a tokenizer and ids, or strings that came from anywhere. Out: strings without control
-characters, so that a figure, a table or a web page shows every token on one line, in its place.
+In: a tokenizer and ids, or any strings. Out: strings in which control characters are visible, so that a figure, a table
+or a web page shows every token on one line, in its place.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_SYMBOLS = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "·"}
+_SYMBOLS = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text of each token on its own, e.g. `[" Paris", "!"]`.
 
-    A token that is only a part of a character's UTF-8 bytes has no text of its own; its vocabulary
-    entry stands in for it.
+    A token that holds only some of the UTF-8 bytes of a character has no text of its own; its entry in the vocabulary
+    is returned instead.
 
     Args:
-        tokenizer: whose ids these are.
+        tokenizer: the tokenizer of the ids.
         ids: token ids, `(seq_length,)`.
 
     Returns:
-        One string per id, not yet escaped (see `readable`).
+        One string for each id. Control characters are left as they are; see `readable`.
     """
     texts = [str(tokenizer.decode([i], clean_up_tokenization_spaces=False)) for i in ids]
     entries = tokenizer.convert_ids_to_tokens(list(ids))
@@ -39,11 +39,15 @@ def token_strings(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> lis
 
 
 def readable(token: str, max_chars: int = 24) -> str:
-    """One printable line for a token: white space and control characters become visible.
+    """Write a token as one printable line, with white space and control characters made visible.
 
-    A leading or trailing space is drawn as `·`, a newline as `⏎`, a tab as `⇥`; every other control
-    or invisible formatting character (bidirectional overrides among them, which would reorder what
-    stands beside them) as its code point, `<U+202E>`. Longer tokens are cut with `…`.
+    A leading or trailing space becomes `·`, a newline `⏎`, a tab `⇥`. Every other control or invisible formatting
+    character becomes its code point, such as `<U+202E>`; these include bidirectional overrides, which would reorder the
+    text beside them.
+
+    Args:
+        token: text of the token.
+        max_chars: longer results are cut to this number of characters, the last of which is then `…`.
     """
     text = visible(token)
     inner = text.strip(" ")
@@ -54,12 +58,12 @@ def readable(token: str, max_chars: int = 24) -> str:
 
 
 def visible(text: str) -> str:
-    """`text` with control, formatting and unusual space characters written out; ordinary spaces stay."""
+    """Make control, formatting and unusual space characters of a text visible; ordinary spaces stay."""
     return "".join(_visible(char) for char in text)
 
 
 def code_point(char: str) -> str:
-    """`<U+1F600>`: how a character that cannot be shown is written."""
+    """The code point of a character in the form `<U+1F600>`, for characters that cannot be shown."""
     return f"<U+{ord(char):04X}>"
 
 

@@ -1,8 +1,8 @@
-"""`write_report`: one HTML page that shows a run, self-contained and without a network.
+"""`write_report`: write one HTML page that shows a run and needs no network.
 
-The page holds its own style, script and data. Data are JSON in a block that no markup can leave, the
-script writes text as text only, and a content security policy forbids everything that is not this
-page's own: nothing is fetched, whatever the text of a dataset says.
+The page holds its own style, script and data. The data are JSON inside a script element, escaped so that no text of a
+dataset can end that element. The script inserts text only as text, never as markup. A content security policy forbids
+every script and style but the page's own, and every request.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ import base64
 import hashlib
 import html
 import json
+from dataclasses import asdict
 from importlib.resources import files
 from os import PathLike
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from deeplens_lightning.reporting.run_data import find_run, names_of, read_run
+from deeplens_lightning.reporting.run_data import RunData, find_run, names_of, read_run
 
 _SCRIPTS = ("charts.js", "latents.js", "samples.js", "report.js")
 
 
 def write_report(run_dir: str | PathLike[str], out: str | PathLike[str] | None = None) -> Path:
-    """Write the page of a run: curves, summary, firing histogram, latents, single samples over time.
+    """Write the page of a run: curves, summary, firing histogram, latents, and single samples over time.
 
     Args:
-        run_dir: the run's folder (where its `curves.jsonl` or `metrics.csv` lies), or a folder of runs,
-            of which the newest is taken.
-        out: the page's path; default `report.html` in the run's folder.
+        run_dir: the run's folder (it holds `curves.jsonl` or `metrics.csv`), or a folder of runs, of which the newest
+            is shown.
+        out: path of the page; default `report.html` in the run's folder.
 
     Returns:
-        Where the page was written.
+        The path of the page.
 
     Raises:
-        FileNotFoundError: there is no run.
+        FileNotFoundError: the folder does not exist or holds no run.
     """
     folder = find_run(Path(run_dir))
     target = folder / "report.html" if out is None else Path(out)
@@ -45,9 +46,9 @@ def write_report(run_dir: str | PathLike[str], out: str | PathLike[str] | None =
     return target
 
 
-def page(run: dict[str, Any]) -> str:
-    """The HTML of `run_data.read_run`'s dictionary."""
-    run = run | {"charts": names_of(run["curves"])}
+def page(run: RunData) -> str:
+    """The HTML page of a run."""
+    data = asdict(run) | {"charts": names_of(run.curves)}
     style = _asset("report.css")
     script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();\n"
     policy = (
@@ -55,12 +56,16 @@ def page(run: dict[str, Any]) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     return Template(_asset("report.html")).substitute(
-        title=html.escape(run["name"]), policy=policy, style=style, script=script, data=embedded_json(run)
+        title=html.escape(run.name), policy=policy, style=style, script=script, data=embedded_json(data)
     )
 
 
 def embedded_json(value: Any) -> str:
-    """JSON that can stand inside a script element: no `<`, `>` or `&`, nothing that ends a line."""
+    """JSON that is safe inside a script element: ASCII alone, with `<`, `>` and `&` escaped.
+
+    Raises:
+        ValueError: a number that is not finite.
+    """
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     for char in "<>&":
         text = text.replace(char, f"\\u{ord(char):04x}")
@@ -68,8 +73,10 @@ def embedded_json(value: Any) -> str:
 
 
 def _asset(name: str) -> str:
+    """Text of a file of the page."""
     return files("deeplens_lightning.reporting").joinpath("page", name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:
+    """The hash by which a content security policy allows a script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,6 +1,6 @@
-"""What a run's folder holds, gathered from its files alone: no model, no data module, no Trainer.
+"""Read what a run's folder holds, from its files alone: no model, data module or Trainer.
 
-In: the folder that callbacks wrote into. Out: one JSON-able dictionary, small enough for a page.
+In: the folder that callbacks and loggers wrote to. Out: a `RunData`, small enough for a web page.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from deeplens_lightning.reporting.readable_tokens import visible
 from deeplens_lightning.reporting.run_folder import read_jsonl
 
 Curve = list[tuple[int, float]]
+"""Points `(step, value)` of one scalar, by step."""
 
 _EVENTS = "events.out.tfevents.*"
-_MAX_POINTS = 800
-_MAX_LOOKS = 60
-_OURS = (
+_MAX_POINTS = 800  # of a curve
+_MAX_STEPS = 60  # at which a single sample is shown
+_RUN_FILES = (
     "curves.jsonl",
     "summary.json",
     "metrics.csv",
@@ -29,11 +31,32 @@ _OURS = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunData:
+    """What a report shows of a run; every field can be written as JSON.
+
+    Attributes:
+        name: the run's folder.
+        summary: content of `summary.json`; None where there is none.
+        curves: logged scalars by name.
+        firing: `step`, and histograms of firing frequencies on `heldout` and `training` rows; None where not measured.
+        latents: content of `top_tokens/latents.json`; None where there is none.
+        samples: single samples, one entry for each folder and text.
+    """
+
+    name: str
+    summary: dict[str, Any] | None
+    curves: dict[str, Curve]
+    firing: dict[str, Any] | None
+    latents: dict[str, Any] | None
+    samples: list[dict[str, Any]]
+
+
 def find_run(folder: Path) -> Path:
-    """The run's folder: this one, or the newest run below it.
+    """Find a run's folder: `folder` itself if it is one, else the newest run inside it.
 
     Raises:
-        FileNotFoundError: there is none; the message says what a run's folder holds.
+        FileNotFoundError: `folder` does not exist or holds no run; the message lists the files of a run.
     """
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -44,54 +67,53 @@ def find_run(folder: Path) -> Path:
     runs = [path for path in folder.rglob("*") if path.is_dir() and _is_run(path)]
     if not runs:
         raise FileNotFoundError(
-            f"{folder} holds nothing to report: no {', '.join(_OURS)} or single samples, here or below; fit "
-            "with the FitSummary callback or a CSVLogger"
+            f"{folder} holds nothing to report: neither it nor a folder inside it has {', '.join(_RUN_FILES)} or "
+            "single samples; fit with the FitSummary callback or a CSVLogger"
         )
     return max(runs, key=lambda path: (path.stat().st_mtime, str(path)))
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Everything a report shows.
+def read_run(folder: Path) -> RunData:
+    """Read the files of a run.
 
     Args:
-        folder: from `find_run`.
-
-    Returns:
-        `name`, `summary` (or None), `curves` by name, `firing` (counts and rows of `heldout` and
-        `training`, or None), `latents` (or None), and `samples`, one entry per folder and text.
+        folder: the run's folder, from `find_run`.
     """
-    return {
-        "name": visible(str(folder)),
-        "summary": _json(folder / "summary.json"),
-        "curves": _curves(folder),
-        "firing": _firing(_json(folder / "latent_statistics" / "latest.json")),
-        "latents": _latents(_json(folder / "top_tokens" / "latents.json")),
-        "samples": [
+    return RunData(
+        name=visible(str(folder)),
+        summary=_json(folder / "summary.json"),
+        curves=_curves(folder),
+        firing=_firing(_json(folder / "latent_statistics" / "latest.json")),
+        latents=_latents(_json(folder / "top_tokens" / "latents.json")),
+        samples=[
             entry
             for path in sorted(folder.glob("*/samples.jsonl"))
             for entry in _samples(path.parent.name, path)
         ],
-    }
+    )
 
 
 def _is_run(folder: Path) -> bool:
     patterns = ("*/samples.jsonl", _EVENTS)
-    return any((folder / name).is_file() for name in _OURS) or any(any(folder.glob(p)) for p in patterns)
+    return any((folder / name).is_file() for name in _RUN_FILES) or any(any(folder.glob(p)) for p in patterns)
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _curves(folder: Path) -> dict[str, Curve]:
-    """Scalars by name, each from the first source that has it."""
+    """Scalars by name: from `curves.jsonl`, else `metrics.csv`, else TensorBoard's files."""
     sources = (_from_jsonl(folder / "curves.jsonl"), _from_csv(folder / "metrics.csv"), _from_events(folder))
     curves: dict[str, Curve] = {}
     for points in sources:
         found: dict[str, dict[int, float]] = {}
         for name, step, value in points:
             if math.isfinite(value):
-                found.setdefault(name, {})[step] = value  # a step that came again after a resume counts last
+                found.setdefault(name, {})[step] = value  # of a step logged again after a resume, the last
         for name, values in found.items():
             curves.setdefault(name, _thinned(sorted(values.items())))
     return curves
@@ -120,7 +142,7 @@ def _from_events(folder: Path) -> Iterator[tuple[str, int, float]]:
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ModuleNotFoundError:
-        return  # the run was logged elsewhere, or tensorboard was removed: what files there are is shown
+        return  # the run was logged on another machine, or tensorboard was removed: show the other files
     events = EventAccumulator(str(folder)).Reload()
     for name in events.Tags()["scalars"]:
         if name not in ("epoch", "hp_metric"):
@@ -128,13 +150,13 @@ def _from_events(folder: Path) -> Iterator[tuple[str, int, float]]:
 
 
 def _thinned(points: Curve) -> Curve:
-    """At most so many points, evenly spread, the last among them."""
+    """At most `_MAX_POINTS` points at even distances, the last one among them."""
     every = -(-len(points) // _MAX_POINTS)
     return points[::-1][::every][::-1] if every > 1 else points
 
 
-def _firing(latest: Any) -> Any:
-    """Histogram bins instead of one number per latent."""
+def _firing(latest: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Histograms in place of one count for each latent."""
     if latest is None:
         return None
     return {"step": latest["step"]} | {
@@ -145,7 +167,13 @@ def _firing(latest: Any) -> Any:
 
 
 def _binned(counts: Sequence[int], rows: int, width: float = 0.1) -> dict[str, Any]:
-    """Latents by log10 of the fraction of rows on which they fire, in bins of a tenth."""
+    """A histogram of latents over log10 of the fraction of rows on which they fire.
+
+    Args:
+        counts: number of rows on which each latent fired.
+        rows: number of rows counted.
+        width: width of a bin.
+    """
     bins: dict[int, int] = {}
     for count in counts:
         if count > 0:
@@ -161,7 +189,8 @@ def _binned(counts: Sequence[int], rows: int, width: float = 0.1) -> dict[str, A
     }
 
 
-def _latents(found: Any) -> Any:
+def _latents(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Top contexts of latents with tokens that can be shown."""
     if found is None:
         return None
     for entry in found["latents"]:
@@ -171,32 +200,34 @@ def _latents(found: Any) -> Any:
 
 
 def _samples(folder: str, path: Path) -> Iterator[dict[str, Any]]:
-    """One entry per text: its tokens once, and the numbers of some looks, the first and last among them."""
+    """One entry for each text of a `samples.jsonl`: its tokens, and its numbers at up to `_MAX_STEPS` steps."""
     texts: dict[int, dict[int, dict[int, dict[str, Any]]]] = {}
     for line in read_jsonl(path):
         texts.setdefault(line["sample"], {}).setdefault(line["step"], {})[line["position"]] = line
-    for number, looks in sorted(texts.items()):
-        steps = _spread(sorted(looks), _MAX_LOOKS)
-        first = looks[steps[0]]
+    for number, by_step in sorted(texts.items()):
+        steps = _spread(sorted(by_step), _MAX_STEPS)
+        first = by_step[steps[0]]
         yield {
             "name": f"{visible(folder)} {number}",
             "tokens": [visible(first[i]["token"]) for i in sorted(first)],
-            "looks": [{"step": step} | _look(looks[step]) for step in steps],
+            "looks": [{"step": step} | _columns(by_step[step]) for step in steps],
         }
 
 
-def _look(tokens: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _columns(tokens: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """The lines of one text at one step, by token position, as one list for each quantity that they have."""
     rows = [tokens[i] for i in sorted(tokens)]
     names = ("norm", "relative_error", "l0", "latents", "values")
     return {name: [row.get(name) for row in rows] for name in names if any(name in row for row in rows)}
 
 
 def _spread(items: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` items at even distances, the first and the last among them."""
     if len(items) <= limit:
         return list(items)
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def names_of(curves: Iterable[str]) -> list[str]:
-    """Curve names without those of single samples, which have a section of their own."""
+    """Names of curves without those of single samples, which have a section of their own."""
     return [name for name in curves if not name.startswith("single_sample/")]

@@ -1,7 +1,6 @@
-"""The run's folder: which one it is, and how JSON gets into it.
+"""Find the folder of a run, and read and write JSON files in it.
 
-Everything that a callback writes lies under this folder, beside Lightning's own files, so that
-a report needs nothing but its path.
+Every file that a callback writes is in this folder, beside Lightning's own files, so that a report needs only its path.
 """
 
 from __future__ import annotations
@@ -18,19 +17,17 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """The folder that belongs to this run alone, the same on every rank.
+    """The folder of this run, the same on every rank. A collective: every rank calls it.
 
-    With a CSV or TensorBoard logger first, its `log_dir`; with another logger, where Lightning puts
-    that run's checkpoints (`save_dir/name/version`); with none, `default_root_dir`.
-
-    This is a collective under DDP: every rank must call it.
+    If the first logger is a CSV or TensorBoard logger, this is its `log_dir`. With another logger it is the folder where
+    Lightning puts the run's checkpoints (`save_dir/name/version`), and without a logger `default_root_dir`.
     """
     folder = str(_folder(trainer)) if trainer.is_global_zero else ""
     return Path(trainer.strategy.broadcast(folder))
 
 
 def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Add one JSON object a line; numbers that are not finite become null."""
+    """Append JSON objects to a file, one on each line; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
@@ -38,7 +35,10 @@ def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it, so that no reader meets half a file."""
+    """Write a JSON file under a temporary name and rename it, so that nobody reads half a file.
+
+    Numbers that are not finite become null.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
@@ -47,7 +47,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a last line that a kill cut short is left out."""
+    """Read the objects of a JSON-lines file; an incomplete last line, from a killed process, is left out."""
     with path.open(encoding="utf-8") as file:
         for line in file:
             if not line.endswith("\n"):
@@ -62,12 +62,13 @@ def _folder(trainer: Trainer) -> str | os.PathLike[str]:
     if isinstance(logger, CSVLogger | TensorBoardLogger):
         return logger.log_dir
     if isinstance(logger, WandbLogger | MLFlowLogger):
-        _ = logger.experiment  # gives the run its id, which is the folder's name
+        _ = logger.experiment  # starts the run, which gives it the id that names its folder
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
 
 
 def _finite(value: Any) -> Any:
+    """The value with every number that is not finite replaced by None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

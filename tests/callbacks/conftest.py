@@ -23,7 +23,7 @@ TEXTS = [text for _, text in sorted(pydoc_data.topics.topics.items())][:40]
 
 @pytest.fixture
 def texts() -> list[str]:
-    """The documents that runs are trained on."""
+    """The documents that runs train on."""
     return TEXTS
 
 
@@ -55,7 +55,7 @@ def lm_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Shards(ActivationDataModule):
-    """The same rows with the model out of sight, as a cache on disk serves them."""
+    """The same rows without model and held-out text, as cached shards serve them."""
 
     @property
     def model(self) -> None:
@@ -84,18 +84,18 @@ def make(kind: type[ActivationDataModule], **kwargs: Any) -> ActivationDataModul
 
 @pytest.fixture
 def live(lm_folder: str) -> Callable[..., ActivationDataModule]:
-    """Makes data modules: 12 batches of 64 rows an epoch, 128 held-out rows."""
+    """Make a data module with 12 batches of 64 rows in an epoch, and 128 held-out rows."""
     return lambda **kwargs: make(ActivationDataModule, **({"hf_model": lm_folder} | kwargs))
 
 
 @pytest.fixture
 def shards(lm_folder: str) -> Callable[..., ActivationDataModule]:
-    """Makes data modules that serve rows without a model."""
+    """Make a data module that serves rows and has no model and no text."""
     return lambda **kwargs: make(Shards, **({"hf_model": lm_folder} | kwargs))
 
 
 class Recorder(L.Callback):
-    """Keeps every batch that a step was given, and where its rows came from."""
+    """Store every training batch and the provenance of its rows."""
 
     def __init__(self) -> None:
         self.batches: list[Tensor] = []
@@ -103,13 +103,12 @@ class Recorder(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(torch.cat(list(batch.values()), 1) if isinstance(batch, dict) else batch.clone())
-        p = trainer.datamodule.provenance(batch)
-        self.provenance.append(torch.stack([p.document_hash, p.document_index, p.position, p.token_id], 1))
+        self.provenance.append(trainer.datamodule.provenance(batch).stacked())
 
 
 @dataclass
 class Run:
-    """What a short fit left."""
+    """Results of a short fit."""
 
     trainer: L.Trainer
     sae: SparseAutoencoder
@@ -119,7 +118,7 @@ class Run:
 
 
 def assert_undisturbed(plain: Run, watched: Run) -> None:
-    """Both runs were served the same batches and ended with the same weights, bit for bit."""
+    """Check that both runs had the same batches and end with the same weights, bit for bit."""
     pairs = zip(plain.batches, watched.batches, strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
     for name, value in plain.sae.state_dict().items():
@@ -129,7 +128,7 @@ def assert_undisturbed(plain: Run, watched: Run) -> None:
 
 @pytest.fixture
 def undisturbed() -> Callable[[Run, Run], None]:
-    """Asserts that two runs did the same."""
+    """A check that two runs are equal bit for bit."""
     return assert_undisturbed
 
 

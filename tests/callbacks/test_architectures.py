@@ -1,4 +1,4 @@
-"""Every callback with every kind of SAE, hook and precision that a run may have."""
+"""All callbacks together with every kind of SAE, hook point, normalisation and precision."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_all_callbacks_run_and_change_nothing(
     undisturbed(trained([]), watched)
 
 
-def test_the_error_of_a_transcoder_is_that_of_what_it_predicts(
+def test_the_error_of_a_transcoder_is_measured_on_its_output(
     fit: Callable[..., Any], live: Callable[..., Any], tmp_path: Path
 ) -> None:
     data, make, _ = CASES["transcoder"]
@@ -109,7 +109,7 @@ def test_the_error_of_a_transcoder_is_that_of_what_it_predicts(
     assert [line["norm"] for line in last] == pytest.approx(wanted.norm(dim=1).tolist(), rel=1e-4)
 
 
-def test_a_sweeps_saes_are_watched_by_name(
+def test_one_sae_of_a_grid_is_chosen_by_name(
     fit: Callable[..., Any], live: Callable[..., Any], tmp_path: Path
 ) -> None:
     data, make, _ = CASES["grid"]

@@ -1,4 +1,4 @@
-"""Under DDP there is one set of files and logs, and no rank waits for another that never comes."""
+"""Under DDP the callbacks write one set of files and logs, and no rank hangs."""
 
 from __future__ import annotations
 

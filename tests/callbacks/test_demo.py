@@ -1,4 +1,4 @@
-"""On the embedded model: CE recovered at its ends and in between, and the tutorial's and notebook's snippets."""
+"""On the embedded model: CE recovered of known SAEs, and the code of the tutorial and the notebook."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deeplens_lightning.callbacks import FitSummary, LossRecovered
 
 
 class _Fixed(SparseAutoencoder):
-    """Multiplies by a constant."""
+    """An SAE whose reconstruction is its input times a constant."""
 
     factor = 1.0
 

@@ -40,7 +40,7 @@ def test_without_validation_training_rows_are_reported(fit: Callable[..., Any], 
     assert latest["training"]["rows"] == 6 * 64
 
 
-def test_heldout_rows_are_bounded(fit: Callable[..., Any], tmp_path: Path) -> None:
+def test_max_rows_bounds_the_heldout_rows(fit: Callable[..., Any], tmp_path: Path) -> None:
     fit([LatentStatistics(max_rows=10)])
     latest = json.loads((tmp_path / "run" / "latent_statistics" / "latest.json").read_text())
     assert latest["heldout"]["rows"] == 64
@@ -63,7 +63,7 @@ def test_batches_and_weights_are_bit_identical_with_and_without_it(
     undisturbed(fit([]), fit([LatentStatistics(every_n_steps=1)]))
 
 
-def test_nonsense_is_refused() -> None:
+def test_values_outside_their_range_are_refused() -> None:
     with pytest.raises(ValueError, match="dense_above=0"):
         LatentStatistics(dense_above=0)
     with pytest.raises(ValueError, match="max_rows=-1"):

@@ -1,4 +1,4 @@
-"""One text, token by token: alone, and in a training run without disturbing it."""
+"""Activations of single texts are right without a Trainer, and recording them does not change the training."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PLACES = {
 
 
 def _independently(folder: str, text: str, module: str, is_input: bool) -> torch.Tensor:
-    """What the untouched model computes, read by a plain PyTorch hook."""
+    """Activations of the untouched model, from a plain PyTorch hook."""
     model = AutoModel.from_pretrained(folder)
     seen: list[torch.Tensor] = []
 
@@ -57,7 +57,7 @@ def _relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((a - b).norm(dim=1) / norms.clamp(min=1e-3 * float(norms.median()))).max())
 
 
-# ---- as a utility
+# ---- without a Trainer
 
 
 def test_the_tutorials_snippet_gives_one_row_per_token(lm_folder: str) -> None:
@@ -69,7 +69,7 @@ def test_the_tutorials_snippet_gives_one_row_per_token(lm_folder: str) -> None:
     assert _relative_error(activations, _independently(lm_folder, TEXT, "h.3.mlp.act", False)) < 1e-5
 
 
-def test_alone_it_is_gpt2_layer_3_as_in_the_tutorial() -> None:
+def test_the_defaults_are_gpt2_and_layer_3_as_in_the_tutorial() -> None:
     extractor = ExtractSingleSample()
     assert extractor._own_reader().hf_model == "gpt2"
     assert extractor._named(None, None) == (3, "mlp_act")
@@ -150,7 +150,7 @@ def test_an_empty_text_is_refused(lm_folder: str, text: str) -> None:
         ExtractSingleSample(lm_folder).get_activations([])
 
 
-def test_a_long_text_is_cut_and_that_is_said_once(lm_folder: str) -> None:
+def test_a_long_text_is_cut_with_one_warning(lm_folder: str) -> None:
     extractor = ExtractSingleSample(lm_folder, layer=1, max_length=5)
     with pytest.warns(UserWarning, match=r"cut to 5 \(max_length\)") as caught:
         assert len(extractor.get_mlp_acts(TEXT)) == 5
@@ -174,7 +174,7 @@ def test_another_models_tokenizer_is_refused(lm_folder: str) -> None:
         ExtractSingleSample(lm_folder, tokenizer=tokenizer).get_mlp_acts(TEXT)
 
 
-def test_wrong_places_are_refused_by_name(lm_folder: str) -> None:
+def test_wrong_layers_hooks_and_settings_are_refused_by_name(lm_folder: str) -> None:
     with pytest.raises(ValueError, match=r"layers 0 to 3|0\.\.3|0 to 3"):
         ExtractSingleSample(lm_folder, layer=12).get_mlp_acts(TEXT)
     with pytest.raises(ValueError, match="mlp_act"):
@@ -192,7 +192,7 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "single_samples" / "samples.jsonl").open()]
 
 
-def test_files_hold_every_token_of_every_look(
+def test_files_hold_every_token_of_every_recorded_step(
     fit: Callable[..., Any], tmp_path: Path, lm_folder: str
 ) -> None:
     callback = ExtractSingleSample(texts=[TEXT, "Hello world"], every_n_steps=10)
@@ -284,7 +284,7 @@ def test_wandb_offline_and_mlflow_run_side_by_side(
     assert list((tmp_path / "wandb").rglob("media/table/**/*.json"))
 
 
-def test_without_a_model_it_says_what_it_needs_or_loads_its_own(
+def test_without_a_model_the_error_says_what_to_pass_and_load_own_loads_one(
     fit: Callable[..., Any], shards: Callable[[], Any], lm_folder: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=r"no model to read.*load_own=True"):
@@ -307,7 +307,7 @@ def test_a_trainer_without_texts_or_with_another_hook_is_refused(fit: Callable[.
 
 
 class _Plain(L.LightningModule):
-    """A user's own module, which is no SAE that we know."""
+    """A module of a user that has no encode and no decode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,14 +323,14 @@ class _Plain(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.01)
 
 
-def test_a_module_that_is_no_sae_gets_norms(fit: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_module_that_is_no_sae_gets_norms_only(fit: Callable[..., Any], tmp_path: Path) -> None:
     fit([ExtractSingleSample(texts=[TEXT])], sae=_Plain())
     line = _lines(tmp_path / "run")[0]
     assert line["norm"] > 0
     assert "latents" not in line
 
 
-def test_it_still_answers_after_training(fit: Callable[..., Any], lm_folder: str) -> None:
+def test_activations_can_be_read_after_training(fit: Callable[..., Any], lm_folder: str) -> None:
     callback = ExtractSingleSample(texts=[TEXT])
     fit([callback])
     got = callback.get_mlp_acts(TEXT)

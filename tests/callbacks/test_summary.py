@@ -1,4 +1,4 @@
-"""What a fit came to: a table, a file, curves; and how fast it ran."""
+"""The summary table, its file and the curves hold what a fit measured."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 
 from deeplens_lightning.callbacks import FitSummary, LatentStatistics, LossRecovered, Throughput
-from deeplens_lightning.callbacks.summary import summary_table
+from deeplens_lightning.callbacks.summary import Summary, summary_table
 from deeplens_lightning.callbacks.throughput import peak_rss
 
 
-def test_the_summary_names_what_was_measured_and_where_it_lies(
+def test_the_summary_shows_what_was_measured_and_which_files_were_written(
     fit: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = fit([LossRecovered(2), LatentStatistics(), Throughput(), FitSummary()], log_every_n_steps=4)
@@ -58,17 +58,18 @@ def test_without_validation_the_summary_says_so(
     assert "no validation ran" in capsys.readouterr().out
 
 
-def test_each_sae_of_a_sweep_has_its_own_row() -> None:
+def test_each_sae_of_a_grid_has_its_own_row() -> None:
     metrics = {"val/fvu/k=8": 0.5, "val/fvu/k=16": 0.25, "val/dead_fraction/k=8": 0.1, "val/rows/k=8": 1000.0}
-    summary = {
-        "tokens": 10,
-        "tokens_per_second": None,
-        "steps": 1,
-        "hooks": [],
-        "metrics": metrics,
-        "val_rows": 2000,
-        "written": [],
-    }
+    summary = Summary(
+        tokens=10,
+        tokens_per_second=None,
+        seconds=0.0,
+        steps=1,
+        hooks=[],
+        metrics=metrics,
+        val_rows=2000,
+        written=[],
+    )
     console = Console(record=True, width=120, file=None)
     console.print(summary_table(summary))
     text = console.export_text()
@@ -83,12 +84,14 @@ def test_batches_and_weights_are_bit_identical_with_and_without_them(
     undisturbed(fit([]), fit([Throughput(), FitSummary()]))
 
 
-def test_accumulated_gradients_keep_one_point_a_step(fit: Callable[..., Any], tmp_path: Path) -> None:
+def test_with_accumulated_gradients_curves_have_one_point_for_each_step(
+    fit: Callable[..., Any], tmp_path: Path
+) -> None:
     fit([FitSummary()], log_every_n_steps=3, accumulate_grad_batches=2)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "curves.jsonl").open()]
     assert steps
     assert set(steps) <= {3, 6, 9, 12}
 
 
-def test_peak_memory_is_bytes() -> None:
+def test_peak_memory_is_in_bytes() -> None:
     assert 10_000_000 < peak_rss() < 10**12

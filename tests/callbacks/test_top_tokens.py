@@ -1,4 +1,4 @@
-"""The strongest contexts are the strongest, and their text is where the row came from."""
+"""The rows with the largest activations are kept, and their text is that of their documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from deeplens_lightning.callbacks import TopActivatingTokens
-from deeplens_lightning.callbacks.top_rows import Strongest
+from deeplens_lightning.callbacks.top_rows import TopRows
 from deeplens_lightning.reporting.readable_tokens import token_strings
 from deeplens_lightning.sae import SparseAutoencoder
 
@@ -23,7 +23,7 @@ def _read(tmp_path: Path) -> dict[str, Any]:
     return json.loads((tmp_path / "run" / "top_tokens" / "latents.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_contexts_show_where_a_row_came_from_and_what_the_sae_makes_of_it(
+def test_contexts_show_the_text_of_a_row_and_the_latents_activations_on_it(
     fit: Callable[..., Any], texts: list[str], tmp_path: Path, lm_folder: str
 ) -> None:
     run = fit([TopActivatingTokens(latents=range(256), keep=4, every_n_steps=1)])
@@ -85,7 +85,7 @@ def test_without_the_documents_text_only_the_token_is_shown(
 
 
 class _Anonymous(L.LightningDataModule):
-    """Rows from nowhere."""
+    """A data module without provenance."""
 
     def train_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(torch.randn(64, 128), batch_size=8)
@@ -109,30 +109,30 @@ def test_merging_equals_sorting_everything_at_once() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(100, 6, generator=generator)
     provenance = torch.stack([torch.arange(100)] * 4, dim=1)
-    strongest = Strongest(torch.tensor([1, 4]), keep=5)
+    top = TopRows(torch.tensor([1, 4]), keep=5)
     for start in range(0, 100, 7):  # the last batch is smaller than keep
         part = slice(start, start + 7)
-        strongest.add({"h": rows[part]}, rows[part][:, [1, 4]], provenance[part])
-    strongest.add({"h": rows[:7]}, rows[:7][:, [1, 4]], provenance[:7])  # served again
+        top.add({"h": rows[part]}, rows[part][:, [1, 4]], provenance[part])
+    top.add({"h": rows[:7]}, rows[:7][:, [1, 4]], provenance[:7])  # served again
     want, index = rows[:, [1, 4]].T.topk(5)
-    assert torch.equal(strongest.values, want)
-    assert torch.equal(strongest.provenance[:, :, 0], index)
-    assert torch.equal(strongest.rows["h"], rows[index])
-    strongest.refresh(lambda x: -x["h"] + 1)
+    assert torch.equal(top.values, want)
+    assert torch.equal(top.provenance[:, :, 0], index)
+    assert torch.equal(top.rows["h"], rows[index])
+    top.refresh(lambda x: -x["h"] + 1)
     want, order = (1 - want).sort(descending=True)
-    assert torch.equal(strongest.values, want)
-    assert torch.equal(strongest.provenance[:, :, 0], index.gather(1, order))
+    assert torch.equal(top.values, want)
+    assert torch.equal(top.provenance[:, :, 0], index.gather(1, order))
 
 
 def test_rows_on_which_a_latent_does_not_fire_are_never_contexts() -> None:
-    strongest = Strongest(torch.tensor([0]), keep=3)
+    top = TopRows(torch.tensor([0]), keep=3)
     rows = torch.tensor([[0.0], [2.0], [-1.0]])
-    strongest.add({"h": rows}, rows, torch.arange(12).reshape(3, 4))
-    assert (strongest.values > 0).sum() == 1
-    assert strongest.fired.tolist() == [1]
+    top.add({"h": rows}, rows, torch.arange(12).reshape(3, 4))
+    assert (top.values > 0).sum() == 1
+    assert top.fired.tolist() == [1]
 
 
-def test_nonsense_is_refused() -> None:
+def test_values_outside_their_range_are_refused() -> None:
     for arguments in ({"latents": 0}, {"keep": 0}, {"latents": []}, {"before": -1}):
         with pytest.raises(ValueError, match="="):
             TopActivatingTokens(**arguments)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over its own debugging pipe: no driver, no package."""
+"""Control a headless Chromium through its debugging pipe, without a driver or another package."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FLAGS = (
 
 
 class Page:
-    """One tab: what it requested, what it complained about, and what it answers."""
+    """One browser tab: open pages, run JavaScript, list requests and console messages."""
 
     def __init__(self, binary: str, profile: Path) -> None:
         down_read, self._down = os.pipe()
@@ -53,7 +53,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command of the DevTools protocol."""
+        """Run one command of the DevTools protocol and return its result."""
         self._number += 1
         number = self._number
         message = {"id": number, "method": method, "params": params}
@@ -69,7 +69,7 @@ class Page:
             self.events.append(answer)
 
     def open(self, url: str) -> None:
-        """Navigate and wait until the page and its scripts have run."""
+        """Open an address and wait until the page and its scripts are loaded."""
         self.events.clear()
         self.call("Page.navigate", url=url)
         deadline = time.monotonic() + 60
@@ -84,7 +84,7 @@ class Page:
         return answer["result"].get("value")
 
     def requests(self) -> list[str]:
-        """Every address the page asked for."""
+        """Every address that the page requested."""
         return [
             event["params"]["request"]["url"]
             for event in self.events
@@ -92,7 +92,7 @@ class Page:
         ]
 
     def complaints(self) -> list[Any]:
-        """Console messages, exceptions, and refusals by the security policy."""
+        """Console messages, exceptions, and violations of the security policy."""
         methods = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
         return [event["params"] for event in self.events if event.get("method") in methods]
 

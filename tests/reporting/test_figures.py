@@ -1,4 +1,4 @@
-"""Figures: right shape, right values, any text, no display."""
+"""Figures have the right shape and values, draw any text, and need no display."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Every logger gets what it can show; files are written whatever it can."""
+"""Each logger gets what it can show, and files of the run's folder can be read back."""
 
 import json
 from pathlib import Path
@@ -60,10 +60,10 @@ def test_mlflow_file_store_takes_image_and_table(tmp_path: Path, monkeypatch: py
     assert run_folder(L.Trainer(logger=logger)) == artifacts.parent
 
 
-def test_a_logger_without_images_gets_the_scalars_and_says_so_once(
+def test_a_logger_without_images_gets_the_scalars_and_one_message(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deeplens_lightning.reporting.loggers._told", set())
+    monkeypatch.setattr("deeplens_lightning.reporting.loggers._reported", set())
     logger = CSVLogger(tmp_path)
     with caplog.at_level("INFO"):
         _log_everything(logger)

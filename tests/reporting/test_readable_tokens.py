@@ -1,4 +1,4 @@
-"""Tokens as people read them."""
+"""Tokens become printable strings on one line."""
 
 import unicodedata
 
@@ -37,7 +37,7 @@ def test_code_points_are_padded_to_four_digits() -> None:
 
 
 class _Bytes:
-    """A byte-level tokenizer as small as can be: id = byte."""
+    """A tokenizer whose ids are bytes."""
 
     def decode(self, ids: list[int], clean_up_tokenization_spaces: bool) -> str:
         return bytes(ids).decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""The report: everything a run left, on one page that fetches nothing and runs nothing of the data's."""
+"""The report shows all results of a run on one page that requests nothing and runs no script from the data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOKENS = ["The", " cat", HOSTILE, "\u202eevil", "שלום", "😀", "\x00", "\n"
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A folder as the callbacks leave it, with awkward text everywhere."""
+    """A folder as callbacks write it, with text everywhere that could break a page."""
     folder = tmp_path / "runs" / "version_0 & <b>"
     curve = [
         {
@@ -119,7 +119,7 @@ def test_charts_are_drawn_latents_browsable_and_nothing_is_fetched(page: Any, ru
     assert page.complaints() == []
 
 
-def test_latents_are_found_opened_and_walked_through(page: Any, run_dir: Path) -> None:
+def test_latents_can_be_searched_opened_and_stepped_through(page: Any, run_dir: Path) -> None:
     page.open(write_report(run_dir).as_uri())
     listed = "[...document.querySelectorAll('#latents .list button')].map(b => b.dataset.latent)"
     assert page.evaluate(listed) == ["11", "3", "7"]  # strongest first
@@ -147,7 +147,7 @@ def test_latents_are_found_opened_and_walked_through(page: Any, run_dir: Path) -
     assert page.complaints() == []
 
 
-def test_samples_move_through_time_and_lead_to_latents(page: Any, run_dir: Path) -> None:
+def test_samples_are_shown_step_by_step_and_link_to_latents(page: Any, run_dir: Path) -> None:
     page.open(write_report(run_dir).as_uri())
     assert "step 200" in _text(page, "#samples .controls")
     set_step = (
@@ -167,7 +167,7 @@ def _text(page: Any, selector: str) -> str:
     return str(page.evaluate(f"document.querySelector({json.dumps(selector)}).textContent"))
 
 
-def test_the_page_is_one_file_without_markup_of_the_datas_own(run_dir: Path) -> None:
+def test_the_page_is_one_file_and_escapes_markup_in_the_data(run_dir: Path) -> None:
     text = write_report(run_dir).read_text(encoding="utf-8")
     assert HOSTILE not in text
     assert "<img" not in text
@@ -199,7 +199,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "missing")
 
 
-def test_curves_come_from_whatever_logger_there_was(tmp_path: Path) -> None:
+def test_curves_are_read_from_csv_and_tensorboard_files(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
@@ -207,23 +207,25 @@ def test_curves_come_from_whatever_logger_there_was(tmp_path: Path) -> None:
         for step in range(3):
             logger.log_metrics({"train/loss": step / 2, "epoch": 0, "nan": math.nan}, step=step)
         logger.save()
-        curves = read_run(Path(logger.log_dir))["curves"]
+        curves = read_run(Path(logger.log_dir)).curves
         assert curves == {"train/loss": [(0, 0.0), (1, 0.5), (2, 1.0)]}
         write_report(logger.log_dir)
 
 
-def test_steps_that_came_again_after_a_resume_count_once_and_a_cut_line_not_at_all(tmp_path: Path) -> None:
+def test_steps_logged_again_after_a_resume_count_once_and_an_incomplete_line_is_ignored(
+    tmp_path: Path,
+) -> None:
     append_jsonl(
         tmp_path / "curves.jsonl", [{"step": 1, "a": 1.0}, {"step": 2, "a": 2.0}, {"step": 2, "a": 3.0}]
     )
     with (tmp_path / "curves.jsonl").open("a") as file:
         file.write('{"step": 3, "a"')
-    assert read_run(tmp_path)["curves"] == {"a": [(1, 1.0), (2, 3.0)]}
+    assert read_run(tmp_path).curves == {"a": [(1, 1.0), (2, 3.0)]}
 
 
 def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     append_jsonl(tmp_path / "curves.jsonl", [{"step": i, "a": float(i)} for i in range(5001)])
-    curve = read_run(tmp_path)["curves"]["a"]
+    curve = read_run(tmp_path).curves["a"]
     assert len(curve) <= 800
     assert curve[-1] == (5000, 5000.0)
     assert {b[0] - a[0] for a, b in pairwise(curve)} == {7}

@@ -1,4 +1,4 @@
-"""Two ranks, every callback: run by test_callbacks_on_ranks.py as a script; Lightning starts it again for rank 1."""
+"""Fit on two ranks with every callback: test_callbacks_on_ranks.py runs this script, Lightning runs it for rank 1."""
 
 import sys
 
@@ -17,7 +17,7 @@ from deeplens_lightning.callbacks import (
 
 
 def main(folder: str, texts: str, root: str) -> None:
-    """Fit on two processes."""
+    """Fit on two CPU processes."""
     datamodule = ActivationDataModule(
         folder,
         layer=1,

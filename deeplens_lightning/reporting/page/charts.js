@@ -1,4 +1,4 @@
-// Elements and charts. Text is only ever set as text, never parsed as markup.
+// Make HTML elements and SVG charts. Text is always set as text, never parsed as markup.
 
 const SVG = 'http://www.w3.org/2000/svg';
 
@@ -26,7 +26,7 @@ function format(value) {
   return size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
 }
 
-// Round numbers between two ends, about as many as asked for.
+// Round numbers between low and high, roughly `about` of them.
 function ticks(low, high, about) {
   const raw = (high - low) / about || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
@@ -57,7 +57,7 @@ function axes(svg, x, y, xs, ys, label) {
   }
 }
 
-// One chart of one or more curves: series is [[name, [[step, value], ...]], ...].
+// A chart of one or more curves: series is [[name, [[step, value], ...]], ...].
 function lineChart(title, series) {
   const f = FRAME;
   const values = series.flatMap(([, points]) => points.map((p) => p[1]));
@@ -119,7 +119,7 @@ function lineChart(title, series) {
   return card;
 }
 
-// Bars: bins is [[left, count], ...] of equal width.
+// A histogram: bins is [[left edge, count], ...], all of the same width.
 function histogram(title, bins, width, xLabel) {
   const f = FRAME;
   const svg = shape('svg', { viewBox: `0 0 ${f.width} ${f.height + 14}`, role: 'img', 'aria-label': title });
@@ -140,7 +140,7 @@ function histogram(title, bins, width, xLabel) {
   return element('div', { class: 'card chart' }, element('h3', {}, title), svg);
 }
 
-// A token on a background whose strength is share (0 to 1) of a hue.
+// A token on a background of the given hue; share (0 to 1) is its opacity.
 function shaded(text, share, hue) {
   const token = element('span', { class: 'token', dir: 'auto' }, text);
   if (share > 0) token.style.backgroundColor = `hsl(${hue} 85% 55% / ${(Math.min(1, share) * 0.75).toFixed(3)})`;

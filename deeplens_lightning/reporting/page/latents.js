@@ -1,4 +1,4 @@
-// Latents and the contexts in which they were strongest.
+// The list of latents, and for the chosen one the contexts on which it is most active.
 
 function latentSection(data) {
   const entries = data.latents.map((entry) => ({
@@ -25,7 +25,7 @@ function latentSection(data) {
       const value = item.values[i];
       const node = shaded(token, value === null ? 0 : value / (entry.top || 1), 210);
       if (i === item.peak) node.classList.add('peak');
-      node.title = value === null ? 'not known' : format(value);
+      node.title = value === null ? 'unknown' : format(value);
       line.append(node);
     });
     line.append(element('span', { class: 'quiet' }, `  document ${item.document}, token ${item.position}`));
@@ -35,7 +35,7 @@ function latentSection(data) {
   function show(entry) {
     current = entry;
     for (const button of list.children) button.setAttribute('aria-current', String(button.dataset.latent === String(entry.latent)));
-    const facts = `fired on ${(100 * entry.frequency).toPrecision(3)}% of ${format(data.rows)} rows looked at`;
+    const facts = `fired on ${(100 * entry.frequency).toPrecision(3)}% of ${format(data.rows)} encoded rows`;
     panel.replaceChildren(
       element('h3', {}, `latent ${entry.latent}`),
       element('div', { class: 'quiet' }, facts),
@@ -54,7 +54,7 @@ function latentSection(data) {
       return button;
     }));
     if (shown.length) show(shown.includes(current) ? current : shown[0]);
-    else panel.replaceChildren(element('p', {}, 'No latent with that number or token among those watched.'));
+    else panel.replaceChildren(element('p', {}, 'No latent listed here has that number or token.'));
   }
 
   list.addEventListener('keydown', (event) => {

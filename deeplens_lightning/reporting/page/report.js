@@ -1,4 +1,4 @@
-// The page: reads the data block and builds one section for each thing that the run measured.
+// Build the page from the data block: one section for each kind of result that the run has.
 
 const run = JSON.parse(document.getElementById('data').textContent);
 const main = document.getElementById('main');
@@ -23,7 +23,7 @@ function summaryTable(summary) {
   return element('table', {}, ...rows.map(([name, value]) => element('tr', {}, element('th', {}, name), element('td', {}, value))));
 }
 
-// Curves of one quantity share a chart: train/fvu and val/fvu, val/fvu/<name> of a sweep.
+// Curves of one quantity share a chart: train/fvu, val/fvu, and val/fvu/<name> of each SAE of a grid.
 function chartGroups(names) {
   const groups = new Map();
   for (const name of names) {
@@ -39,7 +39,7 @@ function chartGroups(names) {
 document.getElementById('name').textContent = run.name;
 main.replaceChildren();
 if (run.summary) section('summary', 'Summary', summaryTable(run.summary));
-// A single point is no curve; the summary has its value.
+// A single point makes no curve; its value is in the summary.
 const groups = chartGroups(run.charts).filter(([, names]) => !run.summary || names.some((n) => run.curves[n].length > 1));
 if (groups.length) {
   const cards = groups.map(([title, names]) => lineChart(title, names.map((n) => [n, run.curves[n]])));

@@ -1,10 +1,10 @@
-// Single samples over time: the text, shaded by what was chosen, and a token's numbers.
+// Single samples over time: the text, shaded by the chosen quantity, and a table with the numbers of each token.
 
 const MEASURES = { relative_error: ['relative error', 0], norm: ['activation norm', 210], l0: ['L0', 140] };
 
 function sampleSection(samples, latents, jump) {
   let sample = samples[0];
-  let look = sample.looks.length - 1;
+  let at = sample.looks.length - 1; // index of the step shown
   let token = 0;
   const which = element('select', { 'aria-label': 'text' }, ...samples.map((s, i) => element('option', { value: i }, s.name)));
   const measure = element('select', { 'aria-label': 'shade by' });
@@ -32,15 +32,15 @@ function sampleSection(samples, latents, jump) {
   }
 
   function draw() {
-    const now = sample.looks[look];
+    const now = sample.looks[at];
     const values = now[measure.value] || [];
-    const numbers = sample.looks.flatMap((l) => l[measure.value] || []).filter((v) => v !== null);
+    const numbers = sample.looks.flatMap((record) => record[measure.value] || []).filter((v) => v !== null);
     const top = Math.max(...numbers, 1e-12);
     step.textContent = `step ${format(now.step)}`;
     strip.replaceChildren(...sample.tokens.map((text, i) => {
       const value = values[i] ?? null;
       const node = shaded(text, value === null ? 0 : value / top, MEASURES[measure.value][1]);
-      node.title = value === null ? 'not known' : `${MEASURES[measure.value][0]} ${format(value)}`;
+      node.title = value === null ? 'unknown' : `${MEASURES[measure.value][0]} ${format(value)}`;
       if (i === token) node.classList.add('chosen');
       node.addEventListener('click', () => { token = i; draw(); });
       return node;
@@ -54,18 +54,18 @@ function sampleSection(samples, latents, jump) {
 
   function choose() {
     sample = samples[Number(which.value)];
-    look = sample.looks.length - 1;
+    at = sample.looks.length - 1;
     token = 0;
-    const here = Object.keys(MEASURES).filter((n) => sample.looks.some((l) => l[n]));
+    const here = Object.keys(MEASURES).filter((n) => sample.looks.some((record) => record[n]));
     measure.replaceChildren(...here.map((n) => element('option', { value: n }, MEASURES[n][0])));
-    slider.max = look;
-    slider.value = look;
+    slider.max = at;
+    slider.value = at;
     draw();
   }
 
   which.addEventListener('change', choose);
   measure.addEventListener('change', draw);
-  slider.addEventListener('input', () => { look = Number(slider.value); draw(); });
+  slider.addEventListener('input', () => { at = Number(slider.value); draw(); });
   choose();
   return element('div', {}, element('div', { class: 'controls' }, which, measure, slider, step), strip, table);
 }
