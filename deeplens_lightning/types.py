@@ -44,9 +44,6 @@ class Provenance:
         return torch.stack([self.document_hash, self.document_index, self.position, self.token_id], 1)
 
 
-# ---- ranks and devices
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """Rank, world size and devices of this process.
@@ -74,9 +71,6 @@ def device_of(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-# ---- places in the text, in the blocks and in the rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,9 +259,6 @@ def stream_position(state: Mapping[str, Any]) -> StreamPosition:
 def _pair(values: Sequence[int]) -> tuple[int, int]:
     first, second = values
     return first, second
-
-
-# ---- streams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
