@@ -64,7 +64,7 @@ def from_shards(rows: Tensor, args: argparse.Namespace, folder: Path) -> Iterato
     stream = ShardStream(folder, batch_size=args.batch_size, shuffle="global", drop_last=True)
     epoch = 0
     while True:
-        for batch in stream.batches({"epoch": epoch}, 0):
+        for batch in stream.batches(stream.start(epoch), 0):
             yield batch.rows[HOOK]
         epoch += 1
 
