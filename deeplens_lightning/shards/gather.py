@@ -99,19 +99,22 @@ class Gatherer:
         key = np.sort(index + np.repeat(offsets, -(-len(index) // pieces))[: len(index)])
         firsts = (offsets[:, None] + self._starts[:-1]).ravel()
         sizes = np.diff(np.searchsorted(key, firsts), append=len(key))
-        here = torch.from_numpy(key - np.repeat(firsts, sizes)).split(sizes.tolist())
+        here = key - np.repeat(firsts, sizes)
+        ends = np.cumsum(sizes).tolist()
         rows = {
             name: torch.empty(len(index), kind.d_in, dtype=DTYPES[kind.dtype], pin_memory=self._pin_memory)
             for name, kind in self._hook_points.items()
         }
         provenance = torch.empty(len(index), 4, dtype=torch.int64, pin_memory=self._pin_memory)
+        index_parts = torch.from_numpy(here).split(sizes.tolist())
         parts = {name: out.split(sizes.tolist()) for name, out in rows.items()}
-        origins = provenance.split(sizes.tolist())
+        origins = provenance.numpy()
         for at in np.flatnonzero(sizes).tolist():
             shard = self._shard(at % shards)
-            shard.gather_provenance(here[at], origins[at])
+            span = slice(ends[at - 1] if at else 0, ends[at])
+            shard.gather_provenance(here[span], origins[span])
             for name, part in parts.items():
-                shard.gather(name, here[at], part[at])
+                shard.gather(name, index_parts[at], part[at])
         return rows, provenance
 
     def _shard(self, number: int) -> OpenShard:
