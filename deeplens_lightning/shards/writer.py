@@ -35,7 +35,7 @@ NonFinite = Literal["refuse", "drop"]
 SHARD_BYTES = 256 * 2**20
 """Default size of a shard in bytes: about a minute of computing on a laptop, a second of writing."""
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SLACK = 2**16  # bytes for a shard's zip directory and its sidecar
 
 
@@ -101,7 +101,7 @@ class ShardWriter:
             self._lock = self._folder.lock(f".lock-rank{rank:05d}")
             try:
                 self._recover()
-                self._check_room(expected_rows)
+                self._check_free_space(expected_rows)
             except BaseException:
                 self._lock.release()
                 raise
@@ -220,7 +220,7 @@ class ShardWriter:
         self.dropped = sidecar.dropped
         self.resume = sidecar.next
 
-    def _check_room(self, expected_rows: int | None) -> None:
+    def _check_free_space(self, expected_rows: int | None) -> None:
         free = self._folder.free_bytes()
         if expected_rows is None or free is None or self.finished:
             return
@@ -311,7 +311,7 @@ class ShardWriter:
             self._folder.publish(staged, name)
             self._folder.write(sidecar_name(name), sidecar.dump())
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in _NO_SPACE:
                 raise
             written = staged.stat().st_size if staged.exists() else 0
             raise self._disk_full(max(need - written, 1), error.strerror or str(error)) from error

@@ -193,7 +193,7 @@ def test_a_pickle_that_would_run_code_is_refused_wherever_a_file_is_read_and_not
                 ShardStream(path, batch_size=1)
         assert "nothing in it was executed" in verify(folder).problems[0], name
 
-        # In a cache whose sidecar and index were forged to match, so that only opening it can tell.
+        # In a cache whose sidecar and index were forged to match, so that only opening it shows the damage.
         shard = cache / shard_name(0, 1)
         torch.save([bomb, torch.zeros(shard.stat().st_size, dtype=torch.uint8)], shard)
         for text in (cache / INDEX, cache / sidecar_name(shard.name)):
