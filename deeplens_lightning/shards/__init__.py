@@ -1,7 +1,7 @@
-"""Caches of activations on disk: written once, read by any number of runs, trusted.
+"""The on-disk cache of activations: write it once, verify it, read it in shuffled batches.
 
-`ShardWriter` writes finished shards that a killed run continues, `ShardStream` serves shuffled batches
-from them, `verify` checks every byte. `format.py` describes the files.
+`ShardWriter` writes shards, and continues after a kill. `ShardStream` reads them in shuffled batches. `verify` compares
+every shard with its checksum. `format.py` describes the files.
 """
 
 from deeplens_lightning.shards.catalog import Catalog, open_catalog

@@ -1,41 +1,38 @@
-"""What a reader is pointed at: folders, globs, files, URLs, turned into one checked list of shards.
+"""List the shards at given paths, and check that their sizes are right and that they belong together.
 
-Sizes are checked here, at once, and nothing but small text files is read (bare tensors are mapped, to
-learn their shapes).
+In: folders, globs, files, URLs. Out: a `Catalog`. Only small text files are read; bare tensors are memory-mapped to
+get their shapes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
-from deeplens_lightning.shards.folder import Folder, LocalFolder, open_folder
-from deeplens_lightning.shards.format import (
+from deeplens_lightning.shards.folder import Folder
+from deeplens_lightning.shards.format import Manifest, Rows, Sidecar, differences
+from deeplens_lightning.shards.index import read_index
+from deeplens_lightning.shards.local_copies import LocalCopies, local_path
+from deeplens_lightning.shards.names import (
     INDEX,
     MANIFEST,
-    Manifest,
-    Rows,
-    Sidecar,
-    differences,
     parse_shard_name,
     shard_name,
     shard_of,
     sidecar_name,
 )
-from deeplens_lightning.shards.paths import Source, group_sources
-from deeplens_lightning.shards.remote import LocalCopies
-from deeplens_lightning.shards.save import read_index
+from deeplens_lightning.shards.open_folder import open_folder
+from deeplens_lightning.shards.paths import ShardPath, group_paths
 from deeplens_lightning.shards.tensors import DTYPE_NAMES, open_bare
 
-_OVERHEAD = 2**16  # a shard's zip directory, per file
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_OVERHEAD = 2**16  # bytes of a shard file beside its rows, at most (the zip directory)
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +42,14 @@ class Shard:
     """One file of rows.
 
     Attributes:
-        folder, file: where it is.
-        rows, nbytes: its size.
-        sha256: of its bytes, None for a bare tensor.
+        folder: that the file is in.
+        file: its name.
+        rows: number of rows in it.
+        nbytes: its size in bytes.
+        sha256: its checksum; None for a bare tensor.
         storage: `exact`, `int8` or `bare`.
-        document_hashes, document_rows: runs of consecutive rows of one document.
+        document_hashes: int64 `(runs,)`, text hash of each run of consecutive rows of one document.
+        document_rows: int64 `(runs,)`, rows in each run.
     """
 
     folder: Folder
@@ -63,18 +63,18 @@ class Shard:
 
     @property
     def where(self) -> str:
-        """Path or URL."""
+        """Path or URL of the file."""
         return f"{self.folder.where}/{self.file}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalog:
-    """Every shard of the sources, with what their rows are.
+    """All shards at some paths.
 
     Attributes:
         hook_points: `Rows` by canonical hook name, the same for every shard.
-        shards: in order.
-        manifests: of the caches among the sources, by folder.
+        shards: in the order in which their rows are numbered.
+        manifests: by folder, for the paths that are caches and not bare tensors.
     """
 
     hook_points: Mapping[str, Rows]
@@ -83,40 +83,43 @@ class Catalog:
 
     @property
     def rows(self) -> int:
-        """Rows in all."""
+        """Number of rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Size of all shards in bytes."""
         return sum(shard.nbytes for shard in self.shards)
 
 
 def open_catalog(
-    sources: Source | Iterable[Source], hook: str | None = None, copies: LocalCopies | None = None
+    paths: ShardPath | Iterable[ShardPath], hook: str | None = None, copies: LocalCopies | None = None
 ) -> Catalog:
-    """List and check the shards of some sources.
+    """List and check the shards at some paths.
 
     Args:
-        sources: folders that `extract` wrote, `.pt` files, folders of bare `.pt` files, globs of any of
-            these; local or fsspec URLs.
+        paths: one or several folders that `extract` wrote, `.pt` files, folders of bare `.pt` files, or globs of any
+            of these; local or fsspec URLs.
         hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
-        copies: where remote bare tensors are fetched to.
+        copies: where remote bare tensors are copied to; None if all paths are local.
 
     Raises:
-        ShardError: nothing there, or what is there does not belong together.
+        ShardError: there are no rows, or the shards are of different models, hook points, widths or dtypes.
         DamagedShardError: a file is missing or has another size than its sidecar says.
     """
-    groups = group_sources(sources)
+    groups = group_paths(paths)
     parts = [_open_folder(where, files, hook, copies) for where, files in groups.items()]
     _check_alike(parts)
     catalog = Catalog(
         hook_points=parts[0].hook_points,
-        shards=_weyl_documents([shard for part in parts for shard in part.shards]),
+        shards=_divide_bare_tensors([shard for part in parts for shard in part.shards]),
         manifests={where: manifest for part in parts for where, manifest in part.manifests.items()},
     )
     if not catalog.rows:
-        raise ShardError(f"no rows in {', '.join(groups)}: its extraction has not finished a shard yet")
+        raise ShardError(
+            f"{', '.join(groups)}: there are no rows, because the extraction has not finished a shard yet; run its "
+            "extract command again to continue"
+        )
     return catalog
 
 
@@ -130,8 +133,9 @@ def _open_folder(
     wanted = files if files is not None else [name for name in sizes if name.endswith(".pt")]
     if not wanted:
         raise ShardError(
-            f"{where} is no cache: it has no {MANIFEST} and no .pt file"
-            + (f" (there are {', '.join(list(sizes)[:5])})" if sizes else " and may not exist")
+            f"{where} is not a cache: it has no {MANIFEST} and no .pt file"
+            + (f" (it has {', '.join(list(sizes)[:5])})" if sizes else " and may not exist")
+            + "; give a folder that `extract` wrote, or .pt files"
         )
     return _open_bare_files(folder, sizes, wanted, hook, copies)
 
@@ -139,7 +143,7 @@ def _open_folder(
 def _open_cache(folder: Folder, sizes: Mapping[str, int], files: list[str] | None) -> Catalog:
     manifest = Manifest.parse(folder.read(MANIFEST), f"{folder.where}/{MANIFEST}")
     if INDEX in sizes:
-        names = [shard["file"] for shard in read_index(folder)]
+        names = [entry.file for entry in read_index(folder)]
     else:
         names = [shard for name in sizes if (shard := shard_of(name)) is not None]
         log.warning(
@@ -151,14 +155,17 @@ def _open_cache(folder: Folder, sizes: Mapping[str, int], files: list[str] | Non
     if files is not None:
         for name in files:
             if name not in names:
-                raise ShardError(f"{folder.where}/{name} is no finished shard of the cache in its folder")
+                raise ShardError(
+                    f"{folder.where}/{name} is not a finished shard of the cache in that folder: give the folder itself, "
+                    f"or one of its shards, such as {names[0] if names else shard_name(0, 0)}"
+                )
         names = [name for name in names if name in files]
     for name in names:
         if name not in sizes or sidecar_name(name) not in sizes:
             missing = name if name not in sizes else sidecar_name(name)
             raise DamagedShardError(
                 f"{folder.where}/{missing} is missing: copy it again from where the cache came from, or run "
-                "its extract command again, which writes what is missing"
+                "its extract command again, which writes the missing shards"
             )
     shards = []
     for name, text in zip(names, folder.read_many([sidecar_name(name) for name in names]), strict=True):
@@ -180,14 +187,18 @@ def _open_cache(folder: Folder, sizes: Mapping[str, int], files: list[str] | Non
 
 
 def _check_gapless(folder: Folder, names: Sequence[str]) -> None:
-    """Shards of a rank are numbered without gaps, so a missing one shows even before there is an index."""
+    """Check that the shards of each rank are numbered without gaps, which shows a missing one without an index.
+
+    Raises:
+        DamagedShardError: a shard is missing.
+    """
     for name in names:
         rank, number = parse_shard_name(name) or (0, 0)
         before = shard_name(rank, max(0, number - 1))
         if before not in names:
             raise DamagedShardError(
                 f"{folder.where}/{before} is missing and {name} is there: copy it again, or run the extract "
-                "command again, which writes what is missing"
+                "command again, which writes the missing shards"
             )
 
 
@@ -195,7 +206,8 @@ def _check_size(folder: Folder, name: str, sidecar: Sidecar, size: int, manifest
     where = f"{folder.where}/{name}"
     if sidecar.file != name:
         raise DamagedShardError(
-            f"{folder.where}/{sidecar_name(name)} belongs to {sidecar.file}, not to {name}"
+            f"{folder.where}/{sidecar_name(name)} is the sidecar of {sidecar.file}, not of {name}: copy both files again "
+            "from where the cache came from"
         )
     if size != sidecar.nbytes:
         raise DamagedShardError(
@@ -205,8 +217,9 @@ def _check_size(folder: Folder, name: str, sidecar: Sidecar, size: int, manifest
     expected = sidecar.rows * manifest.row_bytes
     if not expected <= size <= expected + _OVERHEAD + 1024 * len(manifest.hook_points):
         raise DamagedShardError(
-            f"{where} has {size:,} bytes for {sidecar.rows:,} rows, which cannot be rows as the manifest "
-            f"describes them ({manifest.row_bytes} bytes each): it is of another d_in or dtype"
+            f"{where} has {size:,} bytes for {sidecar.rows:,} rows; rows of the manifest's hook points take "
+            f"{manifest.row_bytes} bytes each, so this shard has another d_in or dtype: copy it and {MANIFEST} again "
+            "from where the cache came from"
         )
 
 
@@ -221,7 +234,7 @@ def _open_bare_files(
     shards: list[Shard] = []
     for name in names:
         if name not in sizes:
-            raise DamagedShardError(f"{folder.where}/{name} is missing")
+            raise DamagedShardError(f"{folder.where}/{name} is missing: copy it again, or leave it out")
         path = local_path(folder, name, sizes[name], None, copies)
         [(found, rows)] = open_bare(path, hook).rows.items()
         here = {found: Rows(d_in=rows.shape[1], dtype=DTYPE_NAMES[rows.dtype])}
@@ -246,15 +259,6 @@ def _open_bare_files(
     return Catalog(hook_points=hook_points, shards=shards, manifests={})
 
 
-def local_path(folder: Folder, file: str, size: int, sha256: str | None, copies: LocalCopies | None) -> Path:
-    """A local path that holds a file now."""
-    if isinstance(folder, LocalFolder):
-        return folder.path / file
-    if copies is None:
-        raise ShardError(f"{folder.where} is remote: give room for local copies")
-    return copies.get(folder, file, size, sha256)
-
-
 def _check_alike(parts: Sequence[Catalog]) -> None:
     first = parts[0]
     for part in parts[1:]:
@@ -273,6 +277,7 @@ def _check_alike(parts: Sequence[Catalog]) -> None:
                         + "; ".join(
                             f"{name or 'model'} is {here!r} and {there!r}" for name, there, here in different
                         )
+                        + ". Give shards of one model"
                     )
 
 
@@ -284,11 +289,12 @@ def _name_rows(hook_points: Mapping[str, Rows]) -> str:
     return ", ".join(f"{name} ({rows.d_in} wide, {rows.dtype})" for name, rows in hook_points.items())
 
 
-def _weyl_documents(shards: Sequence[Shard]) -> list[Shard]:
-    """Give bare tensors documents to split by: stretches of neighbouring rows with evenly spread hashes.
+def _divide_bare_tensors(shards: Sequence[Shard]) -> list[Shard]:
+    """Divide bare tensors into stretches of neighbouring rows that stand in for documents in the held-out split.
 
-    Multiples of the golden ratio modulo 1 fill the unit interval evenly, so any fraction of these
-    stretches is held out to within one, and only their edges can share a document.
+    The stretches' hashes are multiples of the golden ratio modulo 1 (as 64-bit integers), which fill the unit interval
+    evenly: for any `val_fraction` the number of stretches held out is right to within one. Documents are not known
+    here; only those at the edges of a stretch can be in both splits.
     """
     bare = sum(shard.rows for shard in shards if shard.storage == "bare")
     stretch = min(max(bare // 256, 1), 1024)
@@ -302,16 +308,5 @@ def _weyl_documents(shards: Sequence[Shard]) -> list[Shard]:
         lengths[-1] = shard.rows - stretch * (count - 1)
         hashes = (np.arange(seen + 1, seen + 1 + count).astype(np.uint64) * _GOLDEN).view(np.int64)
         seen += count
-        result.append(
-            Shard(
-                folder=shard.folder,
-                file=shard.file,
-                rows=shard.rows,
-                nbytes=shard.nbytes,
-                sha256=None,
-                storage="bare",
-                document_hashes=hashes,
-                document_rows=lengths,
-            )
-        )
+        result.append(replace(shard, document_hashes=hashes, document_rows=lengths))
     return result

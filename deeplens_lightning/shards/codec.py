@@ -1,9 +1,8 @@
-"""Rows on disk: as they are, or 8 bits each with one scale per row.
+"""Quantise rows to 8 bits with one scale per row, and back.
 
-The 8-bit form keeps `round(x / s)` with `s = max|x| / 127` of its row, in float32. An element comes
-back within `max|x| / 254` of itself (and then rounded to the activation dtype). For rows without
-outliers that is about 0.7% of the row's norm, an FVU of 5e-5; one huge dimension costs all the others
-of its row their precision.
+A row x is stored as `round(x / s)` with `s = max|x| / 127`, computed in float32. Each element comes back with an
+error of at most `max|x| / 254` (and is then rounded to the activation dtype). For rows without outliers that is
+about 0.7% of the row's norm, an FVU of 5e-5. One very large element in a row makes its other elements imprecise.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from torch import Tensor
 
 
 def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows `(n, d_in)` of any float dtype as int8 `(n, d_in)` and float32 scales `(n,)`."""
+    """Quantise rows `(n, d_in)` of any float dtype to int8 codes `(n, d_in)` and float32 scales `(n,)`."""
     rows = rows.float()
     scales = rows.abs().amax(dim=1) / 127
     steps = torch.where(scales > 0, scales, 1).unsqueeze(1)
@@ -21,5 +20,5 @@ def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of `quantize`, up to its error."""
+    """Rows `(n, d_in)` in `dtype` from int8 codes `(n, d_in)` and float32 scales `(n,)`."""
     return (codes.float() * scales.unsqueeze(1)).to(dtype)

@@ -1,18 +1,18 @@
-"""What can be wrong with a cache, each with what to do about it."""
+"""Errors of reading and writing caches; every message names the file and the fix."""
 
 from __future__ import annotations
 
 
 class ShardError(ValueError):
-    """A cache cannot be read or continued as it is; the message names the file and the fix."""
+    """A cache cannot be read, or cannot be continued."""
 
 
 class DamagedShardError(ShardError):
-    """A file of a cache is missing, truncated, altered, or no shard at all."""
+    """A file of a cache is missing, truncated, altered, or not a shard."""
 
 
 class OtherConfigError(ShardError):
-    """A folder holds a cache of another configuration; the message names the differences."""
+    """The folder holds a cache of another configuration; the message lists the differences."""
 
 
 class NonFiniteError(ShardError):
@@ -20,10 +20,14 @@ class NonFiniteError(ShardError):
 
 
 class DiskFullError(OSError):
-    """There is no room for the next shard; the cache stays valid and can be continued.
+    """The disk has no space for the next shard; the cache stays valid and can be continued.
+
+    Args:
+        message: what is full, and what to do.
+        missing: bytes to free.
 
     Attributes:
-        missing: how many bytes more are needed.
+        missing: bytes to free.
     """
 
     def __init__(self, message: str, missing: int) -> None:

@@ -1,12 +1,14 @@
-"""A folder of a cache: listing, reading small files, and files that appear whole or not at all.
+"""Folders of a cache: list files, read small files, write files that appear whole or not at all.
 
-`open_folder` takes a path or any fsspec URL; `remote.py` has the class for URLs.
+`Folder` is the protocol, `LocalFolder` a folder on this machine's file systems. `remote.py` has the folder behind
+a URL; `open_folder.py` chooses between the two.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -14,29 +16,44 @@ from uuid import uuid4
 
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 
+if sys.platform != "win32":
+    import fcntl
+
 TEMPORARY = ".writing-"
-"""Names of unfinished files begin with this; nothing reads them."""
+"""Prefix of the names of unfinished files. Readers ignore these files."""
 
 
 class Folder(Protocol):
-    """Where a cache lies."""
+    """A folder that holds a cache.
+
+    Attributes:
+        where: its path or URL, for messages.
+    """
 
     where: str
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by file name, unfinished files left out; empty when the folder is missing."""
+        """Bytes by file name, sorted, without unfinished files; empty if the folder does not exist."""
         ...
 
     def read(self, name: str) -> bytes:
-        """A small file's content."""
+        """The content of one small file.
+
+        Raises:
+            DamagedShardError: the file does not exist.
+        """
         ...
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
-        """Several small files' contents, in the order of `names`."""
+        """The contents of several small files, in the order of `names`.
+
+        Raises:
+            DamagedShardError: a file does not exist.
+        """
         ...
 
     def write(self, name: str, content: bytes) -> None:
-        """Put a small file in place at once."""
+        """Write a small file so that readers see all of it or nothing."""
         ...
 
     def stage(self, name: str) -> Path:
@@ -44,28 +61,30 @@ class Folder(Protocol):
         ...
 
     def publish(self, staged: Path, name: str) -> None:
-        """Put a staged file in place at once, replacing what was there."""
+        """Move a staged file to its final name, replacing a file of that name."""
         ...
 
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it exists."""
         ...
 
     def clean(self, prefix: str) -> None:
-        """Delete unfinished files whose names begin with `prefix`."""
+        """Delete unfinished files whose final names begin with `prefix`."""
         ...
 
     def lock(self, name: str) -> Lock:
-        """Keep other writers out until the lock is released or this process ends."""
+        """Lock the folder against other writers, where the file system has locks.
+
+        Args:
+            name: name of the lock.
+
+        Raises:
+            ShardError: another process holds the lock.
+        """
         ...
 
     def free_bytes(self) -> int | None:
-        """Room left, where that can be known."""
-        ...
-
-    @property
-    def path(self) -> Path | None:
-        """The folder itself where it is local."""
+        """Free space in bytes; None if it is not known."""
         ...
 
     def download(self, name: str, to: Path) -> None:
@@ -74,34 +93,30 @@ class Folder(Protocol):
 
 
 class Lock(Protocol):
-    """A writer's claim on a folder."""
+    """A lock that keeps other writers out until it is released or this process ends."""
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock."""
         ...
 
 
-def open_folder(where: str | os.PathLike[str]) -> Folder:
-    """The folder at a local path or an fsspec URL."""
-    from deeplens_lightning.shards.remote import RemoteFolder, is_remote
-
-    return RemoteFolder(str(where)) if is_remote(str(where)) else LocalFolder(where)
-
-
 class LocalFolder:
-    """A folder of a local (or network-mounted) file system."""
+    """A folder on a local or network-mounted file system.
+
+    Args:
+        where: its path; a `file://` prefix and `~` are understood.
+
+    Attributes:
+        path: the folder's path.
+        where: the same as a string.
+    """
 
     def __init__(self, where: str | os.PathLike[str]) -> None:
-        self._path = Path(str(where).removeprefix("file://")).expanduser()
-        self.where = str(self._path)
-
-    @property
-    def path(self) -> Path:
-        """The folder itself."""
-        return self._path
+        self.path = Path(str(where).removeprefix("file://")).expanduser()
+        self.where = str(self.path)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes by file name."""
+        """Bytes by file name, sorted, without unfinished files; empty if the folder does not exist."""
         try:
             entries = list(os.scandir(self.path))
         except FileNotFoundError:
@@ -113,19 +128,23 @@ class LocalFolder:
         }
 
     def read(self, name: str) -> bytes:
-        """A small file's content."""
+        """The content of one small file.
+
+        Raises:
+            DamagedShardError: the file does not exist.
+        """
         try:
             return (self.path / name).read_bytes()
         except FileNotFoundError as error:
             raise DamagedShardError(f"{self.path / name} is missing") from error
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
-        """Several small files' contents."""
+        """The contents of several small files, in the order of `names`."""
         return [self.read(name) for name in names]
 
     def write(self, name: str, content: bytes) -> None:
-        """Put a small file in place at once."""
-        staged = self.stage(f"{name}-{uuid4().hex}")  # ranks may put the same manifest in place at once
+        """Write a small file so that readers see all of it or nothing."""
+        staged = self.stage(f"{name}-{uuid4().hex}")  # several ranks may write the same manifest at once
         try:
             staged.write_bytes(content)
             self.publish(staged, name)
@@ -133,12 +152,12 @@ class LocalFolder:
             staged.unlink(missing_ok=True)
 
     def stage(self, name: str) -> Path:
-        """A name in the same folder (the rename must not cross file systems) that no reader lists."""
+        """A path in the same folder (a rename must not cross file systems) that readers ignore."""
         self.path.mkdir(parents=True, exist_ok=True)
         return self.path / f"{TEMPORARY}{name}"
 
     def publish(self, staged: Path, name: str) -> None:
-        """Flush the file to the disk, then rename it, then flush the rename."""
+        """Flush the staged file to the disk, rename it, then flush the rename."""
         with staged.open("rb+") as file:
             os.fsync(file.fileno())
         staged.replace(self.path / name)
@@ -150,27 +169,33 @@ class LocalFolder:
                 os.close(directory)
 
     def remove(self, name: str) -> None:
-        """Delete a file, if it is there."""
+        """Delete a file if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def clean(self, prefix: str) -> None:
-        """Delete unfinished files whose names begin with `prefix`."""
+        """Delete unfinished files whose final names begin with `prefix`."""
         for path in self.path.glob(f"{TEMPORARY}{prefix}*"):
             path.unlink(missing_ok=True)
 
     def lock(self, name: str) -> Lock:
-        """An exclusive `flock`, which the kernel drops when the process dies."""
+        """Lock the folder against other writers on this file system.
+
+        Args:
+            name: name of the lock's file.
+
+        Raises:
+            ShardError: another process holds the lock.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path / name)
 
     def free_bytes(self) -> int | None:
-        """Room left on the file system for an ordinary user."""
+        """Free space for an ordinary user in bytes; None where the file system does not report it."""
         path = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
         try:
-            state = os.statvfs(path)
-        except (AttributeError, OSError):  # no statvfs on Windows; some network mounts refuse it
+            return shutil.disk_usage(path).free
+        except OSError:  # some network mounts refuse
             return None
-        return state.f_bavail * state.f_frsize
 
     def download(self, name: str, to: Path) -> None:
         """Copy a file to a local path."""
@@ -178,22 +203,28 @@ class LocalFolder:
 
 
 class FileLock:
-    """An exclusive lock on a file of its own, held while this object lives."""
+    """An exclusive `flock` on a file, held until `release` or until the process ends.
+
+    Windows has no `flock`: there nothing is locked, and the writer notices a second writer by its sidecars.
+
+    Args:
+        path: the lock's file, created if it does not exist.
+
+    Raises:
+        ShardError: another process holds the lock.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a")
-        try:
-            import fcntl
-
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows: the writer's check for unexpected sidecars remains
-            pass
-        except BlockingIOError as error:
-            self._file.close()
-            raise ShardError(
-                f"another process is writing to {path.parent}: wait for it, stop it, or choose another folder"
-            ) from error
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                self._file.close()
+                raise ShardError(
+                    f"another process is writing to {path.parent}: wait for it, stop it, or choose another folder"
+                ) from error
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock."""
         self._file.close()

@@ -1,21 +1,20 @@
-"""The text files of a cache: `manifest.json`, one sidecar per finished shard, and `index.json`.
+"""File formats of a cache: `manifest.json`, one JSON sidecar per finished shard, and `index.json`.
 
 A cache is a folder:
 
     manifest.json               written first: what the rows are and where they came from
     rank00000-000000.pt         a shard: {"rows": {hook: (n, d_in)}, "provenance": (n, 4)}
-    rank00000-000000.json       its sidecar, written after it: only now does the shard count
+    rank00000-000000.json       its sidecar, written after it: a shard without sidecar is not finished
     ...
-    rank00000.done.json         a rank has written all of its rows
-    index.json                  all ranks have; every shard with its size and checksum
+    rank00000.done.json         this rank has written all of its rows
+    index.json                  all ranks have; lists every shard with its size and checksum
 
-File names are derived or checked, never followed: nothing a file says leads outside its folder.
+`names.py` makes and checks the file names.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,21 +25,26 @@ import torch
 from numpy.typing import NDArray
 
 from deeplens_lightning.shards.errors import DamagedShardError, OtherConfigError, ShardError
+from deeplens_lightning.shards.names import check_shard_name
 
 FORMAT = "deeplens-lightning shards"
 VERSION = 1
-MANIFEST = "manifest.json"
-INDEX = "index.json"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGES = ("exact", "int8")
 
-_SHARD = re.compile(r"rank(\d{5})-(\d{6})\.pt")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """What a row of one hook point is: its width `d_in` and its activation dtype by name."""
+    """Width and dtype of the rows of one hook point.
+
+    Attributes:
+        d_in: elements in a row, at least 1.
+        dtype: the activation dtype: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ShardError: another dtype, or `d_in` below 1.
+    """
 
     d_in: int
     dtype: str
@@ -54,15 +58,20 @@ class Rows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """What a cache holds. Equal `hook_points`, `storage` and `config` mean: the same cache.
+    """Content of `manifest.json`: the rows of a cache and the configuration that they were computed with.
+
+    Two manifests describe the same cache if `hook_points`, `storage` and `config` are equal.
 
     Attributes:
-        hook_points: `Rows` by canonical hook name.
-        storage: `exact` (the activation dtype), or `int8` (8 bits and one scale per row).
-        config: JSON-able description of model, dataset, packing and split; compared as a whole.
-        world_size: how many ranks write it.
-        versions: of the libraries that began it, for people to read; never compared.
-        extra: anything JSON-able to keep beside the rows (activation statistics); never compared.
+        hook_points: `Rows` by canonical hook name; at least one.
+        storage: `exact` (rows in the activation dtype), or `int8` (8 bits and one scale per row).
+        config: model, dataset, packing and split as JSON values.
+        world_size: number of ranks that write the cache.
+        versions: of the libraries that the cache was started with, for people to read; never compared.
+        extra: JSON values to keep beside the rows, such as activation statistics; never compared.
+
+    Raises:
+        ShardError: there is no hook point, or `storage` is unknown.
     """
 
     hook_points: Mapping[str, Rows]
@@ -80,30 +89,55 @@ class Manifest:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes on disk for one row of every hook point, provenance included."""
+        """Bytes on disk of one row: of every hook point, and its provenance."""
         if self.storage == "int8":
             return 32 + sum(rows.d_in + 4 for rows in self.hook_points.values())
         return 32 + sum(rows.d_in * DTYPES[rows.dtype].itemsize for rows in self.hook_points.values())
 
     def dump(self) -> bytes:
-        """The text of `manifest.json`."""
+        """The content of `manifest.json`."""
         return dump_json(asdict(self))
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Manifest:
-        """Read the text of a `manifest.json`; `where` names it in errors."""
-        content = parse_json(data, where)
-        try:
-            hook_points = {name: Rows(**rows) for name, rows in content["hook_points"].items()}
-            return cls(**{**{key: content[key] for key in _MANIFEST_FIELDS}, "hook_points": hook_points})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ShardError(f"{where} is no manifest of a cache: {error!r}") from error
+        """Parse the content of a `manifest.json`.
 
-    def check_same(self, other: Manifest, where: str) -> None:
-        """Refuse to continue `other`, found at `where`, when it is another cache than this one.
+        Args:
+            data: the content.
+            where: the file's path, for messages.
 
         Raises:
-            OtherConfigError: with every difference by name, there and here.
+            ShardError: it is not a manifest, or of a newer version.
+        """
+        content = parse_json(data, where)
+        try:
+            hook_points = content["hook_points"]
+            if not isinstance(hook_points, dict):
+                raise TypeError("hook_points is not an object")
+            return cls(
+                hook_points={
+                    name: Rows(d_in=rows["d_in"], dtype=rows["dtype"]) for name, rows in hook_points.items()
+                },
+                storage=content["storage"],
+                config=content["config"],
+                world_size=content["world_size"],
+                versions=content["versions"],
+                extra=content["extra"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ShardError(
+                f"{where} is not the manifest of a cache ({error!r}): copy it again from where it was written"
+            ) from error
+
+    def check_same(self, other: Manifest, where: str) -> None:
+        """Check that a cache can be continued: that `other` describes the same cache as this manifest.
+
+        Args:
+            other: the manifest found in the folder.
+            where: the folder, for messages.
+
+        Raises:
+            OtherConfigError: they differ; the message lists every difference.
         """
         lines = [
             f"  {key}: {there!r} there, {here!r} here"
@@ -113,29 +147,26 @@ class Manifest:
             raise OtherConfigError(
                 f"{where} holds a cache of another configuration:\n"
                 + "\n".join(lines)
-                + "\nChoose another folder, or the configuration that it was begun with."
+                + "\nChoose another folder, or use the configuration that the cache was started with."
             )
 
     def comparable(self) -> dict[str, Any]:
-        """The part that decides whether two caches are the same, as plain JSON values."""
+        """Hook points, storage and configuration as JSON values: what must be equal to continue a cache."""
         content = asdict(self)
         kept = {key: content[key] for key in ("hook_points", "storage", "config")}
         result: dict[str, Any] = json.loads(json.dumps(kept))
         return result
 
 
-_MANIFEST_FIELDS = ("hook_points", "storage", "config", "world_size", "versions", "extra")
-
-
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Where a rank goes on writing.
+    """Where a rank continues to write.
 
     Attributes:
-        source: JSON-able, what the writer was given with the batch that holds the next row; None at
-            the very start.
-        first_row: the number of that batch's first row among the rows of its rank.
-        row: the number of the next row; rows before it are dropped when they come again.
+        source: the `source` that `ShardWriter.append` got with the batch that holds the next row, as JSON values;
+            None before the first row.
+        first_row: number of that batch's first row among the rows of the rank.
+        row: number of the next row to write. Rows with lower numbers are skipped.
     """
 
     source: Any
@@ -145,15 +176,15 @@ class Resume:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sidecar:
-    """One finished shard.
+    """Content of a sidecar, the JSON file of one finished shard.
 
     Attributes:
-        file: the shard's file name.
-        rows: how many rows it holds.
-        nbytes: its size on disk.
-        sha256: of its bytes, as `sha256sum` prints it.
-        next: where its rank goes on after it.
-        dropped: rows that its rank left out so far because they were not finite.
+        file: file name of the shard.
+        rows: number of rows in it.
+        nbytes: its size in bytes.
+        sha256: its checksum in hexadecimal, as `sha256sum` prints it.
+        next: where the rank continues after this shard.
+        dropped: rows that the rank has left out up to here because they held NaN or infinity.
         document_hashes: int64 `(runs,)`: text hash of each run of consecutive rows of one document.
         document_rows: int32 `(runs,)`: rows in each run.
     """
@@ -168,89 +199,83 @@ class Sidecar:
     document_rows: NDArray[np.int32]
 
     def dump(self) -> bytes:
-        """The text of the sidecar; document runs are base64 of little-endian integers."""
-        content = {name: getattr(self, name) for name in ("file", "rows", "nbytes", "sha256", "dropped")}
-        content["next"] = asdict(self.next)
-        content["documents"] = {
-            "runs": len(self.document_rows),
-            "hashes": b64encode(self.document_hashes.astype("<i8").tobytes()).decode(),
-            "rows": b64encode(self.document_rows.astype("<i4").tobytes()).decode(),
+        """The content of the sidecar file; document runs are base64 of little-endian integers."""
+        content = {
+            "file": self.file,
+            "rows": self.rows,
+            "nbytes": self.nbytes,
+            "sha256": self.sha256,
+            "dropped": self.dropped,
+            "next": asdict(self.next),
+            "documents": {
+                "runs": len(self.document_rows),
+                "hashes": b64encode(self.document_hashes.astype("<i8").tobytes()).decode(),
+                "rows": b64encode(self.document_rows.astype("<i4").tobytes()).decode(),
+            },
         }
         return dump_json(content)
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Sidecar:
-        """Read the text of a sidecar; `where` names it in errors."""
+        """Parse the content of a sidecar file.
+
+        Args:
+            data: the content.
+            where: the file's path, for messages.
+
+        Raises:
+            DamagedShardError: it is not a sidecar, or its numbers do not fit together.
+            ShardError: it is of a newer version.
+        """
         content = parse_json(data, where)
         try:
-            documents = content["documents"]
+            documents, following = content["documents"], content["next"]
             sidecar = cls(
-                **{name: content[name] for name in ("file", "rows", "nbytes", "sha256", "dropped")},
-                next=Resume(**content["next"]),
+                file=content["file"],
+                rows=content["rows"],
+                nbytes=content["nbytes"],
+                sha256=content["sha256"],
+                dropped=content["dropped"],
+                next=Resume(following["source"], following["first_row"], following["row"]),
                 document_hashes=np.frombuffer(b64decode(documents["hashes"]), "<i8"),
                 document_rows=np.frombuffer(b64decode(documents["rows"]), "<i4"),
             )
             counts = int(sidecar.document_rows.sum()), len(sidecar.document_rows)
         except (KeyError, TypeError, ValueError) as error:
-            raise DamagedShardError(f"{where} is no sidecar of a shard: {error!r}") from error
+            raise DamagedShardError(
+                f"{where} is not the sidecar of a shard ({error!r}): copy it again, or delete it and run the extract "
+                "command again"
+            ) from error
         check_shard_name(sidecar.file, where)
         if counts != (sidecar.rows, len(sidecar.document_hashes)):
-            raise DamagedShardError(f"{where} contradicts itself: its documents do not add up to its rows")
+            raise DamagedShardError(
+                f"{where} is damaged: the rows of its documents do not add up to the rows of its shard. Copy it again, "
+                "or delete it and run the extract command again"
+            )
         return sidecar
 
 
-def shard_name(rank: int, number: int) -> str:
-    """File name of a rank's shard."""
-    return f"rank{rank:05d}-{number:06d}.pt"
-
-
-def sidecar_name(shard: str) -> str:
-    """File name of a shard's sidecar."""
-    return shard.removesuffix(".pt") + ".json"
-
-
-def shard_of(sidecar: str) -> str | None:
-    """File name of the shard that a sidecar's name belongs to, or None if it is no sidecar's name."""
-    shard = sidecar.removesuffix(".json") + ".pt"
-    return shard if sidecar.endswith(".json") and parse_shard_name(shard) else None
-
-
-def done_name(rank: int) -> str:
-    """File name of the mark that a rank has written everything."""
-    return f"rank{rank:05d}.done.json"
-
-
-def parse_shard_name(name: str) -> tuple[int, int] | None:
-    """Rank and number in a shard's file name, or None if it is none."""
-    match = _SHARD.fullmatch(name)
-    return (int(match[1]), int(match[2])) if match else None
-
-
-def check_shard_name(name: object, where: str) -> None:
-    """Refuse a file name that is not one of ours, such as a path out of the folder."""
-    if not isinstance(name, str) or parse_shard_name(name) is None:
-        raise DamagedShardError(
-            f"{where} names {name!r}, which is not a shard of its own folder (like 'rank00000-000000.pt'): "
-            "nothing was read; do not use this cache unless you know who wrote it"
-        )
-
-
 def dump_json(content: Mapping[str, Any]) -> bytes:
-    """Readable JSON of a file of ours, with the format's name and version."""
+    """Content of a JSON file of a cache: format name, format version, and `content`, indented."""
     return (json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=2) + "\n").encode()
 
 
 def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """Read a JSON file of ours.
+    """Parse a JSON file of a cache and check its format name and version.
+
+    Args:
+        data: the file's content.
+        where: the file's path, for messages.
 
     Raises:
-        ShardError: it is not JSON, not ours, or of a newer version.
+        DamagedShardError: it is not JSON.
+        ShardError: another program wrote it, or it is of a newer version.
     """
     try:
         content = json.loads(data)
     except ValueError as error:
         raise DamagedShardError(
-            f"{where} is not valid JSON ({error}): delete it and run `extract` again"
+            f"{where} is not valid JSON ({error}): delete it and run the extract command again"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ShardError(f'{where} was not written by deeplens_lightning: it has no "format": "{FORMAT}"')
@@ -264,7 +289,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
 
 
 def differences(there: Any, here: Any, name: str = "") -> Sequence[tuple[str, Any, Any]]:
-    """What differs between two JSON values: dotted name, one value, the other."""
+    """The differences between two JSON values: dotted name, value in `there`, value in `here`."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = [*there, *(key for key in here if key not in there)]
         return [

@@ -1,7 +1,8 @@
-"""In which order rows are served in an epoch: three formulas, none of which lists the rows.
+"""The order in which rows are served in an epoch: global shuffle, shuffle in windows of shards, or no shuffle.
 
-In: places in an epoch's order. Out: ordinals among the rows of the split. Any place can be asked for
-at any time, which is what makes resuming cost nothing.
+In: places in an epoch's order (0 is the row served first). Out: ordinals, that is, numbers of rows within the split.
+Each order is a formula and no list of rows is kept, so it can be computed from any place on without cost for the places
+before it. Resuming relies on this.
 """
 
 from __future__ import annotations
@@ -20,16 +21,22 @@ class Order(Protocol):
     """The order of one epoch."""
 
     def __getitem__(self, places: Integers) -> Integers:
-        """The ordinals at these places."""
+        """Ordinals at `places`, both int64 `(n,)`."""
         ...
 
     def shards(self, place: int) -> list[list[int]]:
-        """Shards needed around a place: now, and next; empty when any may be needed at any time."""
+        """Numbers of the shards read at `place`, and of those read next; empty if any shard may be read at any time."""
         ...
 
 
 class GlobalOrder:
-    """One permutation of everything."""
+    """One permutation of all rows.
+
+    Args:
+        rows: number of rows in the split.
+        seed: of the run.
+        epoch: number of the epoch.
+    """
 
     def __init__(self, rows: int, seed: int, epoch: int) -> None:
         self._permutation = Permutation(rows, np.random.SeedSequence([seed, epoch]))
@@ -38,18 +45,18 @@ class GlobalOrder:
         return self._permutation[places]
 
     def shards(self, place: int) -> list[list[int]]:  # noqa: ARG002
-        """Any shard at any time."""
+        """An empty list: any shard may be read at any time."""
         return []
 
 
 class WindowOrder:
-    """Shards in a random order, taken together in windows; rows permuted within each window.
+    """Shards in random order, grouped into windows; the rows of each window are permuted together.
 
     Args:
         counts: rows of the split in each shard, int64 `(shards,)`.
-        sizes: bytes of each shard, int64 `(shards,)`.
-        window_bytes: a window holds shards up to this size, and at least one. None: shards in their
-            own order, one a window, rows unshuffled.
+        sizes: size of each shard in bytes, int64 `(shards,)`.
+        window_bytes: largest size of a window's shards together; a window has at least one shard. None: no shuffle,
+            each shard is a window.
         seed: of the run.
         epoch: number of the epoch.
     """
@@ -87,13 +94,13 @@ class WindowOrder:
         return ordinals
 
     def shards(self, place: int) -> list[list[int]]:
-        """The shards of the window of a place, and of the next one."""
+        """Numbers of the shards in the window of `place`, and in the next window."""
         window = int(np.searchsorted(self._window_ends, place, "right"))
         return [self._shards[self._windows == window + ahead].tolist() for ahead in (0, 1)]
 
 
 def _group(sizes: NDArray[Any], limit: int) -> Integers:
-    """Consecutive things into groups of at most `limit` in all and at least one: the group of each."""
+    """Put consecutive sizes into groups with a sum of at most `limit` and at least one member: each one's group."""
     groups, group, total = [], 0, 0
     for place, size in enumerate(sizes.tolist()):
         if place and total + size > limit:

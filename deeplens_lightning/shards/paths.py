@@ -1,31 +1,42 @@
-"""From what a user points at to folders and files: paths, globs, lists, URLs."""
+"""Expand what a user gives as `shards=` (paths, globs, lists, URLs) into folders and the files in them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeAlias
 
 import fsspec
 
 from deeplens_lightning.shards.errors import ShardError
-from deeplens_lightning.shards.remote import is_remote
 
-Source = str | os.PathLike[str]
+ShardPath: TypeAlias = str | os.PathLike[str]
 """A folder that `extract` wrote, a `.pt` file, a folder of such files, or a glob; local or an fsspec URL."""
 
 
-def group_sources(sources: Source | Iterable[Source]) -> dict[str, list[str] | None]:
-    """The folders that sources lie in, each with the files meant in it, or None for all of them.
+def is_remote(where: str) -> bool:
+    """Whether a path is a URL of something else than a local file system."""
+    return "://" in where and not where.startswith(("file://", "local://"))
+
+
+def group_paths(paths: ShardPath | Iterable[ShardPath]) -> dict[str, list[str] | None]:
+    """Group paths by folder.
+
+    Args:
+        paths: one or several; globs are expanded.
+
+    Returns:
+        By folder, the names of the `.pt` files to read in it; None for all of them.
 
     Raises:
-        ShardError: there is no source, or one matches nothing.
+        ShardError: there is no path, or one matches nothing.
     """
-    given = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources)
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
-        raise ShardError("shards= names nothing: give a folder, a glob, a .pt file, or a list of them")
+        raise ShardError("shards= is empty: give a folder, a glob, a .pt file, or a list of them")
     groups: dict[str, list[str] | None] = {}
-    for where in [path for source in given for path in _expand(str(source))]:
+    for where in [found for path in given for found in _expand(str(path))]:
         if not where.endswith(".pt"):
             groups[where] = None
             continue
@@ -36,14 +47,14 @@ def group_sources(sources: Source | Iterable[Source]) -> dict[str, list[str] | N
     return groups
 
 
-def _expand(source: str) -> list[str]:
-    if is_remote(source):
-        if not any(sign in source for sign in "*?["):
-            return [source.rstrip("/")]
-        fs, path = fsspec.core.url_to_fs(source)
-        found = [fs.unstrip_protocol(match) for match in sorted(fs.glob(path))]
+def _expand(where: str) -> list[str]:
+    if is_remote(where):
+        if not any(sign in where for sign in "*?["):
+            return [where.rstrip("/")]
+        fs, pattern = fsspec.core.url_to_fs(where)
+        found = [fs.unstrip_protocol(match) for match in sorted(fs.glob(pattern))]
     else:
-        path = Path(source.removeprefix("file://")).expanduser()
+        path = Path(where.removeprefix("file://")).expanduser()
         if path.exists():
             return [str(path)]
         root = Path(path.anchor)
@@ -51,7 +62,7 @@ def _expand(source: str) -> list[str]:
     found = [path for path in found if path.endswith(".pt") or not Path(path).suffix] or found
     if not found:
         raise ShardError(
-            f"{source} matches nothing: give a folder that `extract` wrote, a glob, or a .pt file"
+            f"{where} matches nothing: give a folder that `extract` wrote, a glob, or a .pt file"
         )
     return found
 

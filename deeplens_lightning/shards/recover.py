@@ -1,4 +1,4 @@
-"""What an earlier writer of the same rank left: its finished shards, and debris to clear away."""
+"""Find finished shards of a rank; delete incomplete files."""
 
 from __future__ import annotations
 
@@ -7,24 +7,19 @@ from itertools import count
 
 from deeplens_lightning.shards.errors import DamagedShardError
 from deeplens_lightning.shards.folder import Folder
-from deeplens_lightning.shards.format import (
-    INDEX,
-    Sidecar,
-    done_name,
-    parse_json,
-    parse_shard_name,
-    shard_name,
-    sidecar_name,
-)
+from deeplens_lightning.shards.format import Sidecar, parse_json
+from deeplens_lightning.shards.names import INDEX, done_name, parse_shard_name, shard_name, sidecar_name
 
 log = logging.getLogger(__name__)
 
 
 def finished_shards(folder: Folder, rank: int) -> list[Sidecar]:
-    """A rank's finished shards from its first to the first that is missing.
+    """Sidecars of a rank's finished shards, from number 0 to the first one that is missing.
+
+    Unfinished files of the rank are deleted.
 
     Raises:
-        DamagedShardError: one is there and has another size than its sidecar says.
+        DamagedShardError: a shard has another size than its sidecar says.
     """
     folder.clean(f"rank{rank:05d}")
     sizes = folder.sizes()
@@ -36,27 +31,29 @@ def finished_shards(folder: Folder, rank: int) -> list[Sidecar]:
             break
         sidecar = Sidecar.parse(folder.read(side), f"{folder.where}/{side}")
         if name not in sizes:
-            log.warning("%s/%s is missing: it and what follows it is written again", folder.where, name)
+            log.warning(
+                "%s/%s is missing: it and the shards after it will be written again", folder.where, name
+            )
             break
         if sizes[name] != sidecar.nbytes:
             raise DamagedShardError(
-                f"{folder.where}/{name} has {sizes[name]:,} bytes, its sidecar says {sidecar.nbytes:,}: "
-                "delete it and run again; it and what follows it is then written again"
+                f"{folder.where}/{name} has {sizes[name]:,} bytes, its sidecar says {sidecar.nbytes:,}: delete it and "
+                "run again; it and the shards after it will then be written again"
             )
         sidecars.append(sidecar)
     return sidecars
 
 
 def is_done(folder: Folder, rank: int, shards: int) -> bool:
-    """Whether a rank said that it is done, and all of its shards are there."""
+    """Whether a rank's done file exists and counts `shards` shards."""
     mark = done_name(rank)
     if mark not in folder.sizes():
         return False
     return bool(parse_json(folder.read(mark), f"{folder.where}/{mark}").get("shards") == shards)
 
 
-def forget_after(folder: Folder, rank: int, shards: int) -> None:
-    """Remove a rank's files beyond its first `shards` shards, and the marks that say it was done."""
+def delete_after(folder: Folder, rank: int, shards: int) -> None:
+    """Delete a rank's files after its first `shards` shards, its done file, and the index."""
     folder.remove(INDEX)
     folder.remove(done_name(rank))
     for name in folder.sizes():

@@ -1,8 +1,7 @@
-"""Sets of row numbers that can be indexed by rank, kept small; and the held-out split made of them.
+"""The held-out split, as compact sets of row numbers from which the k-th row can be looked up.
 
-A split is a set of whole documents, so a set of rows is a few runs of consecutive rows. `RunSet` keeps
-those (16 bytes a run); where documents are scattered so finely that a bit per row is less, `BitSet`
-does. Neither ever lists the rows.
+A split is a set of whole documents, so its rows are runs of consecutive row numbers. `RunSet` keeps the runs (24 bytes
+each). `BitSet` keeps one bit per row, which is smaller if there are very many short runs. Neither keeps a list of rows.
 """
 
 from __future__ import annotations
@@ -14,29 +13,34 @@ from numpy.typing import NDArray
 
 Integers = NDArray[np.int64]
 
-_BLOCK = 128  # bytes of bitmap between two counts
+_BLOCK = 128  # bytes of the bitmap for each stored count
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
 _POPCOUNT = _BITS.sum(axis=1).astype(np.int64)
 _SELECT = np.stack([np.append(np.flatnonzero(row), np.zeros(8 - row.sum(), int)) for row in _BITS])
-"""`_SELECT[byte, k]` is the place of the k-th set bit, the highest bit being place 0."""
+"""`_SELECT[byte, k]` is the position of the k-th set bit of a byte; position 0 is the highest bit."""
 
 
 class RowSet(Protocol):
-    """An ascending set of row numbers."""
+    """A set of row numbers in ascending order."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, ordinals: Integers) -> Integers:
-        """The k-th smallest row, for every k in `ordinals`."""
+        """The k-th smallest row number for every k in `ordinals`, both int64 `(n,)`."""
         ...
 
     def count_below(self, rows: Integers) -> Integers:
-        """How many of the set's rows lie below each of `rows`."""
+        """Number of rows of the set below each of `rows`, both int64 `(n,)`."""
         ...
 
 
 class RunSet:
-    """Runs of consecutive rows: `starts` ascending, `lengths` positive, both int64 `(runs,)`."""
+    """A set of rows kept as runs of consecutive row numbers.
+
+    Args:
+        starts: first row of each run, int64 `(runs,)`, ascending.
+        lengths: rows in each run, int64 `(runs,)`, positive.
+    """
 
     def __init__(self, starts: Integers, lengths: Integers) -> None:
         self._ends = np.cumsum(lengths)  # in ordinals
@@ -51,7 +55,7 @@ class RunSet:
         return rows
 
     def count_below(self, rows: Integers) -> Integers:
-        """How many of the set's rows lie below each of `rows`."""
+        """Number of rows of the set below each of `rows`, both int64 `(n,)`."""
         if not len(self._ends):
             return np.zeros_like(rows)
         run = np.searchsorted(self._starts, rows, "right") - 1
@@ -61,7 +65,12 @@ class RunSet:
 
 
 class BitSet:
-    """The same with a bit per row and a count per 1024 rows."""
+    """A set of rows kept as a bitmap, with a count for each 1024 rows.
+
+    Args:
+        starts: first row of each run of consecutive rows, int64 `(runs,)`, ascending.
+        lengths: rows in each run, int64 `(runs,)`, positive.
+    """
 
     def __init__(self, starts: Integers, lengths: Integers) -> None:
         size = int(starts[-1] + lengths[-1]) if len(starts) else 0
@@ -98,7 +107,7 @@ class BitSet:
         return rows
 
     def count_below(self, rows: Integers) -> Integers:
-        """How many of the set's rows lie below each of `rows`."""
+        """Number of rows of the set below each of `rows`, both int64 `(n,)`."""
         result = np.zeros_like(rows)
         for place, row in enumerate(np.minimum(rows, 8 * len(self._bytes)).tolist()):
             block = row // (8 * _BLOCK)
@@ -109,7 +118,12 @@ class BitSet:
 
 
 def row_set(starts: Integers, lengths: Integers) -> RowSet:
-    """The smaller of the two kinds for these runs (ascending; neighbours are joined)."""
+    """A `RunSet` or a `BitSet` of these runs, whichever is smaller; adjacent runs are joined.
+
+    Args:
+        starts: first row of each run, int64 `(runs,)`, ascending.
+        lengths: rows in each run, int64 `(runs,)`.
+    """
     keep = lengths > 0
     starts, lengths = starts[keep], lengths[keep]
     if len(starts):
@@ -121,16 +135,19 @@ def row_set(starts: Integers, lengths: Integers) -> RowSet:
 
 
 def heldout(hashes: NDArray[Any], val_fraction: float) -> NDArray[np.bool_]:
-    """Which documents are held out: those whose 64-bit text hash, unsigned, is below the fraction of 2**64.
+    """Which documents are held out: those whose text hash, as unsigned integer, is below `val_fraction * 2**64`.
 
-    The rule depends on the text alone, so it is the same for every source, run and machine.
+    The rule depends on the text alone, so it is the same for every dataset, run and machine.
 
     Args:
-        hashes: int64 `(n,)`.
+        hashes: 64-bit hashes of the documents' texts, int64 `(n,)`.
         val_fraction: 0 to 1.
 
     Returns:
         bool `(n,)`.
+
+    Raises:
+        ValueError: `val_fraction` is not between 0 and 1.
     """
     if not 0 <= val_fraction <= 1:
         raise ValueError(f"val_fraction must lie between 0 and 1, got {val_fraction}")
@@ -143,15 +160,18 @@ def heldout(hashes: NDArray[Any], val_fraction: float) -> NDArray[np.bool_]:
 def split_rows(
     hashes: Integers, lengths: Integers, val_fraction: float, split: str, max_rows: int | None = None
 ) -> RowSet:
-    """The rows of a split, of a source made of runs of documents.
+    """The rows of a split.
 
     Args:
-        hashes: int64 `(runs,)`, the document of each run.
-        lengths: `(runs,)`, rows in each; runs follow one another.
-        val_fraction: see `heldout`.
+        hashes: text hash of the document of each run of rows, int64 `(runs,)`.
+        lengths: rows in each run, `(runs,)`. A run begins where the run before it ends; the first begins at row 0.
+        val_fraction: fraction of the documents that is held out, chosen by `heldout`.
         split: `train`, `val` or `all`.
-        max_rows: keep only the documents with the lowest hashes, up to so many rows: the same ones
-            wherever their rows lie.
+        max_rows: keep at most this number of rows, from the documents with the lowest hashes. Which documents are kept
+            does not depend on the order of the rows.
+
+    Raises:
+        ValueError: `val_fraction` is not between 0 and 1.
     """
     lengths = lengths.astype(np.int64)
     starts = np.cumsum(lengths) - lengths

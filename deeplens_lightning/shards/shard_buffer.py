@@ -1,4 +1,4 @@
-"""A shard being filled: tensors allocated once, and what is saved of them."""
+"""Buffer of one shard being filled: preallocated tensors of rows and provenance, in the dtypes of the file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ from deeplens_lightning.shards.format import DTYPES, Manifest
 
 
 class ShardBuffer:
-    """Room for `capacity` rows of every hook point and their provenance, in the dtypes of the disk."""
+    """Preallocated rows of every hook point and their provenance, filled from the front.
+
+    Args:
+        manifest: hook points and storage.
+        capacity: number of rows that fit.
+
+    Attributes:
+        capacity: number of rows that fit.
+        filled: number of rows filled; set it to 0 to use the buffer again.
+    """
 
     def __init__(self, manifest: Manifest, capacity: int) -> None:
         self.capacity = capacity
@@ -30,17 +39,23 @@ class ShardBuffer:
 
     @property
     def room(self) -> int:
-        """How many rows more fit."""
+        """Number of rows that still fit."""
         return self.capacity - self.filled
 
     def fill(self, rows: Mapping[str, Tensor], provenance: Tensor, index: Tensor) -> None:
-        """Append the rows at `index` (int64 `(m,)`, ascending, `m` at most `room`)."""
+        """Append some rows.
+
+        Args:
+            rows: `(n, d_in)` by hook name, on any device.
+            provenance: int64 `(n, 4)`, on any device.
+            index: which of the `n` rows to append, int64 `(m,)`, ascending, `1 <= m <= room`.
+        """
         first, last = int(index[0]), int(index[-1])
         contiguous = last - first + 1 == len(index)
         span = slice(self.filled, self.filled + len(index))
         for name, buffer in self._rows.items():
-            source = rows[name]
-            part = source[first : last + 1] if contiguous else source[index.to(source.device)]
+            given = rows[name]
+            part = given[first : last + 1] if contiguous else given[index.to(given.device)]
             if self._int8:
                 codes, scales = quantize(part)
                 buffer[span], self._scales[name][span] = codes.cpu(), scales.cpu()
@@ -50,18 +65,18 @@ class ShardBuffer:
         self.filled = span.stop
 
     def content(self) -> dict[str, Any]:
-        """What a shard file holds."""
+        """The content of the shard file: rows, scales if rows are int8, and provenance, by name."""
         content: dict[str, Any] = {"rows": {name: self._used(rows) for name, rows in self._rows.items()}}
         if self._int8:
             content["scales"] = {name: self._used(scales) for name, scales in self._scales.items()}
         return {**content, "provenance": self._used(self._provenance)}
 
     def document_runs(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Runs of consecutive rows of one document: text hashes and lengths, each `(runs,)`."""
+        """Runs of consecutive rows of one document: text hashes int64 `(runs,)` and lengths int32 `(runs,)`."""
         table = self._provenance[: self.filled, :2].numpy()
         starts = np.flatnonzero(np.concatenate([[True], (table[1:] != table[:-1]).any(axis=1)]))
         return table[starts, 0], np.diff(np.append(starts, len(table))).astype(np.int32)
 
     def _used(self, tensor: Tensor) -> Tensor:
-        """The filled part, copied if it is a part: a view would be saved with all that lies behind it."""
+        """The filled rows; a copy unless all are filled, because `torch.save` saves the whole storage of a view."""
         return tensor if self.filled == self.capacity else tensor[: self.filled].clone()

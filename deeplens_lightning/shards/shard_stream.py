@@ -1,74 +1,88 @@
-"""`ShardStream`: batches from shards, shuffled, split, dealt to ranks, resumable at any place at once.
+"""`ShardStream`: read a cache in shuffled batches, split, shared among ranks, resumable from any batch.
 
-A batch is gathered from the mapped shards at once, never collated row by row.
+In: paths of shards and a position. Out: one `Served` after another. Rows are gathered in whole batches from memory-mapped
+shards, never one by one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch.utils.data import DataLoader
 
 from deeplens_lightning.options import CACHE_BYTES, Shuffle
 from deeplens_lightning.shards.catalog import Catalog, Shard, open_catalog
 from deeplens_lightning.shards.errors import ShardError
+from deeplens_lightning.shards.folder import LocalFolder
 from deeplens_lightning.shards.gather import Gatherer, chosen_hook_points, shard_starts
+from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.order import GlobalOrder, Order, WindowOrder
-from deeplens_lightning.shards.paths import Source
-from deeplens_lightning.shards.remote import LocalCopies
+from deeplens_lightning.shards.paths import ShardPath
 from deeplens_lightning.shards.rowset import split_rows
-from deeplens_lightning.types import Served
+from deeplens_lightning.shards.shard_steps import EpochPlan, ShardSteps
+from deeplens_lightning.types import RankProgress, Served, ShardPosition, Stream, StreamPosition
 
 Split = Literal["train", "val", "all"]
 
-_POSITION = ("epoch", "start", "world_size", "batch_size", "shuffle", "window_bytes")
+T = TypeVar("T")
 
 
-class ShardStream:
-    """Batches of cached activations.
+class ShardStream(Stream):
+    """Batches of cached activations for one rank.
+
+    Documents are split by the hash of their text (see `heldout`). Bare tensors have no documents: they are split by
+    stretches of up to 1024 neighbouring rows.
 
     Args:
-        sources: folders that `extract` wrote, bare `.pt` tensors, globs; local or fsspec URLs; or a `Catalog`
-            of them.
-        batch_size: rows per batch (of each rank).
-        seed: of the shuffle; every epoch has an order of its own.
-        rank: whose batches these are, below `world_size`. All ranks walk through one common order and
-            take turns at its batches, so they are disjoint and end at the same step.
-        world_size: how many ranks take turns.
-        shuffle: `global` (all rows at once), `window` (some random shards at a time, for caches larger
-            than memory), `none`, or `auto`: global where the cache fits in half of this machine's memory
-            (and in `cache_bytes`, if it is remote), else window.
-        split: `train`, `val` or `all`. Documents go by the hash of their text (see `heldout`); bare
-            tensors, which do not know their documents, by stretches of up to 1024 neighbouring rows.
+        paths: folders that `extract` wrote, bare `.pt` tensors, globs; local or fsspec URLs; or a `Catalog` of them.
+        batch_size: rows in a batch of each rank.
+        seed: of the shuffle. Every epoch has another order.
+        rank: whose batches these are, below `world_size`. All ranks follow one common order and take turns at its
+            batches, so their batches are disjoint and their epochs end at the same step.
+        world_size: number of ranks that take turns.
+        shuffle: `global` (all rows at once), `window` (some random shards at a time, for caches larger than memory),
+            `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and at most
+            `cache_bytes`, if it is remote), else `window`.
+        split: `train`, `val` or `all`.
         val_fraction: fraction of the documents that is held out.
-        max_rows: serve only the documents with the lowest hashes, up to so many rows.
-        hook: hook name for bare tensors.
-        only: serve these hook points of those in the cache, in this order; default all.
-        window_bytes: size of a window; default an eighth of this machine's memory.
-        drop_last: leave out the smaller batch at the end.
-        checksums: check every local shard's checksum when it is first read (remote ones always are).
-        cache_dir: where copies of remote shards go; by default a temporary folder.
-        cache_bytes: bound on those copies.
+        max_rows: serve at most this number of rows, from the documents with the lowest hashes.
+        hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
+        only: canonical names of the hook points to serve, in this order; default all in the cache.
+        window_bytes: size of a window in bytes; default an eighth of this machine's memory.
+        drop_last: leave out the smaller batch at the end of an epoch.
+        checksums: compare every local shard with its checksum when it is first read (remote ones always are).
+        cache_dir: folder for copies of remote shards; by default a temporary folder.
+        cache_bytes: limit on those copies, in bytes.
+        pin_memory: serve batches in pinned memory, from which a CUDA device copies asynchronously; ordinary memory if
+            torch finds no CUDA device.
 
     Attributes:
+        catalog: the shards.
         hook_points: `Rows` by canonical hook name.
         d_in: width by canonical hook name.
-        rows: how many rows the split has.
-        identity: JSON-able description for a checkpoint's fingerprint.
+        rows: number of rows in the split.
+        batch_size: as given.
+        rank: as given.
+        world_size: as given.
+        identity: shards, hook points, split and seed as JSON values, for a checkpoint's fingerprint.
 
     Raises:
-        ShardError: the sources are not what they should be, or the split has fewer rows than ranks.
+        ShardError: there are no rows, the shards do not belong together, or the split has fewer rows than ranks.
+        DamagedShardError: a file is missing or has another size than its sidecar says.
+        ValueError: an argument has a value that is not allowed.
     """
 
     def __init__(
         self,
-        sources: Source | Iterable[Source] | Catalog,
+        paths: ShardPath | Iterable[ShardPath] | Catalog,
         *,
         batch_size: int,
         seed: int = 0,
@@ -85,16 +99,20 @@ class ShardStream:
         checksums: bool = False,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
+        pin_memory: bool = False,
     ) -> None:
         if shuffle not in get_args(Shuffle):
             raise ValueError(f"shuffle={shuffle!r} is unknown; choose one of {', '.join(get_args(Shuffle))}")
         if split not in get_args(Split):
             raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(get_args(Split))}")
         if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: nothing to serve")
+            raise ValueError(
+                "batch_size must be at least 1 and rank between 0 and world_size - 1, got "
+                f"batch_size={batch_size}, rank={rank}, world_size={world_size}"
+            )
         copies = Path(cache_dir) / f"rank{rank}" if cache_dir is not None else None
         self._copies = LocalCopies(copies, cache_bytes)
-        self.catalog = sources if isinstance(sources, Catalog) else open_catalog(sources, hook, self._copies)
+        self.catalog = paths if isinstance(paths, Catalog) else open_catalog(paths, hook, self._copies)
         self.hook_points = chosen_hook_points(self.catalog, only)
         self.d_in = {name: rows.d_in for name, rows in self.hook_points.items()}
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
@@ -106,8 +124,8 @@ class ShardStream:
         self.rows = len(self._rows)
         self._counts = np.diff(self._rows.count_below(shard_starts(shards)))
         self._sizes = np.array([shard.nbytes for shard in shards], np.int64)
-        self._near: list[list[int]] = []
-        self._gatherer = Gatherer(self.catalog, self.hook_points, self._copies, hook, checksums)
+        pinned = pin_memory and torch.cuda.is_available()
+        self._gatherer = Gatherer(self.catalog, self.hook_points, self._copies, hook, checksums, pinned)
         self._shuffle, self._window_bytes = self._choose(shuffle, window_bytes)
         self.identity: dict[str, Any] = {
             "shards": _digest(shards),
@@ -121,146 +139,181 @@ class ShardStream:
                 f" for {world_size} rank(s): choose another val_fraction, or extract more documents"
             )
 
-    def start(self, epoch: int = 0) -> dict[str, Any]:
-        """The position at the start of an epoch.
+    @property
+    def buffer_rows(self) -> None:
+        """None: rows are shuffled by the order in which they are read, without a buffer."""
+        return None
 
-        It also fixes the kind of shuffle, so that resuming does not depend on the machine's memory;
-        ranks on machines of different memory should share rank 0's.
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Empty: nothing is counted."""
+        return {}
+
+    def start(self, epoch: int = 0) -> ShardPosition:
+        """The position at which an epoch begins.
+
+        It holds the kind of shuffle and the window size, so that resuming does not depend on a machine's memory. Ranks
+        on machines with different memory should all use the position of rank 0.
         """
-        values = (epoch, 0, self.world_size, self.batch_size, self._shuffle, self._window_bytes)
-        return dict(zip(_POSITION, values, strict=True))
+        return ShardPosition(
+            epoch=epoch,
+            start=0,
+            world_size=self.world_size,
+            batch_size=self.batch_size,
+            shuffle=self._shuffle,
+            window_bytes=self._window_bytes,
+        )
 
-    def steps(self, position: dict[str, Any] | None = None) -> int:
-        """How many batches follow `position` in its epoch, on every rank; by default in a whole epoch."""
-        return self._plan(self._whole(position)).steps
+    def steps(self, position: ShardPosition | None = None) -> int:
+        """Number of batches of each rank after `position` in its epoch; by default in a whole epoch."""
+        return self._plan(self.start() if position is None else position).steps
 
-    def left_out(self, position: dict[str, Any] | None = None) -> int:
-        """How many rows after `position` no rank serves in its epoch, because ranks serve equally many."""
-        plan = self._plan(self._whole(position))
-        return plan.rows - self.world_size * (plan.full * self.batch_size + plan.tail)
+    def left_out(self, position: ShardPosition | None = None) -> int:
+        """Rows after `position` in its epoch (by default a whole epoch) that no rank serves.
 
-    def dropped(self, position: dict[str, Any], epoch_batches: int) -> int:
-        """How many rows this rank still has after so many batches; all ranks have equally many."""
-        plan = self._plan(self._whole(position))
-        return max(0, plan.full * self.batch_size + plan.tail - epoch_batches * self.batch_size)
+        These are the rows that cannot be shared equally among the ranks, and those of the last batch with `drop_last`.
+        """
+        plan = self._plan(self.start() if position is None else position)
+        return plan.rows - self.world_size * plan.rank_rows
 
-    def batches(self, position: dict[str, Any] | None, skip: int) -> Iterator[Served]:
+    def dropped(self, position: StreamPosition, epoch_batches: int) -> int:
+        """Rows that this rank has after `position` beyond the first `epoch_batches` batches; the same on all ranks.
+
+        Raises:
+            ShardError: the position is of a live stream, another batch size, or another number of ranks.
+        """
+        return max(0, self._plan(_in_shards(position)).rank_rows - epoch_batches * self.batch_size)
+
+    def batches(self, position: StreamPosition, skip: int) -> Iterator[Served]:
         """Batches after the first `skip` ones that follow `position`, to the end of the epoch.
 
         Args:
-            position: from `start`, from a `Served`, or from `rescaled`; None is `start(0)`, and
-                `{"epoch": 3}` alone is `start(3)`.
-            skip: the `step` of the last batch that was used.
+            position: from `start`, from a `Served`, or from `rescaled`.
+            skip: the `step` of the last batch that was used; 0 for none.
 
         Raises:
-            ShardError: the position was taken with another batch size or number of ranks.
+            ShardError: the position is of a live stream, another batch size, or another number of ranks.
+            DamagedShardError: a shard is missing or damaged.
         """
-        position = self._whole(position)
-        plan, order = self._plan(position), self._order(position)
-        for step in range(skip, plan.steps):
-            places = plan.places(step, self.rank, self.world_size, self.batch_size)
-            self._prepare(order, int(places[0]))
-            rows, provenance = self._gatherer.take(self._rows[order[places]])
-            yield Served(
-                rows=rows,
-                provenance=provenance,
-                certain=plan.steps - step,
-                certain_rows=plan.full * self.batch_size + plan.tail - step * self.batch_size,
-                position=position,
-                step=step + 1,
-            )
+        here = _in_shards(position)
+        steps = ShardSteps(
+            here,
+            plan=self._plan(here),
+            order=self._order(here),
+            rows=self._rows,
+            gatherer=self._gatherer,
+            rank=self.rank,
+        )
+        # A generator of its own: without it the DataLoader draws a seed from torch's global generator.
+        yield from DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(skip, len(steps)),
+            collate_fn=_unchanged,
+            generator=torch.Generator(),
+        )
 
-    def rescaled(self, table: Sequence[tuple[dict[str, Any], int, int]]) -> tuple[dict[str, Any], int]:
-        """Go on with another number of ranks or another batch size.
+    def rescaled(self, table: Sequence[RankProgress]) -> tuple[ShardPosition, int]:
+        """Continue with another number of ranks or another batch size.
 
         Args:
-            table: of every old rank: a position, and the batches and rows served since.
+            table: the progress of every old rank.
 
         Returns:
-            A position for every new rank, and how many rows are served again: none, unless the old ranks
-            had gone unequally far.
+            A position for every new rank, and the number of rows that are served again: 0 unless the old ranks had
+            served different numbers of rows.
+
+        Raises:
+            ShardError: the positions are of a live stream.
         """
-        position = table[0][0]
-        served = [rows for _, _, rows in table]
-        start = position["start"] + min(served) * position["world_size"]
-        changed = {"start": start, "world_size": self.world_size, "batch_size": self.batch_size}
-        return {**position, **changed}, sum(served) - len(served) * min(served)
+        position = _in_shards(table[0].position)
+        served = [progress.rows for progress in table]
+        start = position.start + min(served) * position.world_size
+        again = sum(served) - len(served) * min(served)
+        return replace(position, start=start, world_size=self.world_size, batch_size=self.batch_size), again
+
+    def row_age(self, position: StreamPosition, step: int) -> None:
+        """None: rows are read, not computed."""
+
+    def sync(self) -> None:
+        """Do nothing: the shards are already on disk."""
 
     def close(self) -> None:
-        """Let go of files and local copies."""
+        """Close the shards, and delete temporary local copies."""
         self._gatherer.close()
         self._copies.close()
 
     def _choose(self, shuffle: Shuffle, window_bytes: int | None) -> tuple[str, int]:
-        """The kind of shuffle and the size of its windows."""
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**33
-        remote = sum(shard.nbytes for shard in self.catalog.shards if shard.folder.path is None)
+        """The kind of shuffle and the size of its windows in bytes."""
+        memory = _machine_memory()
+        remote = sum(
+            shard.nbytes for shard in self.catalog.shards if not isinstance(shard.folder, LocalFolder)
+        )
         window = window_bytes or memory // 8
         if remote:
-            window = min(window, self._copies.max_bytes // 3)  # this one, the next, and one on its way out
+            window = min(window, self._copies.max_bytes // 3)  # the window before, this one and the next
         if shuffle == "global" and remote > self._copies.max_bytes:
             raise ShardError(
-                f"shuffle='global' needs all {remote:,} bytes of remote shards at hand, cache_bytes allows "
-                f"{self._copies.max_bytes:,}: raise it, or use shuffle='window'"
+                f"shuffle='global' needs local copies of all {remote:,} bytes of remote shards, and "
+                f"{self._copies.max_bytes:,} bytes are allowed: raise cache_options.bytes (cache_bytes= of ShardStream), "
+                "or use shuffle='window'"
             )
         if shuffle == "auto":
             fits = self.catalog.nbytes <= memory // 2 and remote <= self._copies.max_bytes
             shuffle = "global" if fits and window_bytes is None else "window"
         return shuffle, window
 
-    def _whole(self, position: dict[str, Any] | None) -> dict[str, Any]:
-        """A position with everything that an epoch alone leaves open."""
-        return self.start(**(position or {})) if set(position or ()) <= {"epoch"} else dict(position or {})
+    def _order(self, position: ShardPosition) -> Order:
+        if position.shuffle == "global":
+            return GlobalOrder(self.rows, self._seed, position.epoch)
+        window = position.window_bytes if position.shuffle == "window" else None
+        return WindowOrder(self._counts, self._sizes, window, self._seed, position.epoch)
 
-    def _order(self, position: dict[str, Any]) -> Order:
-        if position["shuffle"] == "global":
-            return GlobalOrder(self.rows, self._seed, position["epoch"])
-        window = position["window_bytes"] if position["shuffle"] == "window" else None
-        return WindowOrder(self._counts, self._sizes, window, self._seed, position["epoch"])
-
-    def _plan(self, position: dict[str, Any]) -> _Plan:
-        if set(position) != set(_POSITION):
-            raise ShardError(f"a position in shards has {', '.join(_POSITION)}, got {', '.join(position)}")
-        for name, here in (("world_size", self.world_size), ("batch_size", self.batch_size)):
-            if position[name] != here:
+    def _plan(self, position: ShardPosition) -> EpochPlan:
+        for name, there, here in (
+            ("world_size", position.world_size, self.world_size),
+            ("batch_size", position.batch_size, self.batch_size),
+        ):
+            if there != here:
                 raise ShardError(
-                    f"the position was taken with {name}={position[name]}, this stream has {here}: "
-                    "convert it with `rescaled`"
+                    f"the position was taken with {name}={there}, this stream has {name}={here}: convert it with "
+                    "`ShardStream.rescaled`"
                 )
-        rows = self.rows - position["start"]
+        rows = self.rows - position.start
         full, left = divmod(rows, self.batch_size * self.world_size)
-        return _Plan(position["start"], rows, full, 0 if self._drop_last else left // self.world_size)
+        return EpochPlan(
+            rows=rows,
+            full=full,
+            tail=0 if self._drop_last else left // self.world_size,
+            batch_size=self.batch_size,
+            world_size=self.world_size,
+        )
 
-    def _prepare(self, order: Order, place: int) -> None:
-        """Have the shards around a place at hand or on their way, and let go of others."""
-        windows = order.shards(place)
-        if windows != self._near:
-            self._near = windows
-            self._gatherer.move_to([number for window in windows for number in window])
+
+def _in_shards(position: StreamPosition) -> ShardPosition:
+    """Check that a position is one in a cache."""
+    if not isinstance(position, ShardPosition):
+        raise ShardError(
+            "the position was taken in a live stream and this stream reads shards: give a position from "
+            "`ShardStream.start`, or continue with the model and dataset that the run was started with"
+        )
+    return position
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """The batches from a start to the end of an epoch: `full` ones, then one of `tail` rows, if any."""
+def _unchanged(value: T) -> T:
+    """A `collate_fn` that changes nothing."""
+    return value
 
-    start: int
-    rows: int
-    full: int
-    tail: int
 
-    @property
-    def steps(self) -> int:
-        return self.full + bool(self.tail)
-
-    def places(self, step: int, rank: int, world_size: int, batch_size: int) -> NDArray[np.int64]:
-        """Places in the epoch's order of a rank's batch."""
-        size = batch_size if step < self.full else self.tail
-        first = self.start + step * world_size * batch_size + rank * size
-        return np.arange(first, first + size)
+def _machine_memory() -> int:
+    """This machine's memory in bytes; on Windows, where Python cannot read it, 8 GiB."""
+    if sys.platform == "win32":
+        return 2**33
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _digest(shards: Sequence[Shard]) -> str:
-    """A short name for exactly these shards in this order."""
+    """A hash of the names, rows and checksums of these shards in this order: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for shard in shards:
         digest.update(f"{shard.file} {shard.rows} {shard.sha256 or shard.nbytes}\n".encode())

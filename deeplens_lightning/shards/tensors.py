@@ -1,7 +1,7 @@
-"""Opening a `.pt` file of activations: memory-mapped, never executing anything in it.
+"""Memory-map a `.pt` file of activations without executing code in it.
 
-In: a local path. Out: an `OpenShard` whose rows are gathered in batches. Files come in two kinds: our
-own (`{"rows": ..., "provenance": ...}`), and a bare `(n, d_in)` tensor as DeepLens saves it.
+In: a local path. Out: an `OpenShard` from which rows are gathered. There are two kinds of files: shards of a cache
+(`{"rows": ..., "provenance": ...}`), and one bare tensor `(n, d_in)` as DeepLens saves it.
 """
 
 from __future__ import annotations
@@ -28,56 +28,66 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Integers = NDArray[np.int64]
 
 UNKNOWN = -1
-"""What a provenance column holds where nothing is known."""
+"""Value of the provenance columns of bare tensors, which have no provenance."""
 
 _DEEPLENS = re.compile(r"features_layer_(\d+)_\d+\.pt")
 _UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
     OverflowError, struct.error,
 )  # fmt: skip
-"""What torch's zip reader and restricted unpickler raise on bytes that are no tensors."""
+"""All that torch's zip reader and restricted unpickler raise on bytes that are not tensors (found by flipping bytes)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenShard:
-    """A mapped shard.
+    """Rows and provenance of a memory-mapped shard.
 
     Attributes:
         rows: `(n, d_in)` by hook name, in the activation dtype or int8.
-        scales: float32 `(n,)` by hook name where rows are int8.
-        provenance: int64 `(n, 4)`, None for a bare tensor.
+        scales: float32 `(n,)` by hook name if rows are int8, else empty.
+        provenance: int64 `(n, 4)`; None for a bare tensor. A NumPy array, from which a few narrow rows are taken faster
+            than from a tensor.
     """
 
     rows: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
-    provenance: Tensor | None
+    provenance: Integers | None
 
     def gather(self, hook: str, index: Tensor, out: Tensor) -> None:
-        """Write the rows at `index` (int64 `(m,)`) to `out` `(m, d_in)`, in the activation dtype."""
+        """Copy the rows at `index`, int64 `(m,)`, to `out`, `(m, d_in)` in the activation dtype."""
         if hook in self.scales:
             codes, scales = self.rows[hook][index], self.scales[hook][index]
             out.copy_(dequantize(codes, scales, out.dtype))
         else:
             torch.index_select(self.rows[hook], 0, index, out=out)
 
-    def gather_provenance(self, index: Tensor, out: Tensor) -> None:
-        """Write the provenance of the rows at `index` to `out`, int64 `(m, 4)`."""
+    def gather_provenance(self, index: Integers, out: Integers) -> None:
+        """Copy the provenance of the rows at `index`, int64 `(m,)`, to `out`, int64 `(m, 4)`; -1 if unknown."""
         if self.provenance is None:
-            out.fill_(UNKNOWN)
-        else:  # of a few narrow rows, NumPy takes in a fraction of the time; "raise" would buffer
-            self.provenance.numpy().take(index.numpy(), 0, out.numpy(), "clip")
+            out.fill(UNKNOWN)
+        else:
+            self.provenance.take(index, 0, out, "clip")  # mode "raise" would make a copy of `out`
 
 
 def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: int) -> OpenShard:
-    """Map a shard of our own and check that it holds what its manifest and sidecar say.
+    """Memory-map a shard of a cache and check that it holds what its manifest and sidecar say.
+
+    Args:
+        path: of the shard.
+        hook_points: `Rows` by canonical hook name, of the manifest.
+        storage: `exact` or `int8`, of the manifest.
+        rows: number of rows, of the sidecar.
 
     Raises:
-        DamagedShardError: it does not, or cannot be read, or would run code.
+        DamagedShardError: it holds something else, cannot be read, or holds Python objects other than tensors.
     """
     content = load_mapped(path)
     parts = content.keys() if isinstance(content, dict) else None
     if parts is None or not {"rows", "provenance"} <= parts or not isinstance(content["rows"], dict):
-        raise DamagedShardError(f"{path} holds {describe(content)}, not a shard of activations")
+        raise DamagedShardError(
+            f"{path} holds {describe(content)}, not a shard of activations: copy it again, or delete it "
+            "and run the extract command again"
+        )
     if set(content["rows"]) != set(hook_points):
         raise DamagedShardError(
             f"{path} has rows of {sorted(map(str, content['rows']))}, its manifest says {sorted(hook_points)}"
@@ -90,19 +100,20 @@ def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: 
             scales[name] = content.get("scales", {}).get(name)
             _check_tensor(path, f"scales of {name}", scales[name], (rows,), torch.float32)
     _check_tensor(path, "provenance", content["provenance"], (rows, 4), torch.int64)
-    return OpenShard(content["rows"], scales, content["provenance"])
+    return OpenShard(rows=content["rows"], scales=scales, provenance=content["provenance"].numpy())
 
 
 def open_bare(path: Path, hook: str | None) -> OpenShard:
-    """Map a bare activation tensor `(n, d_in)`.
+    """Memory-map a bare activation tensor `(n, d_in)`.
 
     Args:
         path: a file written by `torch.save(tensor, path)`.
-        hook: the canonical name to give it; by default read from DeepLens's file names
+        hook: canonical hook name for its rows; by default read from DeepLens's file names
             (`features_layer_3_25000.pt` is `layers.3.mlp_act`), else `activations`.
 
     Raises:
-        ShardError: it holds something else.
+        ShardError: the file holds something else than one tensor `(n, d_in)` of a known dtype.
+        DamagedShardError: the file is missing or cannot be read.
     """
     content = load_mapped(path)
     if not isinstance(content, Tensor) or content.layout is not torch.strided:
@@ -121,14 +132,14 @@ def open_bare(path: Path, hook: str | None) -> OpenShard:
         )
     match = _DEEPLENS.fullmatch(path.name)
     name = hook or (f"layers.{match[1]}.mlp_act" if match else "activations")
-    return OpenShard({name: content.detach()}, {}, None)
+    return OpenShard(rows={name: content.detach()}, scales={}, provenance=None)
 
 
 def load_mapped(path: Path) -> Any:
-    """`torch.load` with tensors left on disk and nothing but tensors and containers allowed.
+    """Load a file with `torch.load`: tensors stay on disk, and only tensors and plain containers are allowed.
 
     Raises:
-        DamagedShardError: the file is no such thing.
+        DamagedShardError: the file is missing, cannot be read, or holds other Python objects.
     """
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -146,7 +157,7 @@ def load_mapped(path: Path) -> Any:
 
 
 def describe(content: Any) -> str:
-    """What a file turned out to hold, in a few words."""
+    """Describe the content of a file in a few words, for messages."""
     if isinstance(content, Tensor):
         return f"a tensor of shape {tuple(content.shape)}"
     if isinstance(content, dict):
@@ -161,5 +172,6 @@ def _check_tensor(path: Path, name: str, value: Any, shape: tuple[int, ...], dty
         raise DamagedShardError(f"{path}: {name} is {describe(value)}, expected a tensor")
     if tuple(value.shape) != shape or value.dtype != dtype:
         raise DamagedShardError(
-            f"{path}: {name} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape} by its manifest"
+            f"{path}: {name} is {value.dtype} {tuple(value.shape)}, its manifest says {dtype} {shape}: copy it again, or "
+            "delete it and run the extract command again"
         )

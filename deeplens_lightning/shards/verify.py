@@ -1,4 +1,4 @@
-"""Checking a cache from end to end: sizes, checksums, contents."""
+"""Verify a cache: compare sizes and checksums, and check the contents of every shard."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning.options import CACHE_BYTES
-from deeplens_lightning.shards.catalog import Catalog, Shard, local_path, open_catalog
+from deeplens_lightning.shards.catalog import Catalog, Shard, open_catalog
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.gather import check_sum
-from deeplens_lightning.shards.paths import Source
-from deeplens_lightning.shards.remote import LocalCopies
+from deeplens_lightning.shards.local_copies import LocalCopies, local_path
+from deeplens_lightning.shards.paths import ShardPath
 from deeplens_lightning.shards.tensors import open_bare, open_shard
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What `verify` found: how much there is, and a sentence for everything that is wrong."""
+    """Result of `verify`.
+
+    Attributes:
+        shards: number of shards.
+        rows: number of rows in them.
+        nbytes: their size in bytes.
+        problems: one message for each damaged shard, with the fix; empty if all is well.
+    """
 
     shards: int
     rows: int
@@ -28,33 +35,34 @@ class Report:
 
 
 def verify(
-    sources: Source | Iterable[Source], hook: str | None = None, cache_bytes: int = CACHE_BYTES
+    paths: ShardPath | Iterable[ShardPath], hook: str | None = None, cache_bytes: int = CACHE_BYTES
 ) -> Report:
-    """Read every byte of some shards and compare it with what was written.
+    """Read all shards at some paths and compare them with their checksums.
 
-    Damage to a shard's content is reported for each shard; damage that keeps the cache from being
-    listed (a missing file, a wrong size) is the one problem reported.
+    Every shard with damaged content is reported. If a file is missing or has a wrong size, the shards cannot be listed,
+    and this is the only problem reported.
 
     Args:
-        sources: as for `ShardStream`.
-        hook: hook name for bare tensors.
-        cache_bytes: bound on local copies of remote shards.
+        paths: one or several folders that `extract` wrote, `.pt` files, folders of bare `.pt` files, or globs of any
+            of these; local or fsspec URLs.
+        hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
+        cache_bytes: limit on the local copies of remote shards, in bytes.
     """
     copies = LocalCopies(max_bytes=cache_bytes)
     try:
         try:
-            catalog = open_catalog(sources, hook, copies)
+            catalog = open_catalog(paths, hook, copies)
         except ShardError as error:
-            return Report(0, 0, 0, [str(error)])
+            return Report(shards=0, rows=0, nbytes=0, problems=[str(error)])
         found = [_problem(catalog, shard, hook, copies) for shard in catalog.shards]
         problems = [problem for problem in found if problem is not None]
-        return Report(len(catalog.shards), catalog.rows, catalog.nbytes, problems)
+        return Report(shards=len(catalog.shards), rows=catalog.rows, nbytes=catalog.nbytes, problems=problems)
     finally:
         copies.close()
 
 
 def _problem(catalog: Catalog, shard: Shard, hook: str | None, copies: LocalCopies) -> str | None:
-    """What is wrong with a shard, if anything is."""
+    """What is wrong with a shard; None if nothing is."""
     try:
         path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
         check_sum(shard, path)

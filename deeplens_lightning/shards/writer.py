@@ -1,11 +1,10 @@
-"""Writing a cache: rows in, finished shards out, one writer per rank.
+"""Write a cache: rows in, finished shards out, one writer per rank; a killed run can be continued.
 
-Every row has a number: how many rows its rank's source produced before it. A killed writer left its
-finished shards; the next one with the same configuration finds them, says from which source position
-to go on (`resume`), and drops what it is handed again. So the same rows land in the same order however
-often writing was interrupted, and none twice.
+Rows are numbered in the order in which a rank computes them. After a kill, the next writer with the same configuration
+finds the finished shards, reports where to continue (`resume`), and skips rows that are already written. The shards then
+hold the same rows in the same order as those of an uninterrupted run.
 
-One thread saves a full shard while the next one fills, so there are two shards in memory.
+A background thread saves a full shard while the next one fills, so two shards are in memory.
 """
 
 from __future__ import annotations
@@ -20,56 +19,52 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from deeplens_lightning.shards.checksum import save_hashed
 from deeplens_lightning.shards.errors import DiskFullError, NonFiniteError, ShardError
-from deeplens_lightning.shards.folder import Folder, Lock, open_folder
-from deeplens_lightning.shards.format import (
-    DTYPES,
-    INDEX,
-    MANIFEST,
-    Manifest,
-    Resume,
-    Sidecar,
-    done_name,
-    dump_json,
-    shard_name,
-    sidecar_name,
-)
-from deeplens_lightning.shards.recover import finished_shards, forget_after, is_done
-from deeplens_lightning.shards.save import is_whole, save_hashed, write_index
+from deeplens_lightning.shards.folder import Folder, Lock
+from deeplens_lightning.shards.format import DTYPES, Manifest, Resume, Sidecar, dump_json
+from deeplens_lightning.shards.index import is_whole, write_index
+from deeplens_lightning.shards.names import INDEX, MANIFEST, done_name, shard_name, sidecar_name
+from deeplens_lightning.shards.open_folder import open_folder
+from deeplens_lightning.shards.recover import delete_after, finished_shards, is_done
 from deeplens_lightning.shards.shard_buffer import ShardBuffer
 
 NonFinite = Literal["refuse", "drop"]
-"""What to do with rows that hold NaN or infinity: stop, or leave them out and count them."""
+"""What to do with rows that hold NaN or infinity: raise an error, or leave them out and count them."""
 
 SHARD_BYTES = 256 * 2**20
-"""Default size of a shard: a minute of a laptop's work, a second of a disk's."""
+"""Default size of a shard in bytes: about a minute of computing on a laptop, a second of writing."""
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SLACK = 2**16  # a shard's zip directory and sidecar
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_SLACK = 2**16  # bytes for a shard's zip directory and its sidecar
 
 
 class ShardWriter:
-    """Writes one rank's rows of a cache.
+    """Write one rank's rows of a cache.
 
     Args:
         where: the cache's folder, a path or an fsspec URL.
-        manifest: what the rows are.
-        rank: whose rows these are, below `manifest.world_size`.
-        shard_bytes: size of a shard on disk, in bytes.
-        nonfinite: what to do with NaN and infinity.
-        expected_rows: how many rows will come in all, where known, to check the room first.
+        manifest: hook points, storage and configuration of the cache.
+        rank: of this writer, below `manifest.world_size`.
+        shard_bytes: size of a shard in bytes.
+        nonfinite: what to do with rows that hold NaN or infinity: `refuse` raises an error, `drop` leaves them out.
+        expected_rows: number of rows that the rank will write, to check the free space first; None if not known.
 
     Attributes:
-        complete: every rank has finished: there is nothing to do.
-        finished: this rank has finished.
-        resume: where to go on, after the last finished shard.
-        shards: finished shards of this rank; `rows`, `nbytes` and `dropped` are theirs in sum.
+        complete: whether every rank has finished and all shards exist, so that nothing is left to write.
+        finished: whether this rank has finished.
+        resume: where to continue, after the last finished shard.
+        shards: number of finished shards of this rank.
+        rows: number of rows in them.
+        nbytes: their size in bytes.
+        dropped: rows left out up to the end of the last finished shard because they held NaN or infinity.
 
     Raises:
-        OtherConfigError: the folder holds another cache.
-        DamagedShardError: a shard that is there is not what its sidecar says.
-        ShardError: another process is writing here.
-        DiskFullError: there is no room for `expected_rows`.
+        OtherConfigError: the folder holds a cache of another configuration.
+        DamagedShardError: a shard in the folder has another size than its sidecar says.
+        ShardError: another process is writing to the folder, it holds other `.pt` files, or another number of ranks
+            started the cache.
+        DiskFullError: there is not enough free space for `expected_rows`.
     """
 
     def __init__(
@@ -85,7 +80,10 @@ class ShardWriter:
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'refuse' or 'drop'")
         if not 0 <= rank < manifest.world_size:
-            raise ValueError(f"rank {rank} of a cache that {manifest.world_size} ranks write")
+            raise ValueError(
+                f"rank must be between 0 and {manifest.world_size - 1} (manifest.world_size is {manifest.world_size}), "
+                f"got {rank}"
+            )
         self._folder: Folder = open_folder(where)
         self._manifest = manifest
         self._rank = rank
@@ -103,33 +101,34 @@ class ShardWriter:
             self._lock = self._folder.lock(f".lock-rank{rank:05d}")
             try:
                 self._recover()
-                self._check_room(expected_rows)
+                self._check_free_space(expected_rows)
             except BaseException:
                 self._lock.release()
                 raise
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
-        self._next, self._dropped = self.resume, self.dropped  # of what was appended, saved or not
+        self._next, self._dropped = self.resume, self.dropped  # include rows not saved yet
 
     def append(self, rows: Mapping[str, Tensor], provenance: Tensor, *, source: Any, first_row: int) -> None:
-        """Add rows in source order.
+        """Add a batch of rows.
 
         Args:
             rows: `(n, d_in)` by hook name, on any device, in the manifest's dtypes.
             provenance: int64 `(n, 4)`.
-            source: JSON-able place from which the source can produce these rows again.
-            first_row: number of the first of them. Rows that were written before are dropped.
+            source: JSON values that say from where these rows can be computed again; `resume.source` returns them.
+            first_row: number of the batch's first row. Rows that are already written are skipped.
 
         Raises:
-            NonFiniteError: NaN or infinity, unless they are to be dropped.
-            DiskFullError: there is no room for a shard.
-            ShardError: rows in between are missing, or are not what the manifest says.
+            NonFiniteError: a row holds NaN or infinity, and `nonfinite` is `refuse`.
+            DiskFullError: there is no space for a shard.
+            ShardError: the rank has finished, rows before `first_row` are missing, or hook points, shapes or dtypes
+                are not those of the manifest.
         """
         self._check_rows(rows, provenance)
         if self._saving is not None and self._saving.done():
             self._wait()
         if self._next.row < first_row:
             raise ShardError(
-                f"rows {self._next.row} to {first_row - 1} of rank {self._rank} never came: the cache in "
+                f"rows {self._next.row} to {first_row - 1} of rank {self._rank} are missing: the cache in "
                 f"{self._folder.where} cannot be continued from here; write to a new folder"
             )
         keep = self._wanted(rows, provenance, seen=self._next.row - first_row)
@@ -146,22 +145,22 @@ class ShardWriter:
         self._advance(source, first_row, len(provenance), kept=0)
 
     def flush(self) -> None:
-        """Make a shard of the rows that are waiting, however few, and start saving it."""
+        """Start to save the rows in the buffer as a shard, however few they are; wait for the shard before it."""
         self._wait()
         if self._filling is not None and self._filling.filled:
             full, self._filling = self._filling, None
             self._saving = self._pool.submit(self._save, full, self._next, self._dropped)
 
     def sync(self) -> None:
-        """Make every row appended so far durable; call it before saving a training checkpoint."""
+        """Save every row appended so far and wait until they are on disk; call it before saving a checkpoint."""
         self.flush()
         self._wait()
 
     def finish(self) -> None:
-        """Save what is left and mark this rank as done; the last rank to finish writes the index."""
+        """Save the remaining rows and mark this rank as done; the last rank to finish also writes the index."""
         if not self.finished and not self.complete:
             self.sync()
-            self._check_stranger(done_name(self._rank))
+            self._check_single_writer(done_name(self._rank))
             mark = {"shards": self.shards, "rows": self.rows, "dropped": self._dropped}
             self._folder.write(done_name(self._rank), dump_json(mark))
             self.finished = True
@@ -170,7 +169,7 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Let go of the folder; rows of unfinished shards are forgotten and asked for again next time."""
+        """Release the folder. Rows of an unfinished shard are lost and must be appended again after `resume`."""
         self._pool.shutdown(wait=True)
         self._filling = None
         self._spare.clear()
@@ -187,12 +186,12 @@ class ShardWriter:
         self.close()
 
     def _begin(self) -> bool:
-        """Write or compare the manifest; whether the cache is complete."""
+        """Write the manifest, or compare it with the one in the folder; return whether the cache is complete."""
         sizes = self._folder.sizes()
         if MANIFEST not in sizes:
             if any(name.endswith(".pt") for name in sizes):
                 raise ShardError(
-                    f"{self._folder.where} has .pt files and no {MANIFEST}: choose another folder"
+                    f"{self._folder.where} has .pt files and no {MANIFEST}, so it is not a cache: choose another folder"
                 )
             self._folder.write(MANIFEST, self._manifest.dump())
         found = Manifest.parse(self._folder.read(MANIFEST), f"{self._folder.where}/{MANIFEST}")
@@ -201,18 +200,18 @@ class ShardWriter:
             return True
         if found.world_size != self._manifest.world_size:
             raise ShardError(
-                f"{self._folder.where} was begun by {found.world_size} ranks and is not finished: continue "
-                f"with as many (now {self._manifest.world_size}), or choose another folder"
+                f"{self._folder.where} was started by {found.world_size} rank(s) and is not finished: run with "
+                f"{found.world_size} rank(s) instead of {self._manifest.world_size}, or choose another folder"
             )
         return False
 
     def _recover(self) -> None:
-        """Take over what an earlier writer of this rank finished, and clear away the rest."""
+        """Count the finished shards of an earlier writer of this rank, and delete its other files."""
         for sidecar in finished_shards(self._folder, self._rank):
             self._count(sidecar)
         self.finished = is_done(self._folder, self._rank, self.shards)
         if not self.finished:
-            forget_after(self._folder, self._rank, self.shards)
+            delete_after(self._folder, self._rank, self.shards)
 
     def _count(self, sidecar: Sidecar) -> None:
         self.shards += 1
@@ -221,7 +220,7 @@ class ShardWriter:
         self.dropped = sidecar.dropped
         self.resume = sidecar.next
 
-    def _check_room(self, expected_rows: int | None) -> None:
+    def _check_free_space(self, expected_rows: int | None) -> None:
         free = self._folder.free_bytes()
         if expected_rows is None or free is None or self.finished:
             return
@@ -230,7 +229,7 @@ class ShardWriter:
         if missing > 0:
             raise DiskFullError(
                 f"{self._folder.where} has {free:,} bytes free, {rows:,} rows need {missing:,} bytes more: "
-                "free some room, write fewer rows, or use storage='int8'",
+                "free some space, write fewer rows, or use storage='int8'",
                 missing,
             )
 
@@ -241,7 +240,7 @@ class ShardWriter:
             )
         if set(rows) != set(self._manifest.hook_points):
             raise ShardError(
-                f"rows of {sorted(rows)}, the manifest says {sorted(self._manifest.hook_points)}"
+                f"got rows of {sorted(rows)}, the manifest says {sorted(self._manifest.hook_points)}"
             )
         for name, want in self._manifest.hook_points.items():
             got, shape = rows[name], (len(provenance), want.d_in)
@@ -252,10 +251,10 @@ class ShardWriter:
                 )
 
     def _wanted(self, rows: Mapping[str, Tensor], provenance: Tensor, seen: int) -> Tensor:
-        """Indices of the rows that are neither written yet nor to be dropped."""
+        """Indices of the rows to write, int64 `(m,)`: without the first `seen` rows and without rows to drop."""
         new = torch.arange(min(seen, len(provenance)), len(provenance))
         if all(bool(batch.sum(dtype=torch.float32).isfinite()) for batch in rows.values()):
-            return new  # one pass; a sum that overflows only means a closer look
+            return new  # one pass; if a sum overflows, the rows are checked below
         finite = torch.stack([torch.isfinite(batch).all(dim=1).cpu() for batch in rows.values()]).all(dim=0)
         bad = new[~finite[new]]
         if len(bad) and self._nonfinite == "refuse":
@@ -268,19 +267,20 @@ class ShardWriter:
         return new[finite[new]]
 
     def _advance(self, source: Any, first_row: int, upto: int, kept: int) -> None:
-        """Account for a batch's rows before index `upto`, of which `kept` new ones were kept."""
+        """Count a batch's rows before index `upto` as seen; `kept` of the new ones were kept, the others dropped."""
         new = first_row + upto - self._next.row
         if new > 0:
             self._dropped += new - kept
             self._next = Resume(source, first_row, first_row + upto)
 
     def _wait(self) -> None:
-        """Join the save in progress; what it raised is raised, and again on every later call."""
+        """Wait for the save in progress; if it failed, raise its error, also in every later call."""
         if self._saving is not None:
             self._saving.result()
             self._saving = None
 
-    def _check_stranger(self, name: str) -> None:
+    def _check_single_writer(self, name: str) -> None:
+        """Check that no other process has written the file that comes next."""
         if name in self._folder.sizes():
             raise ShardError(
                 f"{self._folder.where}/{name} appeared while this process was writing it: another process "
@@ -288,9 +288,9 @@ class ShardWriter:
             )
 
     def _save(self, buffer: ShardBuffer, following: Resume, dropped: int) -> None:
-        """Write a shard, then its sidecar (in the writer's thread)."""
+        """Write a shard, then its sidecar; runs in the background thread."""
         name = shard_name(self._rank, self.shards)
-        self._check_stranger(sidecar_name(name))
+        self._check_single_writer(sidecar_name(name))
         need, free = buffer.filled * self._manifest.row_bytes + _SLACK, self._folder.free_bytes()
         if free is not None and free < need:
             raise self._disk_full(need - free, "no space left")
@@ -311,7 +311,7 @@ class ShardWriter:
             self._folder.publish(staged, name)
             self._folder.write(sidecar_name(name), sidecar.dump())
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in _NO_SPACE:
                 raise
             written = staged.stat().st_size if staged.exists() else 0
             raise self._disk_full(max(need - written, 1), error.strerror or str(error)) from error
@@ -323,8 +323,8 @@ class ShardWriter:
 
     def _disk_full(self, missing: int, reason: str) -> DiskFullError:
         return DiskFullError(
-            f"no room for the next shard in {self._folder.where} ({reason}): {missing:,} bytes are missing. "
-            f"Its {self.shards} finished shards ({self.rows:,} rows) are valid; free some room and run again "
+            f"no space for the next shard in {self._folder.where} ({reason}): {missing:,} bytes are missing. "
+            f"Its {self.shards} finished shards ({self.rows:,} rows) are valid; free some space and run again "
             "to continue",
             missing,
         )

@@ -24,7 +24,7 @@ from deeplens_lightning.shards.catalog import Catalog, open_catalog
 from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.format import DTYPES
 from deeplens_lightning.shards.gather import chosen_hook_points
-from deeplens_lightning.shards.remote import LocalCopies
+from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.rowset import split_rows
 from deeplens_lightning.shards.shard_stream import ShardStream, Split
 from deeplens_lightning.stream.measured_statistics import ROWS, SAMPLE_EPOCH, Statistics

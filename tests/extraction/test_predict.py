@@ -43,7 +43,7 @@ def extract(folder, inputs, dm=None, shard_bytes=200_000, limit=None, **kwargs):
 def everything(folder):
     """All rows of a cache in order."""
     stream = ShardStream(folder, batch_size=512, shuffle="none", split="all")
-    batches = list(stream.batches(None, 0))
+    batches = list(stream.batches(stream.start(), 0))
     rows = {name: torch.cat([batch.rows[name] for batch in batches]) for name in NAMES}
     return rows, torch.cat([batch.provenance for batch in batches])
 
@@ -78,7 +78,11 @@ def test_held_out_documents_are_those_of_the_text(whole):
     val = ShardStream(whole, batch_size=512, split="val", val_fraction=0.2)
     train = ShardStream(whole, batch_size=512, split="train", val_fraction=0.2)
     for stream, held in ((val, True), (train, False)):
-        hashes = torch.cat([batch.provenance[:, 0] for batch in stream.batches(None, 0)]).unique().tolist()
+        hashes = (
+            torch.cat([batch.provenance[:, 0] for batch in stream.batches(stream.start(), 0)])
+            .unique()
+            .tolist()
+        )
         assert hashes
         assert all(is_heldout(each, 0.2) == held for each in hashes)
 

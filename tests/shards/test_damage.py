@@ -1,4 +1,4 @@
-"""Damaged, foreign and hostile files: named, with what to do; nothing executed, nothing averaged in."""
+"""Damaged, foreign and hostile files: refused with the file's name and the fix; no code in them is executed."""
 
 import json
 import os
@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from deeplens_lightning.shards import DamagedShardError, Rows, ShardError, ShardStream, ShardWriter, verify
-from deeplens_lightning.shards.format import INDEX, MANIFEST, shard_name, sidecar_name
-from deeplens_lightning.shards.save import sha256_of
-from tests.support.making_shards import NARROW, WIDE, manifest, write_cache
+from deeplens_lightning.shards.checksum import sha256_of
+from deeplens_lightning.shards.names import INDEX, MANIFEST, shard_name, sidecar_name
+from tests.support.making_shards import NARROW, WIDE, manifest, one_epoch, write_cache
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def cache(tmp_path):
     return tmp_path / "acts"
 
 
-def read_all(source, **kwargs):
-    return list(ShardStream(source, batch_size=100, **kwargs).batches(None, 0))
+def read_all(paths, **kwargs):
+    return list(one_epoch(ShardStream(paths, batch_size=100, **kwargs)))
 
 
 def flip(path, place):
@@ -50,8 +50,8 @@ def test_a_flipped_byte_is_found_by_verify_and_by_reading_with_checksums(cache):
         read_all(cache, checksums=True)
 
 
-def test_a_byte_flipped_in_the_description_of_the_tensors_is_an_error_of_ours(cache):
-    """Not one of the twenty that pickle can raise."""
+def test_a_byte_flipped_in_the_description_of_the_tensors_is_a_damaged_shard(cache):
+    """A DamagedShardError, not one of the many errors that pickle can raise."""
     path = cache / shard_name(0, 0)
     with zipfile.ZipFile(path) as archive:
         [info] = [info for info in archive.infolist() if info.filename.endswith("data.pkl")]
@@ -93,7 +93,7 @@ def test_shards_swapped_between_caches_are_noticed(tmp_path):
     content = json.loads(manifest_path.read_text())
     content["hook_points"][NARROW]["d_in"] = wide[NARROW].d_in
     manifest_path.write_text(json.dumps(content))
-    with pytest.raises(DamagedShardError, match="cannot be rows as the manifest describes them"):
+    with pytest.raises(DamagedShardError, match="so this shard has another d_in or dtype"):
         ShardStream(tmp_path / "a", batch_size=10)
 
 
@@ -101,7 +101,9 @@ def test_a_shard_of_another_layout_and_the_same_size_is_noticed_when_read(cache)
     content = json.loads((cache / MANIFEST).read_text())
     content["hook_points"][NARROW]["dtype"] = "float16"
     (cache / MANIFEST).write_text(json.dumps(content))
-    with pytest.raises(DamagedShardError, match=r"is torch.bfloat16 \(200, 8\), expected torch.float16"):
+    with pytest.raises(
+        DamagedShardError, match=r"is torch.bfloat16 \(200, 8\), its manifest says torch.float16"
+    ):
         read_all(cache)
 
 
@@ -186,12 +188,12 @@ def test_a_pickle_that_would_run_code_is_refused_wherever_a_file_is_read_and_not
     folder.mkdir()
     for name, bomb in _bombs(mark):
         torch.save(bomb, folder / "x.pt")
-        for source in (folder, folder / "x.pt", str(folder / "*.pt")):
+        for path in (folder, folder / "x.pt", str(folder / "*.pt")):
             with pytest.raises(DamagedShardError, match="nothing in it was executed"):
-                ShardStream(source, batch_size=1)
+                ShardStream(path, batch_size=1)
         assert "nothing in it was executed" in verify(folder).problems[0], name
 
-        # In a cache whose sidecar and index were forged to match, so that only opening it can tell.
+        # In a cache whose sidecar and index were forged to match, so that only opening it shows the damage.
         shard = cache / shard_name(0, 1)
         torch.save([bomb, torch.zeros(shard.stat().st_size, dtype=torch.uint8)], shard)
         for text in (cache / INDEX, cache / sidecar_name(shard.name)):
@@ -237,9 +239,9 @@ def test_deeplens_files_are_read_as_they_are(tmp_path):
     assert train.d_in == {"layers.3.mlp_act": 12}
     assert abs(val.rows - 2500) <= 200
     assert train.rows + val.rows == 25_000
-    served = torch.cat([b.rows["layers.3.mlp_act"] for s in (train, val) for b in s.batches(None, 0)])
+    served = torch.cat([b.rows["layers.3.mlp_act"] for s in (train, val) for b in one_epoch(s)])
     assert torch.equal(served[:, 0].sort().values, rows[:, 0].sort().values)
-    assert (next(train.batches(None, 0)).provenance == -1).all()
+    assert (next(one_epoch(train)).provenance == -1).all()
     named = ShardStream(tmp_path, batch_size=500, hook="layers.3.mlp_out")
     assert list(named.hook_points) == ["layers.3.mlp_out"]
 
@@ -247,7 +249,7 @@ def test_deeplens_files_are_read_as_they_are(tmp_path):
 def test_bare_rows_held_out_are_stretches_of_neighbours_spread_over_the_file(tmp_path):
     torch.save(torch.arange(20_000.0).unsqueeze(1), tmp_path / "x.pt")
     stream = ShardStream(tmp_path, batch_size=20_000, split="val", val_fraction=0.05, shuffle="none")
-    [served] = stream.batches(None, 0)
+    [served] = one_epoch(stream)
     rows = served.rows["activations"][:, 0].long()
     breaks = int((rows.diff() != 1).sum()) + 1
     assert breaks <= 14
@@ -255,7 +257,7 @@ def test_bare_rows_held_out_are_stretches_of_neighbours_spread_over_the_file(tmp
     assert rows.max() > 16_000
 
 
-def test_a_writer_says_what_is_wrong_with_its_folder(cache):
+def test_a_writer_refuses_a_folder_of_pt_files_without_a_manifest(cache):
     (cache / MANIFEST).unlink()
     with pytest.raises(ShardError, match=r"has \.pt files and no manifest\.json"):
         ShardWriter(cache, manifest())

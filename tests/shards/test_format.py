@@ -1,6 +1,7 @@
-"""The files of a cache: what is in them, and what is refused."""
+"""File formats of a cache: their content, and files that are refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from deeplens_lightning.shards import (
     ShardStream,
 )
 from deeplens_lightning.shards.codec import dequantize, quantize
-from deeplens_lightning.shards.format import MANIFEST, Resume, Sidecar, shard_name, sidecar_name
+from deeplens_lightning.shards.format import Resume, Sidecar
+from deeplens_lightning.shards.names import MANIFEST, shard_name, sidecar_name
 from tests.support.making_shards import NARROW, WIDE, make_rows, manifest, write_cache
 
 
@@ -83,7 +85,7 @@ def test_another_configuration_is_refused_with_every_difference_named():
 
 def test_library_versions_and_extra_do_not_make_another_cache():
     one = manifest()
-    other = Manifest(**{**_fields(one), "versions": {"torch": "9"}, "extra": {"scale": [1.5]}})
+    other = replace(one, versions={"torch": "9"}, extra={"scale": [1.5]})
     one.check_same(other, "acts")
 
 
@@ -149,7 +151,3 @@ def test_8_bits_keep_each_element_within_its_rows_largest_over_254(dtype):
     assert (back[3] == 0).all()
     ratio = (back - rows.float()).norm() / rows.float().norm()
     assert ratio < 0.01
-
-
-def _fields(value: Manifest) -> dict[str, object]:
-    return {name: getattr(value, name) for name in value.__slots__}

@@ -1,4 +1,4 @@
-"""Caches behind a URL: `memory://`, and a real S3 server on loopback."""
+"""Caches behind a URL: `memory://`, and a real S3 server on this machine."""
 
 import os
 import threading
@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from deeplens_lightning.shards import DamagedShardError, ShardError, ShardStream, ShardWriter, verify
-from deeplens_lightning.shards.format import INDEX, shard_name, sidecar_name
-from deeplens_lightning.shards.remote import LocalCopies, RemoteFolder
-from tests.support.making_shards import WIDE, feed, make_rows, manifest, write_cache
+from deeplens_lightning.shards.local_copies import LocalCopies
+from deeplens_lightning.shards.names import INDEX, shard_name, sidecar_name
+from deeplens_lightning.shards.remote import RemoteFolder
+from tests.support.making_shards import WIDE, feed, make_rows, manifest, one_epoch, write_cache
 
 SHARD = 700 * manifest().row_bytes
 
@@ -47,9 +48,9 @@ def url(request):
     return f"memory://{uuid.uuid4().hex}/acts"
 
 
-def serve(source, **kwargs):
-    stream = ShardStream(source, batch_size=64, **kwargs)
-    batches = list(stream.batches(None, 0))
+def serve(paths, **kwargs):
+    stream = ShardStream(paths, batch_size=64, **kwargs)
+    batches = list(one_epoch(stream))
     stream.close()
     return batches
 
@@ -97,22 +98,24 @@ def test_local_copies_stay_within_their_bound_and_are_deleted_at_the_end(url, tm
     shard = 300 * manifest().row_bytes
     bound = 6 * (shard + 3000)
     stream = ShardStream(url, batch_size=64, window_bytes=10**9, cache_bytes=bound, cache_dir=tmp_path)
-    assert stream.start()["shuffle"] == "window"
+    assert stream.start().shuffle == "window"
     most = 0
-    for _ in stream.batches(None, 0):
+    for _ in one_epoch(stream):
         most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.pt")))
     assert shard * 3 < most <= bound
     stream.close()
-    with pytest.raises(ShardError, match=r"shuffle='global' needs all [\d,]+ bytes of remote shards at hand"):
+    with pytest.raises(
+        ShardError, match=r"shuffle='global' needs local copies of all [\d,]+ bytes of remote shards"
+    ):
         ShardStream(url, batch_size=64, shuffle="global", cache_bytes=bound)
-    with pytest.raises(ShardError, match="raise cache_bytes"):
+    with pytest.raises(ShardError, match=r"raise cache_options\.bytes \(cache_bytes= of ShardStream\)"):
         serve(url, cache_bytes=shard // 2)
 
 
 def test_copies_in_a_temporary_folder_go_away(url):
     write_cache(url, n=600)
     stream = ShardStream(url, batch_size=64)
-    list(stream.batches(None, 0))
+    list(one_epoch(stream))
     folder = stream._copies._directory
     assert list(folder.rglob("*.pt"))
     stream.close()
@@ -130,7 +133,7 @@ def test_a_given_folder_of_copies_is_used_again_unless_altered(url, tmp_path):
     assert_equal(serve(url, cache_dir=tmp_path), first)
 
 
-def test_what_arrives_altered_or_not_at_all_is_named(url):
+def test_a_copy_that_is_altered_or_missing_is_named(url):
     write_cache(url, n=2000, shard_rows=700)
     fs, root = fsspec.core.url_to_fs(url)
     path = f"{root}/{shard_name(0, 1)}"
@@ -196,25 +199,23 @@ def test_bare_tensors_behind_a_url(url, tmp_path):
     fs, root = fsspec.core.url_to_fs(url)
     fs.makedirs(root, exist_ok=True)
     fs.put_file(str(tmp_path / "features_layer_3_1000.pt"), f"{root}/features_layer_3_1000.pt")
-    [served] = ShardStream(f"{url}/features_layer_3_1000.pt", batch_size=1000, shuffle="none").batches(
-        None, 0
-    )
+    [served] = one_epoch(ShardStream(f"{url}/features_layer_3_1000.pt", batch_size=1000, shuffle="none"))
     assert torch.equal(served.rows["layers.3.mlp_act"], rows)
 
 
-def test_an_empty_url_says_so(url):
+def test_an_empty_url_is_refused(url):
     with pytest.raises(ShardError, match=r"no manifest\.json and no \.pt file"):
         ShardStream(url, batch_size=1)
 
 
-def test_an_unfinished_remote_cache_is_no_complete_one(url):
+def test_an_unfinished_remote_cache_is_read_up_to_its_last_finished_shard(url):
     write_cache(url, n=2000, shard_rows=700)
     RemoteFolder(url).remove(INDEX)
     RemoteFolder(url).remove(sidecar_name(shard_name(0, 2)))
     assert ShardStream(url, batch_size=1).rows == 1400
 
 
-def test_evicting_waits_for_what_is_on_its_way(url, tmp_path):
+def test_deleting_an_old_copy_waits_until_it_is_fetched(url, tmp_path):
     write_cache(url, n=3000, shard_rows=300)
     folder = RemoteFolder(url)
     size = folder.sizes()[shard_name(0, 0)]

@@ -1,4 +1,4 @@
-"""Writing: complete, in order, continued after a kill, stopped with a reason."""
+"""`ShardWriter`: every row once and in order, also after kills; errors name the reason."""
 
 import json
 import multiprocessing
@@ -18,13 +18,14 @@ from deeplens_lightning.shards import (
     ShardWriter,
     verify,
 )
-from deeplens_lightning.shards.format import INDEX, done_name, shard_name, sidecar_name
+from deeplens_lightning.shards.names import INDEX, done_name, shard_name, sidecar_name
 from tests.support.making_shards import (
     NARROW,
     WIDE,
     feed,
     make_rows,
     manifest,
+    one_epoch,
     read_back,
     write_cache,
     write_here,
@@ -100,7 +101,7 @@ def test_rows_that_come_again_are_dropped_and_a_gap_is_refused(tmp_path):
             writer.append(
                 {k: v[part] for k, v in rows.items()}, provenance[part], source=first, first_row=first
             )
-        with pytest.raises(ShardError, match="rows 200 to 249 of rank 0 never came"):
+        with pytest.raises(ShardError, match="rows 200 to 249 of rank 0 are missing"):
             writer.append(
                 {k: v[250:300] for k, v in rows.items()}, provenance[250:300], source=0, first_row=250
             )
@@ -147,7 +148,7 @@ def test_two_ranks_write_one_cache_and_the_last_one_closes_it(tmp_path):
 
 def test_another_number_of_ranks_cannot_continue(tmp_path):
     ShardWriter(tmp_path, manifest(world_size=2)).close()
-    with pytest.raises(ShardError, match="begun by 2 ranks"):
+    with pytest.raises(ShardError, match=r"started by 2 rank\(s\)"):
         ShardWriter(tmp_path, manifest())
 
 
@@ -243,7 +244,7 @@ def test_rows_of_another_shape_or_dtype_are_refused(tmp_path):
 def test_8_bit_shards_come_back_within_their_error(tmp_path):
     write_cache(tmp_path, storage="int8")
     rows, provenance = make_rows(3000)
-    [served] = ShardStream(tmp_path, batch_size=3000, shuffle="none").batches(None, 0)
+    [served] = one_epoch(ShardStream(tmp_path, batch_size=3000, shuffle="none"))
     assert torch.equal(served.provenance, provenance)
     for name in (WIDE, NARROW):
         assert served.rows[name].dtype == rows[name].dtype
@@ -251,14 +252,14 @@ def test_8_bit_shards_come_back_within_their_error(tmp_path):
         assert ((served.rows[name].float() - rows[name].float()).abs() <= bound * 1.001).all()
 
 
-def test_too_little_room_is_said_before_starting(tmp_path):
+def test_too_little_free_space_is_an_error_before_starting(tmp_path):
     with pytest.raises(DiskFullError, match=r"bytes free, 1,000,000,000,000,000 rows need [\d,]+ bytes more"):
         ShardWriter(tmp_path, manifest(), expected_rows=10**15)
 
 
 @pytest.fixture(scope="module")
 def processes():
-    """Starts real processes that have the slow imports behind them."""
+    """Start real processes from one that has done the slow imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["deeplens_lightning.shards"])
     return context
@@ -327,7 +328,7 @@ def test_killed_at_any_moment_and_rerun_equals_uninterrupted_and_nothing_half_is
 
 
 def _check_finished(folder: Path) -> int:
-    """Everything under a final name is whole; how many shards were looked at."""
+    """Check that every file under a final name is complete; the number of shards."""
     if not (folder / sidecar_name(shard_name(0, 0))).exists():
         return 0
     names = [path.name for path in folder.iterdir() if not path.name.startswith(".")]

@@ -1,14 +1,16 @@
-"""Caches of random rows with provenance, deterministic, for the tests of shards."""
+"""Write caches of random rows with provenance, the same in every run, for the tests of shards; read them back."""
 
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from deeplens_lightning.shards import Manifest, Rows, ShardStream, ShardWriter
+from deeplens_lightning.types import Served
 
 WIDE, NARROW = "layers.0.mlp_out", "layers.1.resid_post"
 
@@ -23,7 +25,7 @@ def manifest(world_size: int = 1, storage: str = "exact", **config: object) -> M
 
 
 def make_rows(n: int, seed: int = 0, document: int = 37) -> tuple[dict[str, Tensor], Tensor]:
-    """`n` rows of two hook points in documents of `document` rows; row i is the same for every `n`."""
+    """`n` rows of two hook points in documents of `document` rows each; row i does not depend on `n`."""
     generator = torch.Generator().manual_seed(seed)
     index = torch.arange(n) // document
     hashes = torch.randint(-(2**63), 2**63 - 1, (10_000,), generator=generator)
@@ -40,7 +42,7 @@ def feed(
     batch: int = 100,
     stop: int | None = None,
 ) -> None:
-    """Append batches from where the writer goes on."""
+    """Append batches of `batch` rows, from where the writer continues to row `stop`."""
     start = writer.resume.source["row"] if writer.resume.source is not None else 0
     for first in range(start, len(provenance) if stop is None else stop, batch):
         part = slice(first, first + batch)
@@ -61,8 +63,13 @@ def write_cache(where: str | Path, n: int = 3000, shard_rows: int = 700, **kwarg
         writer.finish()
 
 
+def one_epoch(stream: ShardStream, epoch: int = 0) -> Iterator[Served]:
+    """All batches of an epoch."""
+    return stream.batches(stream.start(epoch), 0)
+
+
 def read_back(where: str | Path) -> tuple[dict[str, Tensor], Tensor]:
-    """All rows of a cache in order, by plain `torch.load`."""
+    """All rows of a cache in order, read with plain `torch.load`."""
     files = [torch.load(path, mmap=True, weights_only=True) for path in sorted(Path(where).glob("*.pt"))]
     names = files[0]["rows"]
     return (
@@ -72,7 +79,7 @@ def read_back(where: str | Path) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def write_here(folder: str, rows: int, file_limit: int | None = None) -> None:
-    """Begin or continue a cache of `make_rows(rows)` in a process of its own, with a limit on file sizes."""
+    """Start or continue a cache of `make_rows(rows)`; `file_limit` is the largest file that may be written."""
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     with ShardWriter(folder, manifest(), shard_bytes=500 * manifest().row_bytes) as writer:
@@ -81,10 +88,10 @@ def write_here(folder: str, rows: int, file_limit: int | None = None) -> None:
 
 
 def read_windows(folder: str, window_bytes: int | None) -> None:
-    """Read a cache and print the growth of peak memory, and of what is not mapped files, in bytes."""
+    """Read a cache; print by how many bytes peak memory grew, and memory without mapped files."""
     shuffle = "window" if window_bytes else "global"
     stream = ShardStream(folder, batch_size=1024, shuffle=shuffle, window_bytes=window_bytes)
-    batches = stream.batches(None, 0)
+    batches = one_epoch(stream)
     next(batches)
     before, own = _peak(), _own()
     for _ in batches:

@@ -1,0 +1,16 @@
+"""Open a cache's folder at a local path or at an fsspec URL."""
+
+from __future__ import annotations
+
+from deeplens_lightning.shards.folder import Folder, LocalFolder
+from deeplens_lightning.shards.paths import ShardPath, is_remote
+from deeplens_lightning.shards.remote import RemoteFolder
+
+
+def open_folder(where: ShardPath) -> Folder:
+    """The folder at a local path or an fsspec URL; it need not exist yet.
+
+    Raises:
+        ShardError: the URL's file system needs a package that is not installed.
+    """
+    return RemoteFolder(str(where)) if is_remote(str(where)) else LocalFolder(where)
