@@ -1,9 +1,11 @@
-"""Run one model batch and say which of its positions become rows.
+"""Run one model batch and select the positions that become rows.
 
-In: packed blocks. Out: activations, the positions to keep, and where each of these rows came from.
+In: packed blocks. Out: a `ModelBatch` with activations, the positions to keep, and the provenance of these rows.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,17 +14,34 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.text.packing import Blocks, model_inputs
 
 
-def run_model(model: FrozenModel, blocks: Blocks) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Run one model batch.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelBatch:
+    """The result of one forward pass over some blocks.
 
-    Returns:
-        Activations `(positions, d_in)` by hook point; int64 `(rows,)`, the positions that become rows; and their
-        provenance, int64 `(rows, 4)` on the CPU.
+    Attributes:
+        activations: `(positions, d_in)` by canonical hook point name, one row for every position of the blocks, in
+            the activation dtype, on the model's device.
+        kept: int64 `(rows,)` on the CPU, the positions that become rows, ascending.
+        provenance: int64 `(rows, 4)` on the CPU, one line for each entry of `kept`; columns as in
+            `types.PROVENANCE`.
+    """
+
+    activations: dict[str, Tensor]
+    kept: Tensor
+    provenance: Tensor
+
+
+def run_model(model: FrozenModel, blocks: Blocks) -> ModelBatch:
+    """Run the model on some blocks, with the inputs that `model.isolation` requires.
+
+    Args:
+        model: the frozen model.
+        blocks: packed blocks on the CPU, `(n, seq_length)`.
     """
     inputs = model_inputs(blocks, model.isolation)
-    out = {name: x.flatten(0, 1) for name, x in model.activations(**inputs).items()}
+    activations = {name: x.flatten(0, 1) for name, x in model.activations(**inputs).items()}
     length = inputs["tokens"].shape[1]
-    wanted = blocks.keep[:, :length].flatten().nonzero().squeeze(1)
+    kept = blocks.keep[:, :length].flatten().nonzero().squeeze(1)
     columns = (blocks.hashes, blocks.documents, blocks.offsets, blocks.tokens)
-    provenance = torch.stack([column[:, :length].flatten()[wanted] for column in columns], 1)
-    return out, wanted, provenance
+    provenance = torch.stack([column[:, :length].flatten()[kept] for column in columns], 1)
+    return ModelBatch(activations=activations, kept=kept, provenance=provenance)

@@ -27,7 +27,7 @@ SEGMENTS = [torch.randint(10, 97, (n,), generator=torch.Generator().manual_seed(
 
 
 def together(model: FrozenModel, segments: Sequence[Tensor], mode: Isolation) -> list[dict[str, Tensor]]:
-    """Rows of each segment when they share model batches in the given way."""
+    """Rows of each segment, when the segments share model batches with this isolation."""
     if mode == "equal":
         return [
             {k: x[:1] for k, x in model.activations(torch.stack([s, s.flip(0)])).items()} for s in segments
@@ -46,7 +46,7 @@ def together(model: FrozenModel, segments: Sequence[Tensor], mode: Isolation) ->
 
 
 def reference(name: str, segment: Tensor) -> dict[str, Tensor]:
-    """Every kind at layer 1, read with plain hooks from the untouched full model on the segment alone."""
+    """Every kind at layer 1, read with plain PyTorch hooks from the whole model on the segment alone."""
     model = tiny_model(name)
     base = model.get_encoder() if name == "t5" else model
     rows: dict[str, Tensor] = {}
@@ -79,7 +79,7 @@ def test_rows_equal_those_of_the_untouched_model_on_each_segment_alone(name: str
     model, family = tiny_model(name), FAMILIES[name]
     model.save_pretrained(tmp_path)
     kinds = list(family.places(1))
-    layer_kinds = [kind for kind in kinds if kind != "final_norm"]  # which needs every layer
+    layer_kinds = [kind for kind in kinds if kind != "final_norm"]  # final_norm needs every layer
     for chosen in (layer_kinds, kinds):
         points = resolve(model.config, 1, chosen)
         frozen = FrozenModel.load(str(tmp_path), points, device="cpu")
@@ -91,12 +91,12 @@ def test_rows_equal_those_of_the_untouched_model_on_each_segment_alone(name: str
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_residual_stream_adds_up(name: str) -> None:
+def test_the_residual_stream_is_the_sum_of_its_parts(name: str) -> None:
     places = FAMILIES[name].places(1)
     kinds = [k for k in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post") if k in places]
     frozen = FrozenModel.load(tiny_model(name), resolve(tiny_config(name), 1, kinds), device="cpu")
     rows = {key.rpartition(".")[2]: x for key, x in frozen.activations(SEGMENTS[1][None]).items()}
-    if FAMILIES[name].post_norm:  # the norm comes after the sum
+    if FAMILIES[name].post_norm:  # the norm follows the sum of the residual stream
         layer = tiny_model(name).get_submodule(f"{FAMILIES[name].layers}.1")
         rows["resid_mid"], mid = (
             layer.attention.output.LayerNorm(rows["resid_pre"] + rows["attn_out"]),
@@ -126,7 +126,7 @@ def test_changing_one_segment_changes_no_row_of_another(name: str) -> None:
 def test_later_layers_and_the_head_are_never_loaded(tmp_path: Path) -> None:
     randomised(AutoModelForCausalLM.from_config(tiny_config("llama"))).save_pretrained(tmp_path)
     frozen = FrozenModel.load(str(tmp_path), resolve(tiny_config("llama"), 0, "mlp_out"), device="cpu")
-    names = {name for name, _ in frozen._base.named_parameters()}
+    names = {name for name, _ in frozen.base.named_parameters()}
     assert any(name.startswith("layers.0.") for name in names)
     assert not any(name.startswith(("layers.1.", "layers.2.", "lm_head")) for name in names)
     assert frozen.config.num_hidden_layers == 3
@@ -136,7 +136,7 @@ def test_layers_that_depend_on_the_depth_are_all_loaded(tmp_path: Path) -> None:
     model = tiny_model("minicpm3")  # multiplies each half by scale_depth / sqrt(num_hidden_layers)
     model.save_pretrained(tmp_path)
     frozen = FrozenModel.load(str(tmp_path), resolve(model.config, 0, "resid_post"), device="cpu")
-    assert len(frozen._base.layers) == 3
+    assert len(frozen.base.layers) == 3
     expected = model(SEGMENTS[0][None], output_hidden_states=True).hidden_states[1]
     assert relative_error(frozen.activations(SEGMENTS[0][None])["layers.0.resid_post"], expected).max() < 1e-5
 
@@ -168,7 +168,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "dynamic_rope", "longrope"])
-def test_a_model_handed_in_is_left_as_it_was(name: str) -> None:
+def test_a_loaded_model_is_unchanged_after_close(name: str) -> None:
     config = (
         rope_config(name) if name.endswith("rope") else tiny_config(name, resid_pdrop=0.5, attn_pdrop=0.5)
     )
@@ -198,7 +198,7 @@ def rope_config(name: str, **changes: object):
 
 
 @pytest.mark.parametrize("name", ["dynamic_rope", "longrope"])
-def test_rope_scaled_by_length_is_noticed_beyond_its_original_context(name: str) -> None:
+def test_rope_scaling_by_length_gives_isolation_equal_beyond_the_original_context(name: str) -> None:
     config = rope_config(name)
     model = randomised(AutoModel.from_config(config))
     points = resolve(config, 2, "resid_post")
@@ -208,7 +208,7 @@ def test_rope_scaled_by_length_is_noticed_beyond_its_original_context(name: str)
     assert FrozenModel.load(model, points, device="cpu", seq_length=24).isolation == "packed"
     last = FrozenModel.load(model, resolve(config, None, "final_norm"), device="cpu", seq_length=40)
     assert last.isolation == "equal"
-    for segment in (*SEGMENTS, *reversed(SEGMENTS)):  # long ones in between: nothing is remembered
+    for segment in (*SEGMENTS, *reversed(SEGMENTS)):  # a long segment must not change later ones
         expected = randomised(AutoModel.from_config(config))(segment[None]).last_hidden_state
         rows = together(last, [segment], "equal")[0]["final_norm"]
         assert relative_error(rows, expected).max() < 1e-5
@@ -216,7 +216,7 @@ def test_rope_scaled_by_length_is_noticed_beyond_its_original_context(name: str)
         assert torch.equal(beside_another, rows)
 
 
-def test_isolation_can_be_forced_and_none_means_none() -> None:
+def test_a_given_isolation_is_used_without_a_probe() -> None:
     model = tiny_model("opt")
     points = resolve(model.config, 1, "resid_post")
     assert FrozenModel.load(model, points, device="cpu").isolation != "packed"
@@ -225,7 +225,7 @@ def test_isolation_can_be_forced_and_none_means_none() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_processwide_state_is_neither_used_nor_changed(name: str) -> None:
+def test_process_wide_state_is_neither_used_nor_changed(name: str) -> None:
     model = tiny_model(name)
     frozen = FrozenModel.load(model, resolve(model.config, 2, ["resid_post", "mlp_out"]), device="cpu")
     expected = frozen.activations(SEGMENTS[1][None])
@@ -246,7 +246,7 @@ def test_processwide_state_is_neither_used_nor_changed(name: str) -> None:
         assert not rows[key].requires_grad
 
 
-def test_two_threads_each_get_their_own_captures() -> None:
+def test_two_threads_each_get_their_own_activations() -> None:
     model = tiny_model("gpt2")
     frozen = FrozenModel.load(model, resolve(model.config, 1, ["mlp_out", "resid_post"]), device="cpu")
     expected = [frozen.activations(segment[None]) for segment in SEGMENTS]
@@ -280,7 +280,7 @@ def test_other_weights_have_another_identity(tmp_path: Path) -> None:
     assert FrozenModel.load(model, points, device="cpu").identity != first
 
 
-def test_low_precision_is_kept_and_packed_still() -> None:
+def test_bfloat16_is_kept_and_does_not_prevent_packing() -> None:
     model = randomised(AutoModel.from_config(tiny_config("llama"))).to(torch.bfloat16)
     frozen = FrozenModel.load(model, resolve(model.config, 2, ["resid_post", "mlp_act"]), device="cpu")
     assert frozen.isolation == "packed"
@@ -302,7 +302,7 @@ def test_token_ids_beyond_the_embedding_are_refused() -> None:
         frozen.activations(torch.tensor([[1, 97]]))
 
 
-def test_a_closed_model_says_so() -> None:
+def test_a_closed_model_raises_an_error() -> None:
     model = tiny_model("gpt2")
     frozen = FrozenModel.load(model, resolve(model.config, 0, "mlp_out"), device="cpu")
     frozen.close()
@@ -310,7 +310,7 @@ def test_a_closed_model_says_so() -> None:
         frozen.activations(torch.tensor([[1, 2]]))
 
 
-def test_a_compiled_model_gives_the_same_rows_and_is_left_as_it_was() -> None:
+def test_a_compiled_model_gives_the_same_rows_and_is_unchanged_after_close() -> None:
     model = randomised(AutoModel.from_config(tiny_config("llama", num_hidden_layers=2)))
     before = snapshot(model)
     points = resolve(model.config, 1, ["resid_pre", "mlp_out"])
@@ -333,7 +333,7 @@ class OwnModel(LlamaModel):
     config_class = OwnConfig
 
 
-def test_a_model_that_transformers_does_not_know_can_be_handed_in() -> None:
+def test_a_loaded_model_of_an_unregistered_class_can_be_read() -> None:
     model = randomised(OwnModel(OwnConfig(**small())))
     points = resolve(model, 1, ["mlp_out", "resid_post"])
     frozen = FrozenModel.load(model, points, device="cpu", seq_length=64)
@@ -354,7 +354,7 @@ def small(**changes: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "gemma3"])
-def test_heads_decoders_and_eyes_are_left_out(name: str, tmp_path: Path) -> None:
+def test_heads_decoders_and_vision_towers_are_left_out(name: str, tmp_path: Path) -> None:
     auto = {
         "llama": AutoModelForCausalLM,
         "bert": AutoModelForMaskedLM,
@@ -372,5 +372,5 @@ def test_heads_decoders_and_eyes_are_left_out(name: str, tmp_path: Path) -> None
         frozen = FrozenModel.load(source, resolve(model.config, 1, "resid_post"), device="cpu")
         rows = frozen.activations(SEGMENTS[3][None].clamp(max=95))["layers.1.resid_post"]
         assert relative_error(rows, expected).max() < 1e-5
-    layers = frozen._base.get_submodule(resolve(model.config, 1, "resid_post")[0].module.rpartition(".")[0])
+    layers = frozen.base.get_submodule(resolve(model.config, 1, "resid_post")[0].module.rpartition(".")[0])
     assert len(layers) == 2

@@ -1,6 +1,6 @@
-"""Tiny random models of many families, and where each kind of hook point is in them, written by hand.
+"""Tiny random models of many families, with the module paths of their hook points, written by hand.
 
-The paths here are the reference that what the package finds is compared with.
+Tests compare the paths that the package finds with these.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Family:
-    """A family's configuration, and its places: paths inside a layer, `:in` for a module's input."""
+    """The configuration of a family, and module paths inside a layer (with `:in` for a module's input)."""
 
     model_type: str
     layers: str
@@ -45,7 +45,7 @@ class Family:
     post_norm: bool = False
 
     def places(self, index: int) -> dict[str, tuple[str, float]]:
-        """Module path and multiplier by kind, of the kinds that this family has."""
+        """Module path and multiplier of each kind of hook point that a layer of this family has."""
         layer = f"{self.layers}.{index}"
         found = {
             "mlp_in": (f"{layer}.{self.mlp}:in", 1.0),
@@ -280,12 +280,12 @@ def tiny_config(name: str, **changes: Any) -> PretrainedConfig:
 
 @lru_cache(maxsize=4)
 def tiny_model(name: str) -> PreTrainedModel:
-    """A model with weights large enough for every part to matter."""
+    """A base model whose weights are large enough for every module to change the output."""
     return randomised(AutoModel.from_config(tiny_config(name)))
 
 
 def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with weights of a fixed seed, in evaluation mode."""
+    """Fill the model with weights from a fixed seed and put it into evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
