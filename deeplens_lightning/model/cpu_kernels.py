@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def has_replaced_forward(module: nn.Module) -> bool:
     """Whether the module itself holds a `forward` in place of the one of its class, as accelerate's hooks do."""
-    # Reading `module.forward` finds either one, so only the instance's own attributes tell them apart.
+    # Reading `module.forward` finds either one, so only a look at the instance's own attributes distinguishes them.
     return "forward" in vars(module)
 
 

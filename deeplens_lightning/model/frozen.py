@@ -1,7 +1,7 @@
 """Load a language model up to its deepest hook point and read activations from it.
 
 In: a hub id, folder, GGUF file, `demo:lm` or loaded model, and hook points. Out: activations
-`(batch, sequence, d_in)` by hook point. The model is frozen, and one that was handed in stays as it was.
+`(batch, sequence, d_in)` by hook point. The weights are frozen; a model that is given loaded is left unchanged.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class FrozenModel:
         return self._open_forward()(tokens, position_ids, attention_mask)
 
     def close(self) -> None:
-        """Free the model after the present forward pass; a model that was handed in is as it was."""
+        """Free the model when the present forward pass has ended; a loaded model that was given is left unchanged."""
         if self._forward is not None:
             with self._forward.lock:
                 self._compilation.close()

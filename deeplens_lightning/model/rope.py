@@ -53,8 +53,9 @@ def original_frequencies(rope: nn.Module) -> Iterator[None]:
     what the model ran before.
     """
     # Which attributes a rotary module changes in its forward pass differs between architectures and versions of
-    # transformers, so all of them are saved: `vars` is the only way to list them.
-    attributes = {key: value for key, value in vars(rope).items() if not isinstance(value, dict)}
+    # transformers, so all of them are saved; `vars` is the only way to list them.
+    state = vars(rope)
+    attributes = {key: value for key, value in state.items() if not isinstance(value, dict)}
     buffers = {key: value.clone() for key, value in rope._buffers.items() if value is not None}
     present: dict[str, Any] = {**rope._buffers, **attributes}
     for key in buffers:
@@ -67,10 +68,10 @@ def original_frequencies(rope: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for key, value in list(vars(rope).items()):
+        for key, value in list(state.items()):
             if key not in attributes and not isinstance(value, dict):
                 delattr(rope, key)
-        vars(rope).update(attributes)
+        state.update(attributes)
         rope._buffers.update(buffers)
 
 

@@ -1,10 +1,9 @@
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -14,35 +13,13 @@ from transformers import (
     Gemma3Config,
     LlamaConfig,
     LlamaModel,
-    PreTrainedModel,
 )
 
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.isolation import relative_error
-from deeplens_lightning.options import Isolation
-from tests.support.tiny_models import FAMILIES, randomised, tiny_config, tiny_model
-
-SEGMENTS = [torch.randint(10, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 33, 1, 14)]
-
-
-def together(model: FrozenModel, segments: Sequence[Tensor], mode: Isolation) -> list[dict[str, Tensor]]:
-    """Rows of each segment, when the segments share model batches with this isolation."""
-    if mode == "equal":
-        return [
-            {k: x[:1] for k, x in model.activations(torch.stack([s, s.flip(0)])).items()} for s in segments
-        ]
-    if mode == "padded":
-        tokens = nn.utils.rnn.pad_sequence(list(segments), batch_first=True)
-        mask = torch.stack([(torch.arange(tokens.shape[1]) < len(s)).long() for s in segments])
-        rows = model.activations(tokens, attention_mask=mask)
-        return [{k: x[i : i + 1, : len(s)] for k, x in rows.items()} for i, s in enumerate(segments)]
-    positions = torch.cat([torch.arange(len(s)) for s in segments])
-    rows = model.activations(torch.cat(list(segments))[None], position_ids=positions[None])
-    ends = torch.tensor([len(s) for s in segments]).cumsum(0).tolist()
-    return [
-        {k: x[:, end - len(s) : end] for k, x in rows.items()} for s, end in zip(segments, ends, strict=True)
-    ]
+from tests.model.segments import SEGMENTS, together
+from tests.support.tiny_models import FAMILIES, randomised, rope_config, snapshot, tiny_config, tiny_model
 
 
 def reference(name: str, segment: Tensor) -> dict[str, Tensor]:
@@ -155,18 +132,6 @@ def test_the_forward_pass_stops_at_the_deepest_hook_point() -> None:
     assert not {"layers.1.mlp.up_proj", "layers.1.mlp.down_proj", "layers.2", "norm"} & set(ran)
 
 
-def snapshot(model: PreTrainedModel) -> dict[str, object]:
-    return {
-        "weights": {k: x.clone() for k, x in [*model.named_parameters(), *model.named_buffers()]},
-        "training": [module.training for module in model.modules()],
-        "grads": [parameter.requires_grad for parameter in model.parameters()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "config": model.config.to_json_string(use_diff=False),
-        "modules": [name for name, _ in model.named_modules()],
-    }
-
-
 @pytest.mark.parametrize("name", ["gpt2", "dynamic_rope", "longrope"])
 def test_a_loaded_model_is_unchanged_after_close(name: str) -> None:
     config = (
@@ -186,34 +151,6 @@ def test_a_loaded_model_is_unchanged_after_close(name: str) -> None:
     assert before == after
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(x, weights[1][key]) for key, x in weights[0].items())
-
-
-def rope_config(name: str, **changes: object):
-    if name == "dynamic_rope":
-        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-        return tiny_config("llama", rope_parameters=rope, max_position_embeddings=24, **changes)
-    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, **factors}
-    return tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=24, **changes)
-
-
-@pytest.mark.parametrize("name", ["dynamic_rope", "longrope"])
-def test_rope_scaling_by_length_gives_isolation_equal_beyond_the_original_context(name: str) -> None:
-    config = rope_config(name)
-    model = randomised(AutoModel.from_config(config))
-    points = resolve(config, 2, "resid_post")
-    beyond = FrozenModel.load(model, points, device="cpu", seq_length=40)
-    assert beyond.isolation == "equal"
-    assert FrozenModel.load(model, points, device="cpu").isolation == "equal"
-    assert FrozenModel.load(model, points, device="cpu", seq_length=24).isolation == "packed"
-    last = FrozenModel.load(model, resolve(config, None, "final_norm"), device="cpu", seq_length=40)
-    assert last.isolation == "equal"
-    for segment in (*SEGMENTS, *reversed(SEGMENTS)):  # a long segment must not change later ones
-        expected = randomised(AutoModel.from_config(config))(segment[None]).last_hidden_state
-        rows = together(last, [segment], "equal")[0]["final_norm"]
-        assert relative_error(rows, expected).max() < 1e-5
-        beside_another = last.activations(torch.stack([segment, segment.roll(1)]))["final_norm"][:1]
-        assert torch.equal(beside_another, rows)
 
 
 def test_a_given_isolation_is_used_without_a_probe() -> None:
@@ -266,20 +203,6 @@ def test_two_threads_each_get_their_own_activations() -> None:
         assert all(torch.equal(a[k], b[k]) for a, b in zip(rows, expected, strict=True) for k in b)
 
 
-def test_other_weights_have_another_identity(tmp_path: Path) -> None:
-    model = randomised(AutoModel.from_config(tiny_config("qwen2")))
-    points = resolve(model.config, 1, "mlp_out")
-    first = FrozenModel.load(model, points, device="cpu").identity
-    model.save_pretrained(tmp_path)
-    assert FrozenModel.load(str(tmp_path), points, device="cpu").identity["weights"] == first["weights"]
-    with torch.no_grad():
-        model.layers[2].mlp.down_proj.weight.mul_(2)
-    assert FrozenModel.load(model, points, device="cpu").identity == first
-    with torch.no_grad():
-        model.layers[1].mlp.down_proj.weight.mul_(2)
-    assert FrozenModel.load(model, points, device="cpu").identity != first
-
-
 def test_bfloat16_is_kept_and_does_not_prevent_packing() -> None:
     model = randomised(AutoModel.from_config(tiny_config("llama"))).to(torch.bfloat16)
     frozen = FrozenModel.load(model, resolve(model.config, 2, ["resid_post", "mlp_act"]), device="cpu")
@@ -308,21 +231,6 @@ def test_a_closed_model_raises_an_error() -> None:
     frozen.close()
     with pytest.raises(RuntimeError, match="was closed"):
         frozen.activations(torch.tensor([[1, 2]]))
-
-
-def test_a_compiled_model_gives_the_same_rows_and_is_unchanged_after_close() -> None:
-    model = randomised(AutoModel.from_config(tiny_config("llama", num_hidden_layers=2)))
-    before = snapshot(model)
-    points = resolve(model.config, 1, ["resid_pre", "mlp_out"])
-    expected = FrozenModel.load(model, points, device="cpu").activations(SEGMENTS[1][None])
-    frozen = FrozenModel.load(model, points, device="cpu", compile_model=True)
-    rows = frozen.activations(SEGMENTS[1][None])
-    frozen.close()
-    for name, x in expected.items():
-        assert relative_error(rows[name], x).max() < 1e-5
-    after = snapshot(model)
-    assert before.pop("weights").keys() == after.pop("weights").keys()
-    assert before == after
 
 
 class OwnConfig(LlamaConfig):

@@ -162,7 +162,7 @@ def test_a_quantised_model_that_cannot_run_here_is_refused_with_the_reason(tmp_p
         ("/nowhere/at/all", "there is no such folder"),
         ("nowhere.gguf", "there is no such file"),
         ("demo:llm", "the embedded model is 'demo:lm'"),
-        ("{empty}", "is a folder without config.json; give the one that save_pretrained"),
+        ("{empty}", "is a folder without config.json; give a folder that save_pretrained"),
     ],
 )
 def test_the_error_for_a_missing_model_contains_its_name(name: str, message: str, tmp_path: Path) -> None:

@@ -294,3 +294,26 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
     return model.eval()
+
+
+def rope_config(name: str, **changes: Any) -> PretrainedConfig:
+    """A configuration with "dynamic_rope" or "longrope" scaling and an original context of 24 tokens."""
+    if name == "dynamic_rope":
+        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+        return tiny_config("llama", rope_parameters=rope, max_position_embeddings=24, **changes)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, **factors}
+    return tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=24, **changes)
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Any]:
+    """All state of a model that reading activations must not change."""
+    return {
+        "weights": {k: x.clone() for k, x in [*model.named_parameters(), *model.named_buffers()]},
+        "training": [module.training for module in model.modules()],
+        "grads": [parameter.requires_grad for parameter in model.parameters()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "config": model.config.to_json_string(use_diff=False),
+        "modules": [name for name, _ in model.named_modules()],
+    }
