@@ -1,7 +1,7 @@
-"""Activation statistics and the affine normalisation made of them, and its inverse.
+"""Estimate and apply the normalisation of activations, an affine map with an inverse.
 
-In: rows `(n, d_in)` of one hook point. Out: a `Scaling`, applied to every batch as
-`(x - shift) * scale` and undone by an SAE that wants to read raw activations.
+In: rows `(n, d_in)` of one hook point. Out: a `Scaling`, which is applied to every batch as `(x - shift) * scale`, and
+whose inverse gives the raw activations again.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import torch
 from torch import Tensor
 
 Normalize = Literal["none", "mean_norm", "center", "standardize", "zscore"]
-"""How rows are scaled.
+"""How rows are normalised.
 
-- `none`: as they are.
-- `mean_norm`: one factor, so that the mean row norm is sqrt(d_in) (Anthropic, April 2024 update).
-- `center`: the mean row removed.
-- `standardize`: the mean row removed, then one factor, so that the mean squared norm is d_in.
-- `zscore`: each dimension to mean 0 and variance 1 (dimensions that never vary keep factor 1).
+- `none`: not at all.
+- `mean_norm`: multiply by one factor, so that the mean row norm is sqrt(d_in) (Anthropic, April 2024 update).
+- `center`: subtract the mean row.
+- `standardize`: subtract the mean row and multiply by one factor, so that the mean squared row norm is d_in.
+- `zscore`: subtract the mean row and divide each dimension by its standard deviation; constant dimensions are not
+  divided.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """An invertible affine map of one hook point's rows.
+    """The normalisation of one hook point's rows: `(x - shift) * scale`.
 
     Attributes:
-        shift: float32 `(d_in,)`, subtracted first.
-        scale: float32 `(d_in,)`, multiplied afterwards, nowhere zero.
+        shift: float32 `(d_in,)`, subtracted from a row.
+        scale: float32 `(d_in,)`, nonzero factors for the result.
     """
 
     shift: Tensor
@@ -38,37 +39,42 @@ class Scaling:
 
     @classmethod
     def identity(cls, d_in: int) -> Scaling:
-        """The map that changes nothing."""
+        """The map that leaves rows `(..., d_in)` unchanged."""
         return cls(torch.zeros(d_in, dtype=torch.float32), torch.ones(d_in, dtype=torch.float32))
 
     @property
     def is_identity(self) -> bool:
-        """Whether applying it would change nothing."""
+        """Whether the map leaves rows unchanged."""
         return bool((self.shift == 0).all() and (self.scale == 1).all())
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Normalise rows `(..., d_in)`; the dtype and device of `rows` are kept."""
+        """Normalised rows `(..., d_in)`, computed in float32, in the dtype and on the device of `rows`."""
         return ((rows.float() - self.shift.to(rows.device)) * self.scale.to(rows.device)).to(rows.dtype)
 
     def undo(self, rows: Tensor) -> Tensor:
-        """Bring normalised rows `(..., d_in)` back to raw activations."""
+        """Raw activations `(..., d_in)` of normalised rows, in the dtype and on the device of `rows`."""
         return (rows.float() / self.scale.to(rows.device) + self.shift.to(rows.device)).to(rows.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors only, so that a checkpoint loads with `weights_only=True`."""
+        """`shift` and `scale` on the CPU; tensors only, so that a checkpoint loads with `weights_only=True`."""
         return {"shift": self.shift.cpu(), "scale": self.scale.cpu()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Scaling:
-        """The inverse of `state_dict`."""
+        """The map with this `state_dict`."""
         return cls(state["shift"], state["scale"])
 
 
 @dataclass(slots=True)
 class Moments:
-    """Running float64 sums of rows, mergeable over ranks by adding their `sums`.
+    """Running float64 sums over rows, from which their normalisation is computed.
 
-    The layout of `sums` is `[count, norms, squares, *per-dimension sum, *per-dimension square sum]`.
+    Add the `sums` of several ranks to get those of all their rows.
+
+    Attributes:
+        d_in: width of a row.
+        sums: float64 `(3 + 2 * d_in,)` on the CPU: the number of rows, the sum of their norms, the sum of their squared
+            norms, then for each dimension the sum of its values, then for each dimension the sum of its squares.
     """
 
     d_in: int
@@ -79,7 +85,7 @@ class Moments:
 
     @property
     def count(self) -> int:
-        """Rows seen."""
+        """Number of rows that were added."""
         return int(self.sums[0])
 
     def update(self, rows: Tensor) -> None:
@@ -92,17 +98,23 @@ class Moments:
         self.sums[3 + self.d_in :] += x.square().sum(0)
 
     def scaling(self, normalize: Normalize) -> Scaling:
-        """The map that gives these rows the property that `normalize` names.
+        """The normalisation of the rows that were added.
+
+        Args:
+            normalize: the kind of normalisation.
 
         Raises:
-            ValueError: `normalize` is unknown, or no row was seen, or all rows are zero.
+            ValueError: `normalize` is unknown, no row was added, or the rows are all zero or all equal.
         """
         check_normalize(normalize)
         if normalize == "none":
             return Scaling.identity(self.d_in)
         count = self.sums[0]
         if count == 0:
-            raise ValueError("no rows to take activation statistics from: the training text is empty")
+            raise ValueError(
+                f"normalize={normalize!r} needs rows to compute statistics from, but the training text is empty; "
+                'give a dataset with text, or normalize="none"'
+            )
         mean = self.sums[3 : 3 + self.d_in] / count
         variance = (self.sums[3 + self.d_in :] / count - mean.square()).clamp(min=0)
         shift = torch.zeros_like(mean) if normalize == "mean_norm" else mean
@@ -118,7 +130,7 @@ class Moments:
 
 
 def check_normalize(normalize: str) -> None:
-    """Refuse an unknown normalisation before anything slow happens."""
+    """Raise a ValueError if `normalize` is no kind of normalisation."""
     if normalize not in get_args(Normalize):
         raise ValueError(
             f"normalize={normalize!r} is unknown; choose one of {', '.join(get_args(Normalize))}"
@@ -126,13 +138,14 @@ def check_normalize(normalize: str) -> None:
 
 
 def scalings_state(scalings: Mapping[str, Scaling]) -> dict[str, Any]:
-    """`state_dict` of several hook points' maps, by canonical name."""
+    """The `state_dict` of each hook point's normalisation, by canonical name."""
     return {name: scaling.state_dict() for name, scaling in scalings.items()}
 
 
 def _positive(value: Tensor, normalize: str) -> Tensor:
     if not value > 0:
         raise ValueError(
-            f"normalize={normalize!r} needs rows that vary, but every row seen is the same or zero"
+            f"normalize={normalize!r} needs rows that differ, but all rows are equal or zero; check the hook point, or "
+            'use normalize="none"'
         )
     return value

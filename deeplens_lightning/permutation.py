@@ -1,13 +1,13 @@
-"""A seeded permutation of `range(n)` in constant memory.
+"""A seeded pseudo-random permutation of `range(n)` in constant memory.
 
-In: `n` and a NumPy `SeedSequence`. Out: an object to index with positions, one at a time or a whole
-array at once. Nothing of size `n` is ever built, so it shuffles 10 documents and 10**12 rows alike.
+In: `n` and a NumPy `SeedSequence`. Out: an object that is indexed with one position or an array of positions. Nothing
+of size `n` is built, so that 10**12 rows take no more memory than 10 documents.
 
-The construction is a Feistel network on a grid: position `x` is written as `(left, right)` with
-`left < a`, `right < b` and `a * b` just above `n`; every round adds a keyed hash of one half to the
-other, modulo its size, which can be undone and so is a permutation (Black & Rogaway, "Ciphers with
-arbitrary finite domains", 2002). What lands in the few values from `n` to `a * b` walks on until it is
-below `n`. All arithmetic is uint64, so every machine and NumPy version gives the same order.
+The construction is a Feistel network on a grid: position `x` is written as `(left, right)` with `left < a`,
+`right < b` and `a * b` at or just above `n`. Every round adds a keyed hash of one half to the other half, modulo the
+size of that half. A round can be inverted, so it is a permutation (Black & Rogaway, "Ciphers with arbitrary finite
+domains", 2002). A result from `n` to `a * b - 1` goes through the network again until it is below `n`. All arithmetic
+is in uint64, so that every machine and NumPy version gives the same order.
 """
 
 from __future__ import annotations
@@ -19,9 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_LENGTH = 2**40
+"""Largest `n`."""
 
 _ROUNDS = 8
-_SMALL, _SMALL_ROUNDS = 1024, 32  # a round moves little on a tiny grid; more of them make it even
+_SMALL, _SMALL_ROUNDS = (
+    1024,
+    32,
+)  # a round mixes little on a small grid; with more rounds all orders are as likely
 _MIX = np.uint64(0x9E3779B97F4A7C15)  # odd multipliers: the golden ratio, and splitmix64's
 _REMIX = np.uint64(0xBF58476D1CE4E5B9)
 _HALF = np.uint64(32)
@@ -31,8 +35,8 @@ class Permutation:
     """A pseudo-random permutation of `range(n)`.
 
     Args:
-        n: how many positions, 1 to 2**40.
-        seed: which of the permutations; equal seeds give equal permutations everywhere.
+        n: number of positions, 1 to 2**40.
+        seed: selects the permutation; equal seeds give equal permutations on every machine.
 
     Raises:
         ValueError: `n` is outside 1 to 2**40.
@@ -77,7 +81,7 @@ class Permutation:
         return values.astype(np.int64).reshape(positions.shape)
 
     def _encrypt(self, x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-        """One pass through the network, a permutation of `range(a * b)`."""
+        """One pass through the network: a permutation of `range(a * b)`."""
         width = self._sizes[1]
         left = x // width
         halves = (left, x - left * width)

@@ -1,4 +1,4 @@
-"""The seeded permutation: complete, deterministic everywhere, and shuffled well."""
+"""The seeded permutation is complete, deterministic and well shuffled."""
 
 import tracemalloc
 
@@ -16,7 +16,7 @@ def permutation(n: int, seed: int = 0) -> Permutation:
 
 @settings(deadline=None)
 @given(n=st.integers(1, 5000), seed=st.integers(0, 2**64))
-def test_every_value_comes_exactly_once(n, seed):
+def test_every_value_occurs_exactly_once(n, seed):
     assert np.array_equal(np.sort(permutation(n, seed)[np.arange(n)]), np.arange(n))
 
 
@@ -41,8 +41,8 @@ def test_no_collision_among_a_million_positions_of_the_largest_size():
     assert len(np.unique(values)) == 10**6
 
 
-def test_the_order_is_written_in_stone():
-    """Caches and checkpoints rely on it: a changed order would serve rows twice after a resume."""
+def test_the_order_never_changes_between_versions():
+    """Caches and checkpoints depend on the order: with another one, rows would be served twice after a resume."""
     assert permutation(10)[np.arange(10)].tolist() == [3, 4, 5, 9, 6, 1, 0, 7, 8, 2]
     assert permutation(10**9, 7)[np.array([0, 1, 2, 10**9 - 1])].tolist() == [
         606994095,
@@ -84,8 +84,8 @@ def test_small_sizes_reach_every_order_evenly(n):
 
 
 @pytest.mark.parametrize("n", [1000, 1024, 100_003])
-def test_positions_and_values_are_unrelated(n):
-    """As a uniform permutation: no correlation with the position, between neighbours, or of parity."""
+def test_positions_and_values_are_uncorrelated(n):
+    """As in a uniform permutation: no correlation with the position, between neighbours, or of parity."""
     for seed in range(20):
         values = permutation(n, seed)[np.arange(n)]
         bound = 5 / n**0.5

@@ -1,4 +1,4 @@
-"""The embedded model and its text: everything a newcomer needs, without a hub."""
+"""A small language model and a text dataset that come with the package and need no download."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def lm_folder() -> Path:
-    """Folder of `demo:lm`, a small GPT-2-shaped model trained on docstrings, with its tokenizer."""
+    """Folder of `demo:lm`: a small model with GPT-2's architecture, trained on docstrings, and its tokenizer."""
     return Path(__file__).parent / "lm"

@@ -1,12 +1,14 @@
-"""Real English without a download: the docstrings of packages that are installed anyway.
+"""The `demo:docs` dataset: docstrings of installed packages, as English text that needs no download.
 
-Sources are read as text, never imported. In: nothing. Out: a list of documents, one docstring each,
-the same list in the same order for the same installed versions.
+In: nothing. Out: a list of documents, one docstring each. The same installed versions give the same list in the same
+order. The packages' files are read as text and not imported.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import platform
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -15,27 +17,30 @@ from inspect import cleandoc
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "numpy", "lightning", "datasets")
+"""Packages whose docstrings are read, besides the standard library."""
+
 MIN_CHARACTERS = 80
+"""Shorter docstrings are left out."""
 
 _QUOTE = re.compile(r"\"{3}|'{3}")
 
 
 @cache
 def demo_documents() -> tuple[str, ...]:
-    """Docstrings of the standard library and of `PACKAGES`, cleaned of indentation, without repetitions.
+    """Docstrings of the standard library and of `PACKAGES`, without indentation and without duplicates.
 
     Returns:
-        At least 80 characters each; the standard library first, then the packages by name, files in the
-        order of their paths, docstrings in the order of the file.
+        Docstrings of at least `MIN_CHARACTERS` characters: first those of the standard library, then those of each
+        package in the order of `PACKAGES`; files in the order of their paths, docstrings in the order of the file.
+
+    Raises:
+        ModuleNotFoundError: a package is not installed.
     """
     return tuple(dict.fromkeys(_docstrings()))
 
 
 def source_versions() -> dict[str, str]:
-    """The installed version of each package read: what `demo_documents` depends on."""
-    import importlib.metadata
-    import platform
-
+    """The versions that `demo_documents` depends on, of Python and of `PACKAGES`, by name."""
     return {
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in PACKAGES},
@@ -51,9 +56,9 @@ def _docstrings() -> Iterator[str]:
 
 
 def _triple_quoted(source: str) -> Iterator[str]:
-    """The triple-quoted strings that open a line: docstrings, and bare strings, which read the same.
+    """The triple-quoted strings that start a line: docstrings, and other bare strings, which look the same.
 
-    The others are walked over in turn, so that a closing quote is never taken for an opening one.
+    Triple-quoted strings elsewhere are skipped whole, so that their closing quote does not count as an opening one.
     """
     position = 0
     while quote := _QUOTE.search(source, position):

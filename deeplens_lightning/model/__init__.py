@@ -1,1 +1,1 @@
-"""Blocks in, activations out: find hook points, load the frozen model up to the deepest one, run it, keep rows."""
+"""Blocks in, activations out: find hook points, load the model up to the deepest one, run it, select rows."""

@@ -1,7 +1,7 @@
-"""Faster kernels for what the model and the dictionary compute in float32: the same values up to rounding.
+"""Faster float32 kernels on a CPU for linear layers and GELU: the same values up to rounding.
 
-- GELU's tanh form is one kernel of torch, where transformers composes it of eight;
-- a matrix product on a CPU goes to oneDNN, which torch brings, instead of the BLAS that torch calls by default.
+- The tanh form of GELU is a single kernel in torch; transformers composes it of eight.
+- A matrix product goes to oneDNN, which is part of torch, instead of the BLAS that torch calls by default.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 TANH_GELU = (NewGELUActivation, FastGELUActivation)
-"""0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))) (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
+"""Modules for 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))) (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
 
 _tanh_gelu = partial(F.gelu, approximate="tanh")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of x `(..., d_in)`; in float32 on a CPU by oneDNN, unless gradients or a compiler are at work.
+    """`F.linear`, computed by oneDNN in float32 on a CPU.
+
+    Under autograd, autocast or `torch.compile`, and for other dtypes and devices, it is `F.linear` itself.
 
     Args:
         x: `(..., d_in)`.
         weight: `(d_out, d_in)`.
         bias: `(d_out,)`, or None.
+
+    Returns:
+        `(..., d_out)`.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
@@ -38,21 +43,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def has_replaced_forward(module: nn.Module) -> bool:
+    """Whether the module itself holds a `forward` in place of the one of its class, as accelerate's hooks do."""
+    # Reading `module.forward` finds either one, so only a look at the instance's own attributes distinguishes them.
+    return "forward" in vars(module)
+
+
 def replaceable(model: nn.Module) -> list[nn.Module]:
     """The modules that `faster` can run with other kernels.
 
-    In lower precision every kernel rounds, and rows are to be the model's own: there are none; nor are there in a
-    model of sharded tensors. A module whose `forward` somebody else replaced keeps it.
+    There are none in a model with a parameter that is not a plain float32 tensor: in lower precision another kernel
+    rounds differently, and rows have to equal the model's own. A module with a replaced `forward` keeps it.
     """
     if not all(x.dtype == torch.float32 and type(x.data) is Tensor for x in model.parameters()):
         return []
     kinds = (nn.Linear, *TANH_GELU)
-    return [module for module in model.modules() if type(module) in kinds and "forward" not in vars(module)]
+    return [
+        module for module in model.modules() if type(module) in kinds and not has_replaced_forward(module)
+    ]
 
 
 @contextmanager
 def faster(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """What `replaceable` found, with faster kernels; afterwards they are as they were."""
+    """Run modules that `replaceable` returned with faster kernels until the context ends."""
     for module in modules:
         module.forward = partial(_linear_of, module) if isinstance(module, nn.Linear) else _tanh_gelu
     try:

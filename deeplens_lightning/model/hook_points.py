@@ -1,7 +1,7 @@
-"""Names of places in a model, turned into the places themselves.
+"""Resolve the name of a hook point to a place in a model.
 
-In: a config (or a loaded model) and what the user wrote: a kind with a layer, a canonical name, a
-TransformerLens name or a module path. Out: `HookPoint`s, whose width is known before any weight is loaded.
+In: a configuration or a loaded model, and one or more names: a kind with a layer, a canonical name, a TransformerLens
+name or a module path. Out: `HookPoint`s with their widths. No weights are loaded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Literal
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from deeplens_lightning.model.layer_map import LAYER_KINDS, Place, final_norm, layer_anatomy
+from deeplens_lightning.model.layer_map import LAYER_KINDS, ModulePlace, final_norm, layer_places
 from deeplens_lightning.model.tracing import Call, Trace, trace
 
 KINDS = (*LAYER_KINDS, "final_norm")
-"""Every kind of hook point, as named in `layers.<i>.<kind>`; `final_norm` stands alone."""
+"""Every kind of hook point. `layers.<i>.<kind>` is its canonical name; `final_norm` has no layer."""
 
 TRANSFORMER_LENS = {
     "mlp.hook_post": "mlp_post",
@@ -29,7 +29,7 @@ TRANSFORMER_LENS = {
     "hook_resid_mid": "resid_mid",
     "hook_resid_post": "resid_post",
 }
-"""TransformerLens's names in `blocks.<i>.`, and the kinds that mean the same; `ln_final` is `final_norm`."""
+"""TransformerLens names after `blocks.<i>.`, and the kinds with the same meaning; `ln_final` is `final_norm`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +37,13 @@ class HookPoint:
     """A place in a model where activations are read.
 
     Attributes:
-        name: canonical: `layers.6.mlp_out`, `final_norm`, or the module path (with `:in` for an input).
-        module: path inside the base model.
-        side: whether the module's first input is read or its output.
-        layer: the deepest decoder layer that has to run; None when all of them do.
+        name: canonical name: `layers.6.mlp_out`, `final_norm`, or the module path (with `:in` for an input).
+        module: path of the module inside the base model.
+        side: "in" for the module's first input, "out" for its output.
+        layer: the deepest decoder layer that has to run; None if all layers have to run.
         d_in: width of a row.
-        scale: what the value is multiplied by before the residual stream receives it (Granite and others).
+        scale: factor by which the value is multiplied before it is added to the residual stream (not 1 in Granite
+            and MiniCPM, for example). The activations include it.
     """
 
     name: str
@@ -56,20 +57,20 @@ class HookPoint:
 def resolve(
     model: PretrainedConfig | PreTrainedModel, layer: int | Sequence[int] | None, hook: str | Sequence[str]
 ) -> tuple[HookPoint, ...]:
-    """The hook points that a user's words name. Nothing is loaded.
+    """The hook points with the given names, in a model or in the model of a configuration.
 
     Args:
         model: the configuration of a model, or the model.
         layer: one or more layers, for those hooks that are kinds; negative ones count from the end.
-        hook: one or more kinds (each taken at each layer), canonical names, TransformerLens names or module
-            paths, which need no layer.
+        hook: one or more kinds (each is taken at each layer), or full names, which need no layer: canonical names,
+            TransformerLens names, module paths.
 
     Returns:
-        One hook point per kind and layer, and per full name, in the order given.
+        One hook point per kind and layer, and one per full name, in the order given.
 
     Raises:
-        ValueError: a name that the model does not know, a place that it lacks, a layer out of range, or the
-            same place twice.
+        ValueError: a name is unknown, the model has no such hook point, a layer is out of range, or the same hook
+            point is named twice.
     """
     traced = trace(model)
     layers = [layer] if isinstance(layer, int) else list(layer or [])
@@ -78,14 +79,14 @@ def resolve(
     names = [point.name for point in points]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"hook points are named twice: {', '.join(twice)}; name each place once")
+        raise ValueError(f"hook points are named twice: {', '.join(twice)}; name each one once")
     if not points:
         raise ValueError(f"no hook point is named; give hook= one of {', '.join(KINDS)}")
     return tuple(points)
 
 
 def _full_names(traced: Trace, layers: Sequence[int], hook: str) -> Iterator[str]:
-    """What the user wrote, with the layer in it."""
+    """The full names that a hook stands for: a kind at each layer, any other name alone."""
     if hook not in LAYER_KINDS:
         yield hook
         return
@@ -96,39 +97,39 @@ def _full_names(traced: Trace, layers: Sequence[int], hook: str) -> Iterator[str
 
 
 class _Resolver:
-    """One model's names."""
+    """Resolves full names in one traced model."""
 
     def __init__(self, traced: Trace) -> None:
         self.trace = traced
         self.family = traced.family
 
     def point(self, name: str) -> HookPoint:
-        """The hook point of a full name."""
+        """The hook point with this full name."""
         if name in ("final_norm", "ln_final", "ln_final.hook_out"):
-            return self._kind(None, "final_norm")
+            return self._of_kind(None, "final_norm")
         written = re.fullmatch(r"(layers|blocks)\.(-?\d+)\.(.+)", name)
         if written:
             style, number, rest = written.groups()
             kind = TRANSFORMER_LENS.get(rest) if style == "blocks" else rest
             if kind in LAYER_KINDS:
-                return self._kind(int(number), kind)
-        return self._module(name)
+                return self._of_kind(int(number), kind)
+        return self._of_module(name)
 
-    def _kind(self, index: int | None, kind: str) -> HookPoint:
-        anatomy: dict[str, Place | str] = {"final_norm": final_norm(self.trace)}
+    def _of_kind(self, index: int | None, kind: str) -> HookPoint:
+        places: dict[str, ModulePlace | str] = {"final_norm": final_norm(self.trace)}
         owner = self.family
         if index is not None:
             depth = self.trace.depth
             if not -depth <= index < depth:
                 raise ValueError(
                     f"layer {index} is out of range: this {self.family} model has layers 0 to {depth - 1} "
-                    f"(-1 to {-depth} count from the end)"
+                    f"(-1 to -{depth} count from the end)"
                 )
             index %= depth
-            anatomy, owner = layer_anatomy(self.trace, index), f"layer {index} of {self.family}"
-        place = anatomy[kind]
+            places, owner = layer_places(self.trace, index), f"layer {index} of {self.family}"
+        place = places[kind]
         if isinstance(place, str):
-            offered = [key for key, other in anatomy.items() if isinstance(other, Place)]
+            offered = [key for key, other in places.items() if isinstance(other, ModulePlace)]
             raise ValueError(
                 f"{owner} has no {kind}: {place}. It offers {', '.join(offered) or 'no other kind'}"
             )
@@ -141,20 +142,21 @@ class _Resolver:
             scale=place.scale,
         )
 
-    def _module(self, name: str) -> HookPoint:
+    def _of_module(self, name: str) -> HookPoint:
         written, _, end = name.partition(":")
         path = self._path(written)
         if path is None or end not in ("", "in", "out"):
             raise ValueError(self._unknown(name))
-        runs = self.trace.of(path)
-        if len(runs) != 1:
-            often = f"runs {len(runs)} times in one forward pass" if runs else "is never called by itself"
+        calls = self.trace.calls_of(path)
+        if len(calls) != 1:
+            often = f"runs {len(calls)} times in one forward pass" if calls else "is never called by itself"
             raise ValueError(
-                f"hook={name!r}: the module {often}, so it has no row per token; name another one"
+                f"hook={name!r}: the module {often}, so it does not have one row per token; name another module"
             )
+        (call,) = calls
         side: Literal["in", "out"] = "in" if end == "in" else "out"
-        d_in = runs[0].d_given if side == "in" else runs[0].d_made
-        if side == "in" and runs[0].given is None:
+        d_in = call.d_in if side == "in" else call.d_out
+        if side == "in" and call.input_form is None:
             raise ValueError(
                 f"hook={name!r}: the module takes no positional tensor; read its output, {written!r}"
             )
@@ -164,12 +166,10 @@ class _Resolver:
                 "(batch, sequence, width); name another module"
             )
         canonical = f"{path}:in" if side == "in" else path
-        return HookPoint(
-            name=canonical, module=path, side=side, layer=self._deepest(path, runs[0]), d_in=d_in
-        )
+        return HookPoint(name=canonical, module=path, side=side, layer=self._deepest(path, call), d_in=d_in)
 
     def _path(self, written: str) -> str | None:
-        """The path inside the base model; the whole model's path (`transformer.h.3`) is understood too."""
+        """The path inside the base model; a path in the whole model (`transformer.h.3`) is accepted too."""
         base = self.trace.base
         known = {path for path, _ in base.named_modules() if path}
         prefixes = {base.base_model_prefix, "model", "encoder"}
@@ -181,19 +181,18 @@ class _Resolver:
         return path
 
     def _deepest(self, path: str, call: Call) -> int | None:
-        """The layer that a module is in; those before the layers need the first, those after need all."""
+        """The deepest layer that has to run before a module: its own, 0 before the layers, None after them."""
         inside = re.match(rf"{re.escape(self.trace.layers)}\.(\d+)(\.|$)", path)
         if inside:
             return int(inside[1])
-        first = self.trace.of(f"{self.trace.layers}.0")
+        first = self.trace.calls_of(f"{self.trace.layers}.0")
         return 0 if first and call.end < first[0].start else None
 
     def _unknown(self, name: str) -> str:
+        """The message for an unknown name, with the nearest known ones."""
         base, layers, depth = self.trace.base, self.trace.layers, self.trace.depth
         if re.match(r"(model\.)?decoder\.", name) and layers.partition(".")[0] != "decoder":
-            return (
-                f"hook={name!r}: of {self.family} models only the encoder is read; name a place in {layers!r}"
-            )
+            return f"hook={name!r}: of {self.family} models only the encoder is read; name a module in {layers!r}"
         index = next((int(part) for part in name.split(".") if part.isdigit() and int(part) < depth), 0)
         candidates = [
             *KINDS,

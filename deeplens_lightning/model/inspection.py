@@ -1,6 +1,6 @@
-"""What a model offers and what a choice of hook points costs, as a table; nothing is loaded.
+"""List the hook points of a model, and what reading some of them costs, without loading weights.
 
-In: a model's name and a choice of hook points. Out: an `Inspection`, and its rendering for a terminal.
+In: a model and a choice of hook points. Out: an `Inspection`, and tables of it for a terminal.
 """
 
 from __future__ import annotations
@@ -16,22 +16,29 @@ from rich.table import Table
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deeplens_lightning.model.hook_points import TRANSFORMER_LENS, HookPoint, resolve
-from deeplens_lightning.model.layer_map import LAYER_KINDS, Place, final_norm, layer_anatomy
+from deeplens_lightning.model.layer_map import LAYER_KINDS, ModulePlace, final_norm, layer_places
 from deeplens_lightning.model.pretrained import cut, load_config, max_positions
 from deeplens_lightning.model.tracing import Trace, trace
+
+_DTYPES = {
+    "float64": torch.float64, "double": torch.float64, "float32": torch.float32, "float": torch.float32,
+    "float16": torch.float16, "half": torch.float16, "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2,
+}  # fmt: skip
+"""The dtypes that `from_pretrained` takes by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """A kind of hook point in those layers where it is the same, or the reason why they lack it.
+    """A kind of hook point in all layers where it is the same, or the reason why these layers have none.
 
     Attributes:
-        name: canonical, with `<i>` for the layer.
-        transformer_lens: the name that means the same there, if there is one.
+        name: canonical name, with `<i>` for the layer.
+        transformer_lens: the TransformerLens name with the same meaning; empty if there is none.
         layers: layer numbers; empty for `final_norm`.
-        module: path, with `<i>` for the layer and `:in` for an input; empty where there is none.
-        d_in: width of a row, 0 where there is none.
-        note: the multiplier of the residual stream, or the reason.
+        module: path, with `<i>` for the layer and `:in` for an input; empty if the layers have no such hook point.
+        d_in: width of a row; 0 if the layers have no such hook point.
+        note: the multiplier of the residual stream if there is one, or the reason why there is no such hook point.
     """
 
     name: str
@@ -44,21 +51,21 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inspection:
-    """A model's hook points, and the cost of those chosen.
+    """The hook points of a model, and the cost of the chosen ones.
 
     Attributes:
-        model: its name.
-        family: `model_type`.
-        depth: layers that there are.
-        layers: path of their list.
-        positions: tokens that a segment may have; None without a bound.
-        offers: every kind.
-        chosen: the hook points asked for.
-        layers_loaded: the first so many layers are loaded, the others skipped.
-        parameters: of the whole base model.
-        parameters_loaded: of those, how many are read.
-        dtype: of the activations.
-        bytes_per_row: of the buffer, over all chosen hook points.
+        model: name of the model.
+        family: `model_type` of its configuration.
+        depth: number of layers.
+        layers: path of the list of layers.
+        positions: the longest segment in tokens; None if there is no limit.
+        offers: every kind of hook point.
+        chosen: the chosen hook points.
+        layers_loaded: number of layers that are loaded, from the first one on; the others are skipped.
+        parameters: number of parameters of the base model.
+        parameters_loaded: number of these that are loaded.
+        dtype: dtype of the activations, e.g. "float32".
+        bytes_per_row: bytes that one row takes in the buffer, over all chosen hook points.
     """
 
     model: str
@@ -81,7 +88,18 @@ def inspect_model(
     hook: str | Sequence[str] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
 ) -> Inspection:
-    """Look at a model's configuration; arguments as for `resolve`, without a hook nothing is chosen."""
+    """List the hook points of a model and the cost of the chosen ones.
+
+    Args:
+        hf_model: hub id, folder, `.gguf` file, `demo:lm` or a loaded model.
+        layer: one or more layers, for hooks that are kinds; negative ones count from the end.
+        hook: one or more kinds or full names, as in `resolve`; None chooses no hook point.
+        model_kwargs: keyword arguments for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        ValueError: a hook point does not exist, or the model is no language model.
+    """
     if isinstance(hf_model, str):
         model, config, name = None, load_config(hf_model, model_kwargs), hf_model
     else:
@@ -107,7 +125,7 @@ def inspect_model(
 
 
 def render(inspection: Inspection) -> Group:
-    """Tables for a terminal, with names to paste into a configuration."""
+    """Tables for a terminal, with names that can be copied into a configuration."""
     positions = f", up to {inspection.positions} tokens" if inspection.positions else ""
     path = f"{inspection.layers}.<i>."
     offers = Table(
@@ -132,7 +150,7 @@ def render(inspection: Inspection) -> Group:
         )
     if not inspection.chosen:
         return Group(offers)
-    chosen = Table("chosen", "module", "d_in", title="what this choice reads and costs")
+    chosen = Table("chosen", "module", "d_in", title="chosen hook points and their cost")
     for point in inspection.chosen:
         chosen.add_row(point.name, point.module + (":in" if point.side == "in" else ""), str(point.d_in))
     share = inspection.parameters_loaded / inspection.parameters
@@ -148,11 +166,11 @@ def render(inspection: Inspection) -> Group:
 
 def _offers(traced: Trace) -> Iterable[Offer]:
     lens = {kind: f"blocks.<i>.{end}" for end, kind in TRANSFORMER_LENS.items()}
-    anatomies = [layer_anatomy(traced, index) for index in range(traced.depth)]
+    layers_places = [layer_places(traced, index) for index in range(traced.depth)]
     for kind in LAYER_KINDS:
         alike: dict[tuple[str, int, str], list[int]] = {}
-        for index, anatomy in enumerate(anatomies):
-            here = _cells(anatomy[kind], f"{traced.layers}.{index}", f"{traced.layers}.<i>")
+        for index, places in enumerate(layers_places):
+            here = _cells(places[kind], f"{traced.layers}.{index}", f"{traced.layers}.<i>")
             alike.setdefault(here, []).append(index)
         for (module, d_in, note), layers in alike.items():
             yield Offer(
@@ -168,7 +186,8 @@ def _offers(traced: Trace) -> Iterable[Offer]:
     yield Offer(name="final_norm", transformer_lens=end, layers=(), module=module, d_in=d_in, note=note)
 
 
-def _cells(place: Place | str, here: str, general: str) -> tuple[str, int, str]:
+def _cells(place: ModulePlace | str, here: str, general: str) -> tuple[str, int, str]:
+    """Module, width and note of an `Offer`, with `general` in place of the layer's own path `here`."""
     if isinstance(place, str):
         return "", 0, place.replace(here, general) if here else place
     module = general + place.module.removeprefix(here) + (":in" if place.side == "in" else "")
@@ -178,9 +197,10 @@ def _cells(place: Place | str, here: str, general: str) -> tuple[str, int, str]:
 def _dtype(
     model: PreTrainedModel | None, config: PretrainedConfig, model_kwargs: Mapping[str, Any]
 ) -> torch.dtype:
+    """The dtype of the activations; "auto" is that of the model or its configuration."""
     given = model_kwargs.get("dtype") or model_kwargs.get("torch_dtype") or "auto"
-    chosen = getattr(torch, given, None) if isinstance(given, str) else given
-    own: Any = model.dtype if model else config.dtype  # what "auto" means
+    chosen = _DTYPES.get(given) if isinstance(given, str) else given
+    own: Any = model.dtype if model else config.dtype
     dtype: torch.dtype = chosen or own or torch.float32
     return dtype
 

@@ -1,6 +1,6 @@
-"""Run one model batch and say which of its positions become rows.
+"""Run one model batch and select the positions that become rows.
 
-In: packed blocks. Out: activations, the positions to keep, and the provenance of each of these rows.
+In: packed blocks. Out: a `ModelBatch` with activations, the positions to keep, and the provenance of these rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from deeplens_lightning.text.packing import Blocks, model_inputs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelBatch:
-    """What the model gave for one batch of blocks.
+    """The result of one forward pass over some blocks.
 
     Attributes:
-        activations: `(positions, d_in)` by hook point, on the model's device.
-        kept: int64 `(rows,)` on the CPU, the positions that become rows.
-        provenance: int64 `(rows, 4)` on the CPU, columns as in `types.PROVENANCE`.
+        activations: `(positions, d_in)` by canonical hook point name, one row for every position of the blocks, in
+            the activation dtype, on the model's device.
+        kept: int64 `(rows,)` on the CPU, the positions that become rows, ascending.
+        provenance: int64 `(rows, 4)` on the CPU, one line for each entry of `kept`; columns as in
+            `types.PROVENANCE`.
     """
 
     activations: dict[str, Tensor]
@@ -34,7 +36,12 @@ class ModelBatch:
 
 
 def run_model(model: FrozenModel, blocks: Blocks) -> ModelBatch:
-    """Run one model batch."""
+    """Run the model on some blocks, with the inputs that `model.isolation` requires.
+
+    Args:
+        model: the frozen model.
+        blocks: packed blocks on the CPU, `(n, seq_length)`.
+    """
     inputs = model_inputs(blocks, model.isolation)
     read = model.activations(inputs.tokens, inputs.position_ids, inputs.attention_mask)
     length = inputs.tokens.shape[1]

@@ -1,13 +1,14 @@
-"""A text in, the activations of each of its tokens out: one text at a time, nothing packed or mixed.
+"""Read the activations of single texts, one row per token, without packing or shuffling.
 
-`TextActivations` either loads a model of its own when it is first asked, or reads through a
-`FrozenModel` that somebody else owns.
+In: a text. Out: activations `(seq_length, d_in)` by hook point. `TextActivations` loads a model of its own when it
+first needs one, or reads through a `FrozenModel` that is already loaded.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.model.frozen import FrozenModel
+from deeplens_lightning.model.hf_config import setting
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
 from deeplens_lightning.text.tokens import special_affixes
@@ -25,14 +27,19 @@ class TextActivations:
     """Reads hook points of one model on single texts.
 
     Args:
-        hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model; loaded when first needed.
-        max_length: longer texts are cut to so many tokens (or the model's positions, if fewer); said once.
-        device: `auto`, or where the model is to be.
-        tokenizer: default the model's own.
-        model_kwargs: for `from_pretrained`.
-        frozen: a model that is loaded already, whose owner closes it; only its own hook points can be read.
-        prepend_bos: None for what the tokenizer itself puts around a text, True for a BOS in front in any
-            case, False for no special tokens.
+        hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model. A model given by name is loaded when it
+            is first needed.
+        max_length: longer texts are cut to this number of tokens, or to the model's positions if those are fewer;
+            the first cut gives a warning.
+        device: where a model that is loaded here goes; `auto` is CUDA, else MPS, else the CPU.
+        tokenizer: a tokenizer, or its hub id or folder; None for the model's own.
+        model_kwargs: keyword arguments for `from_pretrained`.
+        frozen: a loaded model to read through. Only its own hook points can be read, and `close` leaves it open.
+        prepend_bos: None for the special tokens that the tokenizer itself puts around a text, True for a BOS in front
+            in any case, False for no special tokens.
+
+    Raises:
+        ValueError: `max_length` is below 1.
     """
 
     def __init__(
@@ -47,41 +54,35 @@ class TextActivations:
         prepend_bos: bool | None = None,
     ) -> None:
         if max_length < 1:
-            raise ValueError(f"max_length={max_length} keeps no token; it must be at least 1")
+            raise ValueError(f"max_length={max_length} keeps no token; give at least 1")
         self.hf_model = hf_model
         self.max_length = max_length
         self.device = device
         self.model_kwargs = model_kwargs
         self.prepend_bos = prepend_bos
         self._tokenizer_source = tokenizer
-        self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._frozen = frozen
+        self._frozen = frozen  # None while no model is loaded
         self._borrowed = frozen is not None
-        self._config: PretrainedConfig | None = frozen.config if frozen is not None else None
-        self._said_cut = False
+        self._warned_of_cut = False
+        if frozen is not None:
+            self.config = frozen.config
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer whose tokens the rows belong to."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.hf_model, self._tokenizer_source, self.model_kwargs)
-        return self._tokenizer
+        """The tokenizer of the texts."""
+        return load_tokenizer(self.hf_model, self._tokenizer_source, self.model_kwargs)
 
-    @property
+    @cached_property
     def config(self) -> PretrainedConfig:
-        """The model's configuration; reading it loads no weights."""
-        if self._config is None:
-            model = self.hf_model
-            self._config = (
-                model.config if isinstance(model, PreTrainedModel) else load_config(model, self.model_kwargs)
-            )
-        return self._config
+        """The configuration of the model; reading it loads no weights."""
+        model = self.hf_model
+        return model.config if isinstance(model, PreTrainedModel) else load_config(model, self.model_kwargs)
 
     def point(self, layer: int | None, hook: str) -> HookPoint:
-        """The one hook point that `layer` and `hook` name.
+        """The single hook point that `layer` and `hook` name, as in `resolve`.
 
         Raises:
-            ValueError: it does not exist, or a list was given.
+            ValueError: it does not exist, or several were named.
         """
         source = self.hf_model if isinstance(self.hf_model, PreTrainedModel) else self.config
         points = resolve(source, layer, hook)
@@ -91,70 +92,86 @@ class TextActivations:
         return points[0]
 
     def token_ids(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens as its tokenizer adds them, cut to the allowed length.
+        """Token ids of a text with its special tokens, cut to the allowed length.
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: the text has no tokens, or one that the model has no embedding for.
+            ValueError: the text has no tokens, or a token that is not in the model's vocabulary.
         """
         if not isinstance(text, str):
             raise TypeError(
-                f"text must be a string, got {type(text).__name__}; pass several texts one by one"
+                f"text must be a string, got {type(text).__name__}; give several texts one by one"
             )
         own = self.prepend_bos is None
         ids: list[int] = self.tokenizer(text, add_special_tokens=own, truncation=False, verbose=False)[
             "input_ids"
         ]
         if not text.strip() or not ids:
-            raise ValueError(f"text={text!r} is empty: there is no token whose activations could be read")
+            raise ValueError(f"text={text!r} is empty: there is no token to read activations of")
         prefix, suffix = ((), ()) if own else special_affixes(self.tokenizer, self.prepend_bos)
         ids = [*prefix, *ids, *suffix]
         limit = self._limit()
         if len(ids) > limit:
-            self._say_cut(len(ids), limit)
+            self._warn_of_cut(len(ids), limit)
             ids = ids[:limit]
         self._check_vocabulary(ids)
         return ids
 
     def rows(self, ids: Sequence[int], points: Sequence[HookPoint]) -> dict[str, Tensor]:
-        """Activations of one text: `(seq_length, d_in)` by hook point, on the model's device."""
+        """Activations of one text, `(seq_length, d_in)` by canonical hook point name, on the model's device.
+
+        Args:
+            ids: token ids, from `token_ids`.
+            points: the hook points to read.
+
+        Raises:
+            ValueError: the given `frozen` model does not read one of the hook points.
+        """
         batch = self.padded(torch.tensor([list(ids)]), None, points)
         return {name: x[0] for name, x in batch.items()}
 
     def padded(
         self, input_ids: Tensor, attention_mask: Tensor | None, points: Sequence[HookPoint]
     ) -> dict[str, Tensor]:
-        """Activations of several texts, padded on the right: `(batch, seq_length, d_in)` by hook point.
+        """Activations of several texts that are padded on the right, on the model's device.
 
         Args:
             input_ids: int64 `(batch, seq_length)`.
-            attention_mask: int64 `(batch, seq_length)`, 0 at pads; None where there are none.
-            points: where to read.
+            attention_mask: int64 `(batch, seq_length)`, 0 at pads; None if there are no pads.
+            points: the hook points to read.
+
+        Returns:
+            `(batch, seq_length, d_in)` by canonical hook point name.
+
+        Raises:
+            ValueError: the given `frozen` model does not read one of the hook points.
         """
-        read = self._model(points).activations(input_ids, None, attention_mask)
+        read = self._model_for(points).activations(input_ids, None, attention_mask)
         return {point.name: read[point.name] for point in points}
 
     def close(self) -> None:
-        """Let go of the model; a borrowed one stays its owner's. The next read loads one again."""
+        """Free the model that was loaded here; a given `frozen` model stays open. The next read loads one again."""
         if self._frozen is not None and not self._borrowed:
             self._frozen.close()
         self._frozen, self._borrowed = None, False
 
-    def _model(self, points: Sequence[HookPoint]) -> FrozenModel:
-        here = {} if self._frozen is None else {point.name: point for point in self._frozen.hook_points}
-        missing = [point for point in points if point.name not in here]
+    def _model_for(self, points: Sequence[HookPoint]) -> FrozenModel:
+        """A loaded model that reads these hook points."""
+        present = {} if self._frozen is None else {point.name: point for point in self._frozen.hook_points}
+        missing = [point for point in points if point.name not in present]
         if self._frozen is not None and not missing:
             return self._frozen
         if self._borrowed:
             raise ValueError(
-                f"the data module's model reads {', '.join(here)}, not {missing[0].name}; leave layer and "
-                'hook out, or name a model of its own with hf_model="..."'
+                f"the data module's model reads {', '.join(present)}, not {missing[0].name}; leave layer and "
+                'hook out, or give hf_model="..." to load a model for this callback'
             )
-        # One model at a time: what was read before stays readable, and the deepest decides what is loaded.
+        # The model is loaded again, up to the deepest hook point, with those that were read before: there is one
+        # model at a time, and reading them by turns does not load it each time.
         self.close()
         self._frozen = FrozenModel.load(
             self.hf_model,
-            (*here.values(), *missing),
+            (*present.values(), *missing),
             device=device_of(self.device),
             model_kwargs=self.model_kwargs,
             isolation="padded",
@@ -165,43 +182,49 @@ class TextActivations:
         positions = max_positions(self.config)
         return self.max_length if positions is None else min(self.max_length, positions)
 
-    def _say_cut(self, length: int, limit: int) -> None:
-        if not self._said_cut:
-            self._said_cut = True
+    def _warn_of_cut(self, length: int, limit: int) -> None:
+        if not self._warned_of_cut:
+            self._warned_of_cut = True
             reason = "max_length" if limit == self.max_length else "the model's positions"
             warnings.warn(
-                f"a text of {length} tokens was cut to {limit} ({reason}); later ones will be cut silently",
+                f"a text of {length} tokens was cut to {limit} ({reason}); later cuts give no warning",
                 stacklevel=4,
             )
 
     def _check_vocabulary(self, ids: Sequence[int]) -> None:
-        size = getattr(self.config, "vocab_size", None)
+        size = setting(self.config, "vocab_size")
         worst = max(ids)
         if isinstance(size, int) and worst >= size:
             token = self.tokenizer.convert_ids_to_tokens([worst])[0]
             raise ValueError(
                 f"token id {worst} ({token!r}) is outside the model's vocabulary of {size}: this tokenizer "
-                "belongs to another model; pass the right one as tokenizer="
+                "belongs to another model; give the right one as tokenizer="
             )
 
 
 def read_batch(reader: TextActivations, text: str | Sequence[str], layer_idx: int) -> dict[str, Any]:
-    """The dictionary of the activations notebook.
+    """Activations of one or several texts, as the dictionary of DeepLens's activations notebook.
 
     Args:
-        reader: whose model and tokenizer to use.
-        text: one text, or a list that is padded on the right.
-        layer_idx: a block, whose output is read; -1 is the final norm, and blocks further from the end
-            count as Python does (-2 is the last but one).
+        reader: the model and tokenizer.
+        text: one text, or a list of texts, which are padded on the right.
+        layer_idx: the layer whose output is read. -1 is the final norm; other negative numbers count from the end,
+            so -2 is the last layer but one.
 
     Returns:
-        `activations` `(batch, seq_length, hidden)` on the CPU; `tokens`, vocabulary entries of the text
-        (a list of such lists for several); `input_ids` and `attention_mask` int64 `(batch, seq_length)`
-        on the CPU; `layer_idx`.
+        A dictionary with these keys; all tensors are on the CPU:
+
+        - `activations`: `(batch, seq_length, hidden)`;
+        - `tokens`: vocabulary entries of the text, or a list of them for each text of a list;
+        - `input_ids` and `attention_mask`: int64 `(batch, seq_length)`;
+        - `layer_idx`: as given.
+
+    Raises:
+        ValueError: there is no text, a text is empty, or the layer is out of range.
     """
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:
-        raise ValueError("an empty list of texts has no activations")
+        raise ValueError("an empty list of texts has no activations; give at least one text")
     point = reader.point(None, "final_norm") if layer_idx == -1 else reader.point(layer_idx, "resid_post")
     ids = [reader.token_ids(item) for item in texts]
     length = max(map(len, ids))

@@ -1,7 +1,7 @@
-"""Replace what a model computes at a hook point while it runs on: ablation, steering, reconstruction.
+"""Replace the activations at a hook point during a forward pass, for ablation, steering or reconstruction.
 
-In: any Hugging Face model, a hook point, a function of its activations. While the context lasts, the
-rest of the model goes on from what the function returns; afterwards no hook is left.
+In: a Hugging Face model, a hook point and a function. Out: a context in which the rest of the model continues from the
+result of the function. When the context ends, the hook is removed.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from deeplens_lightning.model.tracing import base_of
 def spliced(
     model: PreTrainedModel, hook_point: HookPoint | str, fn: Callable[[Tensor], Tensor]
 ) -> Iterator[PreTrainedModel]:
-    """Within the context, `model` continues from `fn(activations)` at the hook point.
+    """Replace activations `x` at a hook point by `fn(x)` until the context ends.
 
     Args:
-        model: with or without its head; neither weights nor train/eval flag are changed.
+        model: with or without its head. Neither its weights nor its train/eval flags are changed.
         hook_point: from `resolve`, or its full name, e.g. `layers.6.mlp_out`.
-        fn: from activations `(..., d_in)`, exactly as `resolve`'s hook point is read, to their replacement
-            of the same shape; any float dtype and device. Where it returns what it was given, the model
-            computes bit for bit what it would have.
+        fn: takes the activations `(..., d_in)` that the hook point reads, and returns their replacement of the same
+            shape, in any float dtype and on any device. Entries that it returns unchanged stay bit-identical in the
+            model.
 
     Yields:
         The model.
 
     Raises:
-        ValueError: the hook point does not exist, or `fn` returns another shape (when the model is run).
+        ValueError: the hook point does not exist, or, when the model runs, `fn` returns another shape.
     """
     point = hook_point if isinstance(hook_point, HookPoint) else resolve(model, None, hook_point)[0]
     module = base_of(model).get_submodule(point.module)
-    # The stream between the halves of a layer is read twice, by the MLP's norm and by the sum behind the
-    # MLP, but only the first reader is a module: the tensor itself has to change.
+    # The residual stream between attention and MLP has two readers, the MLP's norm and the sum after the MLP. Only
+    # the first one is a module with a hook, so the tensor is changed in place.
     in_place = point.name.endswith(".resid_mid")
 
     def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -68,13 +68,13 @@ def spliced(
 
 
 def _replaced(x: Tensor, point: HookPoint, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """What the module should have given, so that the hook point reads `fn` of what it read."""
+    """The value to put in place of `x`, so that the hook point, which reads `x * scale`, reads `fn` of that."""
     read = x * point.scale if point.scale != 1 else x
     new = fn(read).to(read.device, read.dtype)
     if new.shape != read.shape:
         raise ValueError(
             f"the function spliced in at {point.name} must keep the shape {tuple(read.shape)}, "
-            f"but returned {tuple(new.shape)}"
+            f"but it returned {tuple(new.shape)}"
         )
-    # Dividing what was multiplied would round; what was left alone stays exactly as it was.
+    # Multiplying and dividing by the scale rounds, so entries that `fn` left unchanged are taken from `x`.
     return torch.where(new == read, x, new / point.scale) if point.scale != 1 else new

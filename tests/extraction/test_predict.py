@@ -150,7 +150,7 @@ def test_nan_from_the_model_stops_with_its_place(inputs, tmp_path):
     dm = TinyDataModule(*inputs)
     dm.setup("predict")
     with torch.no_grad():
-        dm.extraction.model._base.h[1].mlp.c_proj.bias[3] = float("nan")
+        dm.extraction.model.base.h[1].mlp.c_proj.bias[3] = float("nan")
     dm.setup = lambda stage: None
     with pytest.raises(NonFiniteError, match="rows hold NaN or infinity, first token"):
         extract(tmp_path, inputs, dm=dm)

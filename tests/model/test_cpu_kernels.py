@@ -1,4 +1,4 @@
-"""Faster kernels: the same values, and modules as they were."""
+"""Faster kernels give the same values and leave the modules unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.tiny_models import tiny_model
 
 
 @pytest.mark.parametrize("kind", [NewGELUActivation, FastGELUActivation])
-def test_the_tanh_gelu_is_the_composed_one(kind: type[nn.Module]) -> None:
+def test_the_tanh_gelu_kernel_equals_the_composed_gelu(kind: type[nn.Module]) -> None:
     module = kind()
     tails = torch.linspace(-40, 40, 64_000)[torch.randperm(64_000)].view(-1, 64)
     x = torch.cat([torch.randn(1000, 64) * 3, tails])
@@ -27,7 +27,7 @@ def test_the_tanh_gelu_is_the_composed_one(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("shape", [(7,), (5, 3), (1, 2, 1)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_linear_layer_is_the_same(shape: tuple[int, ...], bias: bool) -> None:
+def test_a_linear_layer_gives_the_same_values(shape: tuple[int, ...], bias: bool) -> None:
     module = nn.Linear(48, 96, bias=bias)
     x = torch.randn(*shape, 96)[..., ::2]
     with torch.no_grad():
@@ -40,7 +40,7 @@ def test_a_linear_layer_is_the_same(shape: tuple[int, ...], bias: bool) -> None:
         assert torch.equal(in_double, x.double() @ module.weight.double().T)
 
 
-def test_gradients_are_those_of_the_plain_layer() -> None:
+def test_gradients_equal_those_of_the_plain_layer() -> None:
     module, x = nn.Linear(48, 96), torch.randn(5, 48)
     expected = torch.autograd.grad(module(x).square().sum(), module.weight)[0]
     with faster(replaceable(module)):
@@ -48,7 +48,7 @@ def test_gradients_are_those_of_the_plain_layer() -> None:
     assert torch.equal(found, expected)
 
 
-def test_a_hook_still_sees_the_module_and_nothing_is_left_behind() -> None:
+def test_hooks_still_run_and_no_module_keeps_the_fast_forward() -> None:
     model = tiny_model("gpt2")
     found = replaceable(model)
     assert any(isinstance(module, NewGELUActivation) for module in found)
@@ -61,7 +61,7 @@ def test_a_hook_still_sees_the_module_and_nothing_is_left_behind() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_other_precisions_and_replaced_forwards_stay_as_they_are() -> None:
+def test_modules_in_lower_precision_or_with_a_replaced_forward_are_left_alone() -> None:
     assert replaceable(deepcopy(tiny_model("gpt2")).bfloat16()) == []
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     own = model[0].forward

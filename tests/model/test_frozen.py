@@ -1,10 +1,9 @@
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -14,39 +13,17 @@ from transformers import (
     Gemma3Config,
     LlamaConfig,
     LlamaModel,
-    PreTrainedModel,
 )
 
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.isolation import relative_error
-from deeplens_lightning.options import Isolation
-from tests.support.tiny_models import FAMILIES, randomised, tiny_config, tiny_model
-
-SEGMENTS = [torch.randint(10, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 33, 1, 14)]
-
-
-def together(model: FrozenModel, segments: Sequence[Tensor], mode: Isolation) -> list[dict[str, Tensor]]:
-    """Rows of each segment when they share model batches in the given way."""
-    if mode == "equal":
-        return [
-            {k: x[:1] for k, x in model.activations(torch.stack([s, s.flip(0)])).items()} for s in segments
-        ]
-    if mode == "padded":
-        tokens = nn.utils.rnn.pad_sequence(list(segments), batch_first=True)
-        mask = torch.stack([(torch.arange(tokens.shape[1]) < len(s)).long() for s in segments])
-        rows = model.activations(tokens, attention_mask=mask)
-        return [{k: x[i : i + 1, : len(s)] for k, x in rows.items()} for i, s in enumerate(segments)]
-    positions = torch.cat([torch.arange(len(s)) for s in segments])
-    rows = model.activations(torch.cat(list(segments))[None], position_ids=positions[None])
-    ends = torch.tensor([len(s) for s in segments]).cumsum(0).tolist()
-    return [
-        {k: x[:, end - len(s) : end] for k, x in rows.items()} for s, end in zip(segments, ends, strict=True)
-    ]
+from tests.model.segments import SEGMENTS, together
+from tests.support.tiny_models import FAMILIES, randomised, rope_config, snapshot, tiny_config, tiny_model
 
 
 def reference(name: str, segment: Tensor) -> dict[str, Tensor]:
-    """Every kind at layer 1, read with plain hooks from the untouched full model on the segment alone."""
+    """Every kind at layer 1, read with plain PyTorch hooks from the whole model on the segment alone."""
     model = tiny_model(name)
     base = model.get_encoder() if name == "t5" else model
     rows: dict[str, Tensor] = {}
@@ -79,7 +56,7 @@ def test_rows_equal_those_of_the_untouched_model_on_each_segment_alone(name: str
     model, family = tiny_model(name), FAMILIES[name]
     model.save_pretrained(tmp_path)
     kinds = list(family.places(1))
-    layer_kinds = [kind for kind in kinds if kind != "final_norm"]  # which needs every layer
+    layer_kinds = [kind for kind in kinds if kind != "final_norm"]  # final_norm needs every layer
     for chosen in (layer_kinds, kinds):
         points = resolve(model.config, 1, chosen)
         frozen = FrozenModel.load(str(tmp_path), points, device="cpu")
@@ -91,12 +68,12 @@ def test_rows_equal_those_of_the_untouched_model_on_each_segment_alone(name: str
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_residual_stream_adds_up(name: str) -> None:
+def test_the_residual_stream_is_the_sum_of_its_parts(name: str) -> None:
     places = FAMILIES[name].places(1)
     kinds = [k for k in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post") if k in places]
     frozen = FrozenModel.load(tiny_model(name), resolve(tiny_config(name), 1, kinds), device="cpu")
     rows = {key.rpartition(".")[2]: x for key, x in frozen.activations(SEGMENTS[1][None]).items()}
-    if FAMILIES[name].post_norm:  # the norm comes after the sum
+    if FAMILIES[name].post_norm:  # the norm follows the sum of the residual stream
         layer = tiny_model(name).get_submodule(f"{FAMILIES[name].layers}.1")
         rows["resid_mid"], mid = (
             layer.attention.output.LayerNorm(rows["resid_pre"] + rows["attn_out"]),
@@ -126,7 +103,7 @@ def test_changing_one_segment_changes_no_row_of_another(name: str) -> None:
 def test_later_layers_and_the_head_are_never_loaded(tmp_path: Path) -> None:
     randomised(AutoModelForCausalLM.from_config(tiny_config("llama"))).save_pretrained(tmp_path)
     frozen = FrozenModel.load(str(tmp_path), resolve(tiny_config("llama"), 0, "mlp_out"), device="cpu")
-    names = {name for name, _ in frozen._base.named_parameters()}
+    names = {name for name, _ in frozen.base.named_parameters()}
     assert any(name.startswith("layers.0.") for name in names)
     assert not any(name.startswith(("layers.1.", "layers.2.", "lm_head")) for name in names)
     assert frozen.config.num_hidden_layers == 3
@@ -136,7 +113,7 @@ def test_layers_that_depend_on_the_depth_are_all_loaded(tmp_path: Path) -> None:
     model = tiny_model("minicpm3")  # multiplies each half by scale_depth / sqrt(num_hidden_layers)
     model.save_pretrained(tmp_path)
     frozen = FrozenModel.load(str(tmp_path), resolve(model.config, 0, "resid_post"), device="cpu")
-    assert len(frozen._base.layers) == 3
+    assert len(frozen.base.layers) == 3
     expected = model(SEGMENTS[0][None], output_hidden_states=True).hidden_states[1]
     assert relative_error(frozen.activations(SEGMENTS[0][None])["layers.0.resid_post"], expected).max() < 1e-5
 
@@ -155,20 +132,8 @@ def test_the_forward_pass_stops_at_the_deepest_hook_point() -> None:
     assert not {"layers.1.mlp.up_proj", "layers.1.mlp.down_proj", "layers.2", "norm"} & set(ran)
 
 
-def snapshot(model: PreTrainedModel) -> dict[str, object]:
-    return {
-        "weights": {k: x.clone() for k, x in [*model.named_parameters(), *model.named_buffers()]},
-        "training": [module.training for module in model.modules()],
-        "grads": [parameter.requires_grad for parameter in model.parameters()],
-        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        "attributes": [sorted(vars(module)) for module in model.modules()],
-        "config": model.config.to_json_string(use_diff=False),
-        "modules": [name for name, _ in model.named_modules()],
-    }
-
-
 @pytest.mark.parametrize("name", ["gpt2", "dynamic_rope", "longrope"])
-def test_a_model_handed_in_is_left_as_it_was(name: str) -> None:
+def test_a_loaded_model_is_unchanged_after_close(name: str) -> None:
     config = (
         rope_config(name) if name.endswith("rope") else tiny_config(name, resid_pdrop=0.5, attn_pdrop=0.5)
     )
@@ -188,35 +153,7 @@ def test_a_model_handed_in_is_left_as_it_was(name: str) -> None:
     assert all(torch.equal(x, weights[1][key]) for key, x in weights[0].items())
 
 
-def rope_config(name: str, **changes: object):
-    if name == "dynamic_rope":
-        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-        return tiny_config("llama", rope_parameters=rope, max_position_embeddings=24, **changes)
-    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, **factors}
-    return tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=24, **changes)
-
-
-@pytest.mark.parametrize("name", ["dynamic_rope", "longrope"])
-def test_rope_scaled_by_length_is_noticed_beyond_its_original_context(name: str) -> None:
-    config = rope_config(name)
-    model = randomised(AutoModel.from_config(config))
-    points = resolve(config, 2, "resid_post")
-    beyond = FrozenModel.load(model, points, device="cpu", seq_length=40)
-    assert beyond.isolation == "equal"
-    assert FrozenModel.load(model, points, device="cpu").isolation == "equal"
-    assert FrozenModel.load(model, points, device="cpu", seq_length=24).isolation == "packed"
-    last = FrozenModel.load(model, resolve(config, None, "final_norm"), device="cpu", seq_length=40)
-    assert last.isolation == "equal"
-    for segment in (*SEGMENTS, *reversed(SEGMENTS)):  # long ones in between: nothing is remembered
-        expected = randomised(AutoModel.from_config(config))(segment[None]).last_hidden_state
-        rows = together(last, [segment], "equal")[0]["final_norm"]
-        assert relative_error(rows, expected).max() < 1e-5
-        beside_another = last.activations(torch.stack([segment, segment.roll(1)]))["final_norm"][:1]
-        assert torch.equal(beside_another, rows)
-
-
-def test_isolation_can_be_forced_and_none_means_none() -> None:
+def test_a_given_isolation_is_used_without_a_probe() -> None:
     model = tiny_model("opt")
     points = resolve(model.config, 1, "resid_post")
     assert FrozenModel.load(model, points, device="cpu").isolation != "packed"
@@ -225,7 +162,7 @@ def test_isolation_can_be_forced_and_none_means_none() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_processwide_state_is_neither_used_nor_changed(name: str) -> None:
+def test_process_wide_state_is_neither_used_nor_changed(name: str) -> None:
     model = tiny_model(name)
     frozen = FrozenModel.load(model, resolve(model.config, 2, ["resid_post", "mlp_out"]), device="cpu")
     expected = frozen.activations(SEGMENTS[1][None])
@@ -246,7 +183,7 @@ def test_processwide_state_is_neither_used_nor_changed(name: str) -> None:
         assert not rows[key].requires_grad
 
 
-def test_two_threads_each_get_their_own_captures() -> None:
+def test_two_threads_each_get_their_own_activations() -> None:
     model = tiny_model("gpt2")
     frozen = FrozenModel.load(model, resolve(model.config, 1, ["mlp_out", "resid_post"]), device="cpu")
     expected = [frozen.activations(segment[None]) for segment in SEGMENTS]
@@ -266,21 +203,7 @@ def test_two_threads_each_get_their_own_captures() -> None:
         assert all(torch.equal(a[k], b[k]) for a, b in zip(rows, expected, strict=True) for k in b)
 
 
-def test_other_weights_have_another_identity(tmp_path: Path) -> None:
-    model = randomised(AutoModel.from_config(tiny_config("qwen2")))
-    points = resolve(model.config, 1, "mlp_out")
-    first = FrozenModel.load(model, points, device="cpu").identity
-    model.save_pretrained(tmp_path)
-    assert FrozenModel.load(str(tmp_path), points, device="cpu").identity["weights"] == first["weights"]
-    with torch.no_grad():
-        model.layers[2].mlp.down_proj.weight.mul_(2)
-    assert FrozenModel.load(model, points, device="cpu").identity == first
-    with torch.no_grad():
-        model.layers[1].mlp.down_proj.weight.mul_(2)
-    assert FrozenModel.load(model, points, device="cpu").identity != first
-
-
-def test_low_precision_is_kept_and_packed_still() -> None:
+def test_bfloat16_is_kept_and_does_not_prevent_packing() -> None:
     model = randomised(AutoModel.from_config(tiny_config("llama"))).to(torch.bfloat16)
     frozen = FrozenModel.load(model, resolve(model.config, 2, ["resid_post", "mlp_act"]), device="cpu")
     assert frozen.isolation == "packed"
@@ -302,27 +225,12 @@ def test_token_ids_beyond_the_embedding_are_refused() -> None:
         frozen.activations(torch.tensor([[1, 97]]))
 
 
-def test_a_closed_model_says_so() -> None:
+def test_a_closed_model_raises_an_error() -> None:
     model = tiny_model("gpt2")
     frozen = FrozenModel.load(model, resolve(model.config, 0, "mlp_out"), device="cpu")
     frozen.close()
     with pytest.raises(RuntimeError, match="was closed"):
         frozen.activations(torch.tensor([[1, 2]]))
-
-
-def test_a_compiled_model_gives_the_same_rows_and_is_left_as_it_was() -> None:
-    model = randomised(AutoModel.from_config(tiny_config("llama", num_hidden_layers=2)))
-    before = snapshot(model)
-    points = resolve(model.config, 1, ["resid_pre", "mlp_out"])
-    expected = FrozenModel.load(model, points, device="cpu").activations(SEGMENTS[1][None])
-    frozen = FrozenModel.load(model, points, device="cpu", compile_model=True)
-    rows = frozen.activations(SEGMENTS[1][None])
-    frozen.close()
-    for name, x in expected.items():
-        assert relative_error(rows[name], x).max() < 1e-5
-    after = snapshot(model)
-    assert before.pop("weights").keys() == after.pop("weights").keys()
-    assert before == after
 
 
 class OwnConfig(LlamaConfig):
@@ -333,7 +241,7 @@ class OwnModel(LlamaModel):
     config_class = OwnConfig
 
 
-def test_a_model_that_transformers_does_not_know_can_be_handed_in() -> None:
+def test_a_loaded_model_of_an_unregistered_class_can_be_read() -> None:
     model = randomised(OwnModel(OwnConfig(**small())))
     points = resolve(model, 1, ["mlp_out", "resid_post"])
     frozen = FrozenModel.load(model, points, device="cpu", seq_length=64)
@@ -354,7 +262,7 @@ def small(**changes: object) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5", "gemma3"])
-def test_heads_decoders_and_eyes_are_left_out(name: str, tmp_path: Path) -> None:
+def test_heads_decoders_and_vision_towers_are_left_out(name: str, tmp_path: Path) -> None:
     auto = {
         "llama": AutoModelForCausalLM,
         "bert": AutoModelForMaskedLM,
@@ -372,5 +280,5 @@ def test_heads_decoders_and_eyes_are_left_out(name: str, tmp_path: Path) -> None
         frozen = FrozenModel.load(source, resolve(model.config, 1, "resid_post"), device="cpu")
         rows = frozen.activations(SEGMENTS[3][None].clamp(max=95))["layers.1.resid_post"]
         assert relative_error(rows, expected).max() < 1e-5
-    layers = frozen._base.get_submodule(resolve(model.config, 1, "resid_post")[0].module.rpartition(".")[0])
+    layers = frozen.base.get_submodule(resolve(model.config, 1, "resid_post")[0].module.rpartition(".")[0])
     assert len(layers) == 2

@@ -12,7 +12,7 @@ def path_of(point: HookPoint) -> str:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_kind_is_found_where_the_family_has_it_or_refused_by_name(name: str) -> None:
+def test_every_kind_is_found_or_refused_with_its_name(name: str) -> None:
     config, places = tiny_config(name), FAMILIES[name].places(1)
     for kind in KINDS:
         if kind in places:
@@ -32,7 +32,7 @@ def test_parallel_halves_are_the_reason_for_no_resid_mid(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mlp_act", "mlp_post"])
-def test_inside_experts_is_refused_with_the_reason_and_what_to_take(kind: str) -> None:
+def test_hook_points_inside_experts_are_refused_with_a_reason_and_an_alternative(kind: str) -> None:
     with pytest.raises(ValueError, match="experts, whose rows are per token and expert; take mlp_out"):
         resolve(tiny_config("mixtral"), 0, kind)
 
@@ -44,7 +44,7 @@ def test_layers_of_one_model_may_differ() -> None:
         resolve(config, 1, "mlp_post")
 
 
-def test_all_spellings_of_a_place_name_the_same_one() -> None:
+def test_all_names_of_a_hook_point_resolve_to_the_same_one() -> None:
     config = tiny_config("gpt2")
     for end, kind in TRANSFORMER_LENS.items():
         expected = resolve(config, 1, kind)
@@ -70,13 +70,13 @@ def test_kinds_are_taken_at_every_layer_in_the_order_given() -> None:
     ]
 
 
-def test_what_has_to_run_is_known() -> None:
+def test_the_deepest_layer_that_has_to_run() -> None:
     hooks = ["layers.1.mlp_out", "final_norm", "embed_tokens", "model.layers.2.self_attn", "norm:in"]
     points = resolve(tiny_config("llama"), None, hooks)
     assert [point.layer for point in points] == [1, None, 0, 2, None]
 
 
-def test_a_loaded_model_and_its_configuration_give_the_same() -> None:
+def test_a_loaded_model_and_its_configuration_give_the_same_hook_points() -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("gemma2"))
     hooks = ["mlp_out", "attn_z", "final_norm", "model.layers.1.mlp"]
     assert resolve(model, 1, hooks) == resolve(model.config, 1, hooks)
@@ -114,7 +114,9 @@ def test_resolving_loads_nothing_and_draws_no_random_number() -> None:
         ("lfm2", 1, "mlp_act", "its activation function is no module of its own; take mlp_post"),
     ],
 )
-def test_a_wrong_name_is_answered_with_what_to_type(family: str, layer: int, hook: str, message: str) -> None:
+def test_the_error_for_a_wrong_name_says_what_to_type(
+    family: str, layer: int, hook: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         resolve(tiny_config(family), layer, hook)
 
@@ -125,12 +127,12 @@ def test_a_layer_that_runs_many_times_has_no_rows() -> None:
         resolve(config, 0, "resid_post")
 
 
-def test_a_model_that_takes_no_tokens_is_refused() -> None:
+def test_a_model_without_token_ids_is_refused() -> None:
     with pytest.raises(ValueError, match="'vit' models take no token ids"):
         resolve(ViTConfig(num_hidden_layers=2), 0, "mlp_out")
 
 
-def test_multimodal_models_are_read_in_their_language_model() -> None:
+def test_hook_points_of_a_multimodal_model_are_in_its_language_model() -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "head_dim": 8}
     vision = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
     (point,) = resolve(Gemma3Config(text_config=text, vision_config=vision), -1, "mlp_out")

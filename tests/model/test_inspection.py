@@ -12,7 +12,7 @@ from tests.support.tiny_models import FAMILIES, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_widths_are_those_of_the_rows(name: str, tmp_path: Path) -> None:
+def test_widths_equal_those_of_the_activations(name: str, tmp_path: Path) -> None:
     tiny_config(name).save_pretrained(tmp_path)
     places = FAMILIES[name].places(1)
     found = inspect_model(str(tmp_path), 1, [kind for kind in KINDS if kind in places])
@@ -22,7 +22,7 @@ def test_widths_are_those_of_the_rows(name: str, tmp_path: Path) -> None:
     assert found.bytes_per_row == sum(x.shape[-1] * x.itemsize for x in rows.values())
 
 
-def test_the_table_says_what_is_skipped_and_what_it_costs(tmp_path: Path) -> None:
+def test_the_tables_show_skipped_layers_and_bytes_per_row(tmp_path: Path) -> None:
     tiny_config("mixtral", dtype="bfloat16").save_pretrained(tmp_path)
     found = inspect_model(str(tmp_path), 0, ["mlp_in", "mlp_out"])
     assert (found.depth, found.layers_loaded, found.bytes_per_row) == (3, 1, 2 * 32 * 2)
@@ -43,12 +43,12 @@ def test_the_table_says_what_is_skipped_and_what_it_costs(tmp_path: Path) -> Non
     assert asdict(found)["chosen"][0]["name"] == "layers.0.mlp_in"
 
 
-def test_layers_that_differ_are_listed_apart(tmp_path: Path) -> None:
+def test_layers_with_different_hook_points_are_listed_separately(tmp_path: Path) -> None:
     tiny_config("deepseek_v3", first_k_dense_replace=1).save_pretrained(tmp_path)
     offers = inspect_model(str(tmp_path)).offers
     assert [offer.layers for offer in offers if offer.name.endswith("mlp_post")] == [(0,), (1, 2)]
 
 
-def test_a_loaded_model_is_described_too() -> None:
+def test_a_loaded_model_can_be_inspected() -> None:
     found = inspect_model(tiny_model("llama"), -1, "resid_pre", {"dtype": "float16"})
     assert (found.layers_loaded, found.bytes_per_row, found.dtype) == (3, 64, "float16")

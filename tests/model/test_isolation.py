@@ -11,7 +11,7 @@ TABLE = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
 
 
 def mixing(mode: Isolation, noise: float = 0.0, dtype: torch.dtype = torch.float32):
-    """A model whose rows are right in this way of batching and the later ones, and wrong in those before."""
+    """A model that gives a segment its own rows with this isolation and the later ones, and wrong rows before."""
     order = ["packed", "padded", "equal", "none"]
 
     def run(
@@ -28,29 +28,31 @@ def mixing(mode: Isolation, noise: float = 0.0, dtype: torch.dtype = torch.float
 
 @pytest.mark.parametrize("mode", ["packed", "padded", "equal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_first_way_that_gives_the_segments_own_rows_is_chosen(
+def test_the_first_isolation_with_the_rows_of_the_segment_alone_is_chosen(
     mode: Isolation, dtype: torch.dtype
 ) -> None:
     run = mixing(mode, dtype=dtype)
     assert choose(run, vocab_size=50, max_length=16, original=None) == mode
 
 
-def test_rounding_of_the_device_is_no_leak() -> None:
+def test_rounding_errors_of_the_device_do_not_count_as_a_difference() -> None:
     assert choose(mixing("packed", noise=1e-4), vocab_size=50, max_length=None, original=None) == "packed"
 
 
 def test_a_model_whose_rows_depend_on_the_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"relative error .*; run it with isolate_documents=False"):
+    with pytest.raises(
+        ValueError, match=r"relative error .*; run it in float32, or .* model_options.isolation=\"none\""
+    ):
         choose(mixing("none"), vocab_size=50, max_length=None, original=None)
 
 
-def test_the_probe_draws_from_no_global_generator() -> None:
+def test_the_probe_does_not_use_the_global_random_generator() -> None:
     state = torch.random.get_rng_state()
     choose(mixing("packed"), vocab_size=50, max_length=None, original=40)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_relative_error_is_per_row_with_a_floor_for_small_rows() -> None:
+def test_relative_error_is_per_row_with_a_lower_bound_for_the_norm() -> None:
     b = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.0]])
     a = b + torch.tensor([[0.0, 0.5], [0.0, 0.0], [0.0, 0.001]])
     assert relative_error(a, b).tolist() == pytest.approx([0.1, 0.0, 0.001 / (1e-3 * 5.0)])

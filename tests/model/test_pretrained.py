@@ -22,7 +22,7 @@ def tokenizer_of(size: int) -> PreTrainedTokenizerFast:
 
 
 def write_gguf(path: Path, config: LlamaConfig) -> None:
-    """A llama-shaped model as llama.cpp writes it, with a word list for a tokenizer."""
+    """Write a GGUF file with Llama's architecture, random weights and a tokenizer."""
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("accelerate")
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -75,11 +75,11 @@ def test_a_gguf_file_is_a_model_with_a_tokenizer(tmp_path: Path) -> None:
     for name, kwargs in ((str(path), {}), (str(tmp_path), {"gguf_file": "tiny.gguf"})):
         frozen = FrozenModel.load(name, points, device="cpu", model_kwargs={"dtype": torch.float32, **kwargs})
         torch.testing.assert_close(frozen.activations(TOKENS)["layers.1.resid_post"], expected)
-        assert len(frozen._base.layers) == 2
+        assert len(frozen.base.layers) == 2
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_the_choice_of_attention_passes_through(attention: str, tmp_path: Path) -> None:
+def test_attn_implementation_is_passed_to_the_model(attention: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
     model.save_pretrained(tmp_path)
     points = resolve(model.config, 1, "resid_mid")
@@ -88,9 +88,11 @@ def test_the_choice_of_attention_passes_through(attention: str, tmp_path: Path) 
         points,
         device="cpu",
         model_kwargs={"attn_implementation": attention},
-        isolation="auto" if attention != "flex_attention" else "packed",  # it compiles for every shape
+        isolation="auto"
+        if attention != "flex_attention"
+        else "packed",  # flex_attention compiles for each shape, so a probe is slow
     )
-    assert frozen._base.config._attn_implementation == attention
+    assert frozen.base.config._attn_implementation == attention
     assert frozen.isolation == "packed"
     expected = FrozenModel.load(model, points, device="cpu").activations(TOKENS)
     torch.testing.assert_close(frozen.activations(TOKENS), expected)
@@ -102,12 +104,12 @@ def test_model_kwargs_choose_dtype_and_change_the_configuration(tmp_path: Path) 
     config = load_config(str(tmp_path), kwargs)
     assert config.layer_norm_epsilon == 1e-3
     frozen = FrozenModel.load(str(tmp_path), resolve(config, 1, "mlp_out"), device="cpu", model_kwargs=kwargs)
-    assert frozen._base.config.layer_norm_epsilon == 1e-3
+    assert frozen.base.config.layer_norm_epsilon == 1e-3
     assert frozen.dtypes == {"layers.1.mlp_out": torch.bfloat16}
     assert frozen.identity["dtype"] == "torch.bfloat16"
 
 
-def test_a_device_map_is_left_to_accelerate(tmp_path: Path) -> None:
+def test_a_device_map_decides_the_device(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     model = tiny_model("gpt2")
     model.save_pretrained(tmp_path)
@@ -117,7 +119,7 @@ def test_a_device_map_is_left_to_accelerate(tmp_path: Path) -> None:
     assert frozen.activations(TOKENS)["layers.1.mlp_out"].device.type == "cpu"
 
 
-def test_loading_draws_no_random_number_and_says_nothing(
+def test_loading_draws_no_random_number_and_logs_no_load_report(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = AutoModelForCausalLM.from_config(tiny_config("qwen3"))
@@ -160,18 +162,20 @@ def test_a_quantised_model_that_cannot_run_here_is_refused_with_the_reason(tmp_p
         ("/nowhere/at/all", "there is no such folder"),
         ("nowhere.gguf", "there is no such file"),
         ("demo:llm", "the embedded model is 'demo:lm'"),
-        ("{empty}", "is a folder without config.json; give the one that save_pretrained"),
+        ("{empty}", "is a folder without config.json; give a folder that save_pretrained"),
     ],
 )
-def test_a_model_that_is_not_there_is_named(name: str, message: str, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_model_contains_its_name(name: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=message):
         load_config(name.format(empty=tmp_path))
 
 
-def test_a_name_that_the_hub_cannot_give_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_model_that_is_not_on_the_hub_contains_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        FileNotFoundError, match="'no/such-model' is no folder here and the hub does not give it"
+        FileNotFoundError, match="'no/such-model' is no local folder and cannot be loaded from the hub"
     ):
         load_config("no/such-model")
 
@@ -182,7 +186,7 @@ def test_the_demo_is_a_folder_of_the_package() -> None:
     assert kwargs == {"dtype": "float32"}
 
 
-def test_a_tokenizer_is_found_beside_the_model_named_or_handed_in(tmp_path: Path) -> None:
+def test_a_tokenizer_is_taken_from_the_model_a_folder_or_an_object(tmp_path: Path) -> None:
     given = tokenizer_of(97)
     assert load_tokenizer("gpt2", given) is given
     given.save_pretrained(tmp_path)
@@ -193,21 +197,19 @@ def test_a_tokenizer_is_found_beside_the_model_named_or_handed_in(tmp_path: Path
     assert len(load_tokenizer(loaded, config=loaded.config)) == 97
 
 
-def test_a_model_without_a_tokenizer_says_what_to_give(tmp_path: Path) -> None:
+def test_the_error_for_a_model_without_a_tokenizer_says_what_to_give(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(
         ValueError, match=r"has no tokenizer .*; give tokenizer= a folder, a hub id or a tokenizer"
     ):
         load_tokenizer(str(tmp_path))
     built = AutoModel.from_config(tiny_config("gpt2"))
-    with pytest.raises(
-        ValueError, match="built from a configuration and names no tokenizer; give tokenizer="
-    ):
+    with pytest.raises(ValueError, match="built from a configuration and has no tokenizer; give tokenizer="):
         load_tokenizer(built)
 
 
 def test_a_vocabulary_beyond_the_embedding_is_refused() -> None:
-    with pytest.raises(ValueError, match="knows 98 tokens, but the model's embedding has 97 rows"):
+    with pytest.raises(ValueError, match="has 98 tokens, but the model's embedding has 97 rows"):
         load_tokenizer("gpt2", tokenizer_of(98), config=tiny_config("gpt2"))
 
 
@@ -215,8 +217,8 @@ def test_a_vocabulary_beyond_the_embedding_is_refused() -> None:
     ("family", "positions"),
     [("gpt2", 64), ("llama", 64), ("roberta", 62), ("mpt", 64), ("bloom", None), ("t5", None)],
 )
-def test_positions(family: str, positions: int | None) -> None:
+def test_max_positions_of_each_kind_of_position_embedding(family: str, positions: int | None) -> None:
     config = tiny_config(family)
     if family in ("bloom", "t5", "mpt"):
-        del config.max_position_embeddings  # the tiny configurations all have it; these architectures do not
+        del config.max_position_embeddings  # all tiny configurations have it, but not these architectures
     assert max_positions(config) == positions

@@ -1,4 +1,4 @@
-"""Splicing replaces exactly one place, for exactly as long as the context lasts."""
+"""Splicing replaces the activations at one hook point until the context ends."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def _places(model: PreTrainedModel) -> list[str]:
         try:
             resolve(model, None, name)
         except ValueError:
-            continue  # this architecture lacks it, and says so: the resolver's own tests check the words
+            continue  # this architecture has no such hook point; test_hook_points.py checks the message
         found.append(name)
     return found
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 @torch.no_grad()
-def test_identity_changes_no_bit_and_anything_else_does(family: str) -> None:
+def test_the_identity_function_changes_no_bit_and_other_functions_change_the_logits(family: str) -> None:
     model = _model(family)
     clean = model(TOKENS, use_cache=False).logits
     places = _places(model)
@@ -97,8 +97,8 @@ def test_identity_changes_no_bit_and_anything_else_does(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "granite", "opt"])
 @torch.no_grad()
-def test_what_is_put_into_the_stream_is_what_later_places_read(family: str) -> None:
-    """Adding v anywhere to the residual stream adds v to what the layer hands on, if its MLP is silenced."""
+def test_a_vector_added_to_the_residual_stream_is_read_at_later_hook_points(family: str) -> None:
+    """Adding v to the residual stream adds v to the layer's output, if its MLP adds zero."""
     model = _model(family)
     v = torch.linspace(-1, 1, 32)
     read = FrozenModel.load(
@@ -116,7 +116,7 @@ def test_what_is_put_into_the_stream_is_what_later_places_read(family: str) -> N
 
 
 @torch.no_grad()
-def test_the_function_sees_the_activations_that_the_hook_point_reads() -> None:
+def test_the_function_gets_the_activations_that_the_hook_point_reads() -> None:
     model = _model("granite")
     seen = []
     read = FrozenModel.load(model, resolve(model, None, "layers.1.mlp_out"), device="cpu", isolation="padded")
@@ -125,7 +125,7 @@ def test_the_function_sees_the_activations_that_the_hook_point_reads() -> None:
     assert torch.equal(seen[0].reshape(2, 9, 32), read.activations(TOKENS)["layers.1.mlp_out"])
 
 
-def test_gradients_flow_through_what_was_spliced_in() -> None:
+def test_gradients_flow_through_the_spliced_function() -> None:
     model = _model("gpt2").requires_grad_(False)
     for name in ("layers.1.resid_mid", "layers.1.mlp_out"):
         v = torch.zeros(32, requires_grad=True)
@@ -143,6 +143,6 @@ def test_a_wrong_shape_or_an_exception_leaves_no_hook() -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_an_unknown_place_is_refused() -> None:
+def test_an_unknown_hook_point_is_refused() -> None:
     with pytest.raises(ValueError, match="mlp_out"), spliced(_model("gpt2"), "layers.1.mlp_aut", lambda x: x):
         pass

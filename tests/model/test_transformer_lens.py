@@ -1,4 +1,4 @@
-"""Every name of TransformerLens that we understand gives what TransformerLens itself reads there."""
+"""Each supported TransformerLens name gives the activations that TransformerLens itself reads."""
 
 from typing import Any
 
@@ -49,7 +49,7 @@ TOKENS = torch.randint(0, 97, (2, 23), generator=torch.Generator().manual_seed(0
 
 
 def lens(name: str, settings: dict[str, Any], model: torch.nn.Module) -> Any:
-    """The model in TransformerLens, its weights converted and not processed."""
+    """The model in TransformerLens, with converted but unprocessed weights."""
     cfg = transformer_lens.HookedTransformerConfig(**settings, dtype=torch.float32, device="cpu")
     hooked = transformer_lens.HookedTransformer(cfg)
     convert = {"gpt2": conversions.convert_gpt2_weights, "gemma2": conversions.convert_gemma_weights}[name]
@@ -72,7 +72,7 @@ def lens(name: str, settings: dict[str, Any], model: torch.nn.Module) -> Any:
         ),
     ],
 )
-def test_names_mean_what_they_mean_in_transformer_lens(
+def test_transformer_lens_names_give_the_activations_of_transformer_lens(
     name: str, settings: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     model = randomised(AutoModelForCausalLM.from_config(tiny_config(name, **changes)))

@@ -1,6 +1,6 @@
-"""Tiny random models of many families, and where each kind of hook point is in them, written by hand.
+"""Tiny random models of many families, with the module paths of their hook points, written by hand.
 
-The paths here are the reference that what the package finds is compared with.
+Tests compare the paths that the package finds with these.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ COMMON = {
 
 @dataclass(frozen=True)
 class Family:
-    """A family's configuration, and its places: paths inside a layer, `:in` for a module's input."""
+    """The configuration of a family, and module paths inside a layer (with `:in` for a module's input)."""
 
     model_type: str
     layers: str
@@ -45,7 +45,7 @@ class Family:
     post_norm: bool = False
 
     def places(self, index: int) -> dict[str, tuple[str, float]]:
-        """Module path and multiplier by kind, of the kinds that this family has."""
+        """Module path and multiplier of each kind of hook point that a layer of this family has."""
         layer = f"{self.layers}.{index}"
         found = {
             "mlp_in": (f"{layer}.{self.mlp}:in", 1.0),
@@ -280,12 +280,12 @@ def tiny_config(name: str, **changes: Any) -> PretrainedConfig:
 
 @lru_cache(maxsize=4)
 def tiny_model(name: str) -> PreTrainedModel:
-    """A model with weights large enough for every part to matter."""
+    """A base model whose weights are large enough for every module to change the output."""
     return randomised(AutoModel.from_config(tiny_config(name)))
 
 
 def randomised(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with weights of a fixed seed, in evaluation mode."""
+    """Fill the model with weights from a fixed seed and put it into evaluation mode."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -294,3 +294,26 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
             else:
                 parameter.uniform_(0.5, 1.5, generator=generator)
     return model.eval()
+
+
+def rope_config(name: str, **changes: Any) -> PretrainedConfig:
+    """A configuration with "dynamic_rope" or "longrope" scaling and an original context of 24 tokens."""
+    if name == "dynamic_rope":
+        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+        return tiny_config("llama", rope_parameters=rope, max_position_embeddings=24, **changes)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, **factors}
+    return tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=24, **changes)
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Any]:
+    """All state of a model that reading activations must not change."""
+    return {
+        "weights": {k: x.clone() for k, x in [*model.named_parameters(), *model.named_buffers()]},
+        "training": [module.training for module in model.modules()],
+        "grads": [parameter.requires_grad for parameter in model.parameters()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "config": model.config.to_json_string(use_diff=False),
+        "modules": [name for name, _ in model.named_modules()],
+    }
