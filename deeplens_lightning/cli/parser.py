@@ -57,23 +57,36 @@ def sentence(message: str, options: Sequence[str]) -> str:
     for pattern in _UNKNOWN:
         if match := re.search(pattern, message):
             name = ".".join(filter(None, [*keys, *match.groups()]))
-            near = get_close_matches(name, _known(name, keys, message) or options, n=1, cutoff=0.5)
-            return f"there is no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+            near = _nearest(name, keys, message, options)
+            return f"there is no option {name!r}; " + (
+                f"did you mean {near!r}?" if near else "--help lists the options"
+            )
     values = re.findall(r"(?:Given|Got) value: (.+)", message)
-    kinds = dict.fromkeys(
-        kind.replace("typing.Literal", "one of ") for kind in _EXPECTED.findall(message) if kind != "NoneType"
-    )
-    if keys and values and kinds:
-        return f"{'.'.join(keys)}: got {values[0]}, expected {' or '.join(kinds)}"
+    kinds = [_kind(text) for text in _EXPECTED.findall(message)]
+    if keys and values and any(kinds):
+        expected = " or ".join(dict.fromkeys(filter(None, kinds)))
+        return f"{'.'.join(keys)}: got {values[0]}, expected {expected}"
     return message
 
 
-def _known(name: str, keys: Sequence[str], message: str) -> list[str]:
-    """Names of the options beside an unknown one; empty where it is not in a group."""
+def _nearest(name: str, keys: Sequence[str], message: str, options: Sequence[str]) -> str | None:
+    """The known option whose name is nearest to an unknown one; None where none is near."""
     classes = re.findall(r"given class_path '([\w.]+)'", message)
-    group = name.partition(".")[0]
+    group, dot, option = name.partition(".")
     if classes:
-        return [".".join([*keys, option]) for option in option_names(resolve_name(classes[-1]))]
-    if group in GROUPS and group != name:
-        return [f"{group}.{option}" for option in option_names(resolve_name(GROUPS[group].class_path))]
-    return []
+        known = [".".join([*keys, key]) for key in option_names(resolve_name(classes[-1]))]
+    elif dot and group in GROUPS:
+        known = [f"{group}.{key}" for key in option_names(resolve_name(GROUPS[group].class_path))]
+    else:
+        near = get_close_matches(group, options, n=1, cutoff=0.5)
+        return f"{near[0]}{dot}{option}" if near else None
+    return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def _kind(expected: str) -> str | None:
+    """What jsonargparse expected, for a sentence; None for what a user would not type."""
+    if expected == "NoneType" or expected.startswith("path but"):
+        return None
+    if expected.startswith("dot import path"):
+        return "the import path of a class, such as package.module.Class"
+    return expected.replace("typing.Literal", "one of ")
