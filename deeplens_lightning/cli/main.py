@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,15 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in words[:1]
     words = words[1:] if show_traceback else words
-    argv, sys.argv = sys.argv, [sys.argv[0], *words]  # Lightning's command line reads its words from there
     try:
-        _run(words)
+        with _program_arguments(words):
+            _run(words)
     except _user_errors() as error:
         if show_traceback:
             raise
         sys.exit(f"error: {_sentence(error)}")
-    finally:
-        sys.argv = argv
 
 
 def _run(words: list[str]) -> None:
@@ -64,7 +63,7 @@ def _run(words: list[str]) -> None:
     elif name := asked_group(rest):
         print(group_help(command, name))
     else:
-        lightning_cli()
+        lightning_cli(words)
 
 
 def lightning_cli(words: list[str] | None = None, run: bool = True) -> LightningCLI:
@@ -87,10 +86,8 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
     from deeplens_lightning.cli.newest_checkpoint import with_newest
     from deeplens_lightning.cli.parser import CommandParser
 
-    given = sys.argv[1:] if words is None else words
-    _refuse_d_in(given)
-    if any("newest:" in word for word in given):
-        words = with_newest(given)
+    words = with_newest(sys.argv[1:] if words is None else words)
+    _refuse_d_in(words)
 
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -102,19 +99,29 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
             """Leave the settings in the checkpoint of `--ckpt_path` unused; the SAE refuses one with other settings."""
 
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    return Command(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=False,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [FitSummary(), Throughput()]},
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        parser_class=CommandParser,
-        args=words,
-        run=run,
-    )
+    with _program_arguments(words):
+        return Command(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [FitSummary(), Throughput()]},
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_class=CommandParser,
+            run=run,
+        )
+
+
+@contextmanager
+def _program_arguments(words: Sequence[str]) -> Iterator[None]:
+    """Set `sys.argv`: Lightning's parser reads it, and DDP starts its other processes with it."""
+    before, sys.argv = sys.argv, [sys.argv[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _refuse_d_in(words: Sequence[str]) -> None:

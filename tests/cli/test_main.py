@@ -222,5 +222,5 @@ def test_a_mistake_in_a_real_process_exits_non_zero_without_a_traceback() -> Non
 
 
 def test_an_unknown_command_lists_the_commands() -> None:
-    with pytest.raises(SystemExit, match="there is no command 'trian'; the commands are fit, .*verify"):
+    with pytest.raises(SystemExit, match=r"there is no command 'trian'; the commands are fit, .*verify"):
         main(["trian"])
