@@ -1,8 +1,8 @@
-"""A LightningDataModule whose batches are a language model's activations, and what is done with them."""
+"""Train sparse autoencoders on a language model's activations: a LightningDataModule, SAEs, callbacks, extraction."""
 
 from __future__ import annotations
 
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: the command line's help need not wait for torch."""
+    """Import a public name when it is first used, so that `deeplens-lightning --help` does not import torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return resolve_name(f"{__name__}.{_HOMES[name]}:{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

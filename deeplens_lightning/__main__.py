@@ -1,4 +1,4 @@
-"""`python -m deeplens_lightning`: the command line."""
+"""Run the command line with `python -m deeplens_lightning`."""
 
 from deeplens_lightning.cli.main import main
 

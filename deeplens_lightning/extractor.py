@@ -1,4 +1,7 @@
-"""The names of DeepLens's `deeplens.extractor`, so that a tutorial changes one word of its import line."""
+"""The classes that DeepLens users import from `deeplens.extractor`.
+
+`from deeplens.extractor import FromHuggingFace` becomes `from deeplens_lightning.extractor import FromHuggingFace`.
+"""
 
 from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
 from deeplens_lightning.extraction.from_huggingface import FromHuggingFace

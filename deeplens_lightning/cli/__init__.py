@@ -1,1 +1,1 @@
-"""The command line: Lightning's subcommands and our own."""
+"""The `deeplens-lightning` command line: Lightning's subcommands, and commands of this package."""

@@ -1,15 +1,16 @@
-"""How close a stream is to the bare model: the same blocks through both, in turn, in one process.
+"""Measure the speed of a stream and of the bare model: the same model batches in both, in turns, in one process.
 
-In: a data module. Out: tokens per second of both and the median of their ratios, pair by pair. The bare model is
-the one that transformers makes, as it is; a ratio above 1 is the stream's own faster kernels (`kernels.py`).
+In: a data module. Out: tokens per second of both, and the median of their ratios, pair by pair. The bare model is
+the unchanged model of transformers. A ratio above 1 comes from the faster CPU kernels (`model/cpu_kernels.py`) that
+the stream uses.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -18,28 +19,30 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.model.frozen import FrozenModel
 
 Inputs = Mapping[str, Tensor]
+"""Arguments of the model's forward pass for one model batch: `input_ids`, and `position_ids` or `attention_mask`."""
+
 PAUSE = 0.5
-"""Seconds for what runs ahead of the stream to come to rest, so that it does not run beside the bare model."""
+"""Seconds between a stream and the bare model: the prefetch thread fills its queue and then waits."""
 
 
 class _Stop(BaseException):
-    """Raised at the deepest hook point."""
+    """Raised at the deepest hook point to end the forward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Tokens per second, a value a pair.
+    """Tokens per second of the stream and of the bare model, one value a pair.
 
     Attributes:
-        bare: the truncated model stopped at the deepest hook point, nothing kept.
-        stream: the loader's batches, which ran the same model batches.
+        bare: of the model, stopped at the deepest hook point, activations discarded.
+        stream: of the training loader, over the same model batches.
     """
 
     bare: list[float]
@@ -52,37 +55,41 @@ class Comparison:
 
 
 def compare(data: ActivationDataModule, pairs: int, model_batches: int) -> Comparison:
-    """Serve batches until so many model batches ran, then run those bare; `pairs` times.
+    """Serve batches until `model_batches` model batches ran, then run these on the bare model; `pairs` times.
 
     Args:
-        data: a streaming data module without a Trainer.
-        pairs: how often.
-        model_batches: model batches a measurement. Text is tokenised for 32 of them at a time, so give as many or
-            several times as many.
+        data: a data module that computes activations, without a Trainer.
+        pairs: number of measurements of each.
+        model_batches: number of model batches in a measurement. Text is tokenised for 32 of them at a time: give a
+            multiple of 32.
+
+    Raises:
+        ValueError: the data module reads shards, so that there is no model to compare with.
     """
     data.setup("fit")
     model = data.model
-    assert model is not None
-    ran: list[Inputs] = []
-    watched = _Watched(model, ran)
-    data.source.model = watched  # type: ignore[assignment]
-    batches = iter(data.train_dataloader())
-    next(batches)
+    if model is None:
+        raise ValueError(
+            "bench compares the stream with a model: remove shards= and name the model with hf_model="
+        )
     stream, bare = [], []
-    for _ in tqdm(range(pairs), desc="pairs", unit="pair"):
-        ran.clear()
-        begun = _now(model)
-        while len(ran) < model_batches:
-            next(batches)
-        streamed = _now(model) - begun
-        inputs = list(ran)
-        time.sleep(PAUSE)
-        begun = _now(model)
-        for batch in inputs:
-            _run_bare(model, batch)
-        tokens = sum(batch["tokens"].numel() for batch in inputs)
-        bare.append(tokens / (_now(model) - begun))
-        stream.append(tokens / streamed)
+    with _recorded(model) as ran:
+        batches = iter(data.train_dataloader())
+        next(batches)
+        for _ in tqdm(range(pairs), desc="pairs", unit="pair"):
+            ran.clear()
+            begun = _now(model)
+            while len(ran) < model_batches:
+                next(batches)
+            streamed = _now(model) - begun
+            inputs = [{name: x.cpu() for name, x in batch.items()} for batch in list(ran)]
+            time.sleep(PAUSE)
+            begun = _now(model)
+            for batch in inputs:
+                _run_bare(model, batch)
+            tokens = sum(batch["input_ids"].numel() for batch in inputs)
+            bare.append(tokens / (_now(model) - begun))
+            stream.append(tokens / streamed)
     data.teardown("fit")
     return Comparison(bare=bare, stream=stream)
 
@@ -90,7 +97,14 @@ def compare(data: ActivationDataModule, pairs: int, model_batches: int) -> Compa
 def bench(
     data: ActivationDataModule, pairs: int = 10, model_batches: int = 64, out: str | None = None
 ) -> Comparison:
-    """Print the comparison as a table, and write it as JSON where `out` says."""
+    """Print a comparison as a table, and write it as JSON.
+
+    Args:
+        data: as for `compare`.
+        pairs: as for `compare`.
+        model_batches: as for `compare`.
+        out: JSON file to write the figures to; default none.
+    """
     result = compare(data, pairs, model_batches)
     table = Table(title=f"{', '.join(data.hook_names)}: positions per second, {pairs} pairs")
     for column in ("", "median", "min", "max"):
@@ -110,24 +124,25 @@ def bench(
     return result
 
 
-class _Watched:
-    """A frozen model that notes what it was asked to run."""
+@contextmanager
+def _recorded(model: FrozenModel) -> Iterator[list[Inputs]]:
+    """A list to which the inputs of every forward pass of the model are appended."""
+    ran: list[Inputs] = []
 
-    def __init__(self, model: FrozenModel, ran: list[Inputs]) -> None:
-        self._model, self._ran = model, ran
+    def record(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ran.append({name: x for name, x in kwargs.items() if isinstance(x, Tensor)})
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def activations(self, **inputs: Tensor) -> dict[str, Tensor]:
-        self._ran.append(inputs)
-        return self._model.activations(**inputs)
+    handle = model.base.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield ran
+    finally:
+        handle.remove()
 
 
 def _run_bare(model: FrozenModel, inputs: Inputs) -> None:
-    """The model's own forward pass, left when the last of the hook points is reached."""
+    """Run the model's own forward pass; end it when the last of the hook points is reached."""
     base = model.base
-    given = {"input_ids" if name == "tokens" else name: x.to(model.device) for name, x in inputs.items()}
+    given = {name: x.to(model.device) for name, x in inputs.items()}
     missing = {point.name for point in model.hook_points}
 
     with ExitStack() as stack:

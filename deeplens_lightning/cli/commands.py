@@ -1,7 +1,8 @@
-"""What the command line does beside Lightning's own subcommands: one function a command."""
+"""The commands of this package, one function each; the parser takes options and help from their signatures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from rich.console import Console
@@ -20,9 +21,9 @@ def inspect(
 
     Args:
         hf_model: hub id, folder, GGUF file, or demo:lm.
-        layer: one or several; with `hook`, what that choice loads and skips.
-        hook: kinds, canonical names, TransformerLens names or module paths.
-        model_kwargs: for `from_pretrained`.
+        layer: one layer or several; prints which weights this choice loads and skips.
+        hook: kinds of hook point, canonical names, TransformerLens names or module paths; one or several.
+        model_kwargs: arguments of `from_pretrained`.
     """
     from deeplens_lightning.model.inspection import inspect_model, render
 
@@ -32,13 +33,13 @@ def inspect(
 def bench(
     data: ActivationDataModule, pairs: int = 10, model_batches: int = 64, out: str | None = None
 ) -> None:
-    """Measure the stream against the bare model stopped at the hook point, in turn.
+    """Measure the speed of the stream and of the bare model stopped at the hook point, in turns.
 
     Args:
-        data: what to stream; the arguments of ActivationDataModule.
-        pairs: measurements of each.
-        model_batches: model batches a measurement.
-        out: JSON file for the figures.
+        data: the data module, whose batches are measured.
+        pairs: number of measurements of each.
+        model_batches: number of model batches in a measurement.
+        out: JSON file to write the figures to.
     """
     from deeplens_lightning.cli.bench import bench as run
 
@@ -49,8 +50,8 @@ def report(run_dir: str, out: str | None = None) -> None:
     """Write one self-contained HTML page about a run.
 
     Args:
-        run_dir: folder of a run, or of several, of which the newest is taken.
-        out: the page; default report.html in the run's folder.
+        run_dir: folder of a run, or a folder of several runs: the newest is taken.
+        out: file to write; default report.html in the run's folder.
     """
     from deeplens_lightning.reporting.report import write_report
 
@@ -70,38 +71,38 @@ def extract(
     num_nodes: int = 1,
     strategy: str = "auto",
 ) -> None:
-    """Write activations to shards; the same command again goes on where it was killed.
+    """Write activations to shards; the same command, run again, continues where it was stopped.
 
     Args:
-        data: what to extract; the arguments of ActivationDataModule.
+        data: the data module, whose model runs on whose text.
         out: folder of the cache, a path or an fsspec URL.
-        max_rows: rows to write; default all.
-        shard_bytes: size of a shard on disk.
-        storage: exact, or int8 (8 bits and a scale a row).
+        max_rows: number of rows to write; default all.
+        shard_bytes: size of a shard on disk, in bytes.
+        storage: exact, or int8 (8 bits a value and a scale a row).
         nonfinite: refuse or drop rows that hold NaN or infinity.
-        plan: only say how many rows, bytes and hours it takes.
-        accelerator: Lightning's.
-        devices: Lightning's.
-        num_nodes: Lightning's.
-        strategy: Lightning's; every rank writes its own shards.
+        plan: print the estimated rows, bytes and time, and write nothing.
+        accelerator: the Trainer's.
+        devices: the Trainer's.
+        num_nodes: the Trainer's.
+        strategy: the Trainer's; every rank writes its own shards.
     """
-    from deeplens_lightning.extraction.predict import run
+    from deeplens_lightning.extraction.predict import estimate, run
 
-    estimate = run(
+    if plan:
+        print(estimate(data, max_rows=max_rows, shard_bytes=shard_bytes, storage=storage))
+        return
+    run(
         data,
         out,
         max_rows=max_rows,
         shard_bytes=shard_bytes,
         storage=storage,
         nonfinite=nonfinite,
-        plan=plan,
         accelerator=accelerator,
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
     )
-    if estimate is not None:
-        print(estimate)
 
 
 def verify(shards: str) -> None:
@@ -111,11 +112,21 @@ def verify(shards: str) -> None:
         shards: folder, file, glob or fsspec URL.
 
     Raises:
-        ValueError: something is damaged or missing; each is named, with what to do.
+        ValueError: shards are damaged or missing; the message lists each with what to do.
     """
     from deeplens_lightning.shards import verify as read_all
 
     found = read_all(shards)
     if found.problems:
         raise ValueError("\n  ".join([f"{len(found.problems)} problem(s) in {shards}:", *found.problems]))
-    print(f"{shards}: {found.shards} shard(s), {found.rows:,} rows, {found.nbytes:,} bytes, all as written")
+    print(f"{shards}: {found.shards} shard(s), {found.rows:,} rows, {found.nbytes:,} bytes, all intact")
+
+
+FUNCTIONS: dict[str, Callable[..., None]] = {
+    "inspect": inspect,
+    "bench": bench,
+    "extract": extract,
+    "verify": verify,
+    "report": report,
+}
+"""The function of every command in `cli.help.OWN_COMMANDS`."""

@@ -1,75 +1,81 @@
-"""The command line: Lightning's own subcommands, and four of ours.
+"""The command line: Lightning's subcommands, and the commands of this package.
 
-Experiments are YAML; `fit --config configs/quickstart.yaml` is the first to try. What a user got wrong is said
-in one sentence; `--traceback` in front shows where it was found.
+Experiments are YAML files; `deeplens-lightning fit --config configs/quickstart.yaml` runs the first one. An error
+that the user can correct is one sentence; `--traceback` before the command shows where it arose.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deeplens_lightning.cli.help import (
+    GROUPS,
+    OWN_COMMANDS,
+    TRAINER_COMMANDS,
+    asked_group,
+    contents,
+    group_help,
+    overview,
+)
+
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
 
-OWN_COMMANDS = {
-    "inspect": "hook points of a model, their d_in, and what a choice of them loads",
-    "bench": "how close this machine's stream is to the bare model",
-    "extract": "write activations to shards",
-    "verify": "read every byte of a cache and say what is wrong with it",
-    "report": "one HTML page about a finished run",
-}
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; exit with 1 and one sentence if the user has to change something."""
+    """Run one command.
+
+    Args:
+        arguments: command and options; default those of the process.
+
+    Raises:
+        SystemExit: with 1 or 2 and one sentence, for an error that the user can correct.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in words[:1]
     words = words[1:] if show_traceback else words
-    argv, sys.argv = sys.argv, [sys.argv[0], *words]  # where Lightning's command line reads from
     try:
-        _run(words)
-    except _mistakes() as error:
+        with _program_arguments(words):
+            _run(words)
+    except _user_errors() as error:
         if show_traceback:
             raise
         sys.exit(f"error: {_sentence(error)}")
-    finally:
-        sys.argv = argv
 
 
 def _run(words: list[str]) -> None:
-    command = words[0] if words else "--help"
+    command, *rest = words or ["--help"]
     if command in OWN_COMMANDS:
-        _own(command, words[1:])
+        _run_own(command, rest)
     elif command in ("-h", "--help"):
-        own = "\n".join(f"  {name:10}{text}" for name, text in OWN_COMMANDS.items())
-        print(
-            "usage: deeplens-lightning [--traceback] COMMAND [--help]\n\n"
-            "  fit       train; also validate, test, predict: see Lightning's documentation of its CLI\n"
-            + own
-        )
+        print(overview())
     elif command not in TRAINER_COMMANDS:
-        raise ValueError(
-            f"there is no command {command!r}; there are {', '.join((*TRAINER_COMMANDS, *OWN_COMMANDS))}"
-        )
+        known = ", ".join((*TRAINER_COMMANDS, *OWN_COMMANDS))
+        raise ValueError(f"there is no command {command!r}; the commands are {known}")
+    elif "-h" in rest or "--help" in rest:
+        print(contents(command))
+    elif name := asked_group(rest):
+        print(group_help(command, name))
     else:
-        lightning_cli()
+        lightning_cli(words)
 
 
 def lightning_cli(words: list[str] | None = None, run: bool = True) -> LightningCLI:
-    """Lightning's command line over our classes: any LightningModule, any data module, layered YAML.
+    """Lightning's command line for any LightningModule and data module, with layered YAML files.
 
     Args:
-        words: default those of the process.
-        run: run the subcommand, or only build what it would run with.
+        words: subcommand and options; default those of the process.
+        run: run the subcommand. False builds the Trainer, module and data module only; `words` then has no
+            subcommand.
 
     Raises:
-        ValueError: a `d_in` was given that is not the data's.
+        ValueError: the model's `d_in` was given; it is taken from the data module.
     """
     import jsonargparse
     from lightning.pytorch import LightningDataModule, LightningModule
@@ -78,41 +84,48 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
     from deeplens_lightning.callbacks.summary import FitSummary
     from deeplens_lightning.callbacks.throughput import Throughput
     from deeplens_lightning.cli.newest_checkpoint import with_newest
+    from deeplens_lightning.cli.parser import CommandParser
 
-    if any("newest:" in word for word in (sys.argv[1:] if words is None else words)):
-        words = with_newest(sys.argv[1:] if words is None else words)
+    words = with_newest(sys.argv[1:] if words is None else words)
+    _refuse_d_in(words)
 
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            _refuse_d_in(sys.argv[1:] if words is None else words)
-            parser.set_defaults(
-                {
-                    "model": "deeplens_lightning.SparseAutoencoder",
-                    "data": "deeplens_lightning.ActivationDataModule",
-                }
-            )
+            defaults = {name: GROUPS[name].class_path for name in ("model", "data")}
+            parser.set_defaults(defaults)
             parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
 
         def _parse_ckpt_path(self) -> None:
-            """Take no settings out of `--ckpt_path`: an SAE refuses a checkpoint of other settings by itself."""
+            """Leave the settings in the checkpoint of `--ckpt_path` unused; the SAE refuses one with other settings."""
 
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    return Command(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=False,
-        save_config_kwargs={"overwrite": True},
-        trainer_defaults={"callbacks": [FitSummary(), Throughput()]},
-        parser_kwargs={"parser_mode": "omegaconf+"},
-        args=words,
-        run=run,
-    )
+    with _program_arguments(words):
+        return Command(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=False,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [FitSummary(), Throughput()]},
+            parser_kwargs={"parser_mode": "omegaconf+"},
+            parser_class=CommandParser,
+            run=run,
+        )
+
+
+@contextmanager
+def _program_arguments(words: Sequence[str]) -> Iterator[None]:
+    """Set `sys.argv`: Lightning's parser reads it, and DDP starts its other processes with it."""
+    before, sys.argv = sys.argv, [sys.argv[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _refuse_d_in(words: Sequence[str]) -> None:
-    """The data say what d_in is; what a user gives beside them would be ignored silently by a linked argument."""
+    """Refuse a `d_in` for the model: the parser would replace it by the data's without a word."""
     from omegaconf import OmegaConf
 
     given = [word for word in words if re.match(r"--model(\.init_args)?\.d_in\b", word)]
@@ -129,30 +142,29 @@ def _refuse_d_in(words: Sequence[str]) -> None:
             keys = ("model.init_args.d_in", "model.d_in")
             given.extend(f"{key} in {path}" for key in keys if OmegaConf.select(settings, key) is not None)
     if given:
-        raise ValueError(f"{given[0]}: d_in is taken from the data, so leave it out of the model's settings")
+        raise ValueError(f"{given[0]}: d_in is taken from the data; remove it from the model's settings")
 
 
-def _own(command: str, words: list[str]) -> None:
-    """Parse and run one of `OWN_COMMANDS`; their modules are imported when they are needed."""
-    from jsonargparse import ArgumentParser
+def _run_own(command: str, words: list[str]) -> None:
+    """Parse and run one of `OWN_COMMANDS`; the imports are slow, so that they wait until here."""
+    from deeplens_lightning.cli.commands import FUNCTIONS
+    from deeplens_lightning.cli.parser import CommandParser
 
-    from deeplens_lightning.cli import commands
-
-    run = getattr(commands, command)
-    parser = ArgumentParser(
+    parser = CommandParser(
         prog=f"deeplens-lightning {command}", description=OWN_COMMANDS[command], parser_mode="omegaconf+"
     )
-    parser.add_argument("--config", action="config", help="YAML with any of these")
-    parser.add_function_arguments(run, as_positional=command in ("inspect", "report", "verify"))
-    if command in ("bench", "extract"):
-        parser.set_defaults({"data": "deeplens_lightning.ActivationDataModule"})
-    settings = parser.parse_args(words)
-    given = parser.instantiate_classes(settings)
+    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    positional = command in ("inspect", "report", "verify")
+    parser.options = parser.add_function_arguments(FUNCTIONS[command], as_positional=positional)
+    if "data" in parser.options:
+        parser.set_defaults({"data": GROUPS["data"].class_path})
+    given = parser.instantiate_classes(parser.parse_args(words))
     given.pop("config", None)
-    run(**given.as_dict())
+    FUNCTIONS[command](**given.as_dict())
 
 
-def _mistakes() -> tuple[type[Exception], ...]:
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Errors with which the package and Lightning report what the user has to change."""
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from deeplens_lightning.shards.errors import DiskFullError
@@ -163,5 +175,5 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
 def _sentence(error: Exception) -> str:
     text = str(error).strip() or type(error).__name__
-    inner = re.search(r"Errors:\n\s*- (.+)", text)  # what a constructor said, in jsonargparse's wrapping
+    inner = re.search(r"Errors:\n\s*- (.+)", text)  # the constructor's own error, wrapped by jsonargparse
     return inner.group(1) if inner else text

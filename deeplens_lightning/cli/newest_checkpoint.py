@@ -1,7 +1,7 @@
-"""The newest checkpoint that loads, so that a job that is started again goes on by itself.
+"""Find the newest intact checkpoint, so that a restarted job continues without a change of its command.
 
-A kill can leave a checkpoint half-written, or none where `last.ckpt` was being replaced: whoever goes on should
-take the newest file that is whole. `--ckpt_path newest:FOLDER` does so on the command line.
+A job that is killed while it saves leaves an incomplete checkpoint, or removes `last.ckpt` before it writes the next
+one. `--ckpt_path newest:FOLDER` continues from the newest file that is intact.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ NEWEST = "newest:"
 
 
 def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The `*.ckpt` file written last, anywhere below a folder, that is whole.
+    """Return the intact `*.ckpt` file that was written last, in a folder or any folder below it.
 
-    Every byte is read once and compared with the checksum beside it; files that do not pass are left alone.
+    Every byte is read and compared with the file's own checksums. Damaged files are skipped, not deleted.
 
     Args:
-        folder: on a local or mounted file system; need not exist.
+        folder: on a local or mounted file system; it need not exist.
 
     Returns:
-        None where there is none: a first start.
+        The path; None if there is no intact checkpoint, as on the first start of a job.
     """
     found = [(path.stat().st_mtime_ns, path) for path in Path(folder).rglob("*.ckpt") if path.is_file()]
     return next((path for _, path in sorted(found, reverse=True) if loads(path)), None)
 
 
 def loads(path: Path) -> bool:
-    """Whether a checkpoint is whole: it was closed, all its parts have their checksums, and it unpickles."""
+    """Whether a checkpoint is intact: a complete zip file with matching checksums that loads with `weights_only=True`."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
@@ -44,7 +44,14 @@ def loads(path: Path) -> bool:
 
 
 def with_newest(words: Sequence[str]) -> list[str]:
-    """Command-line words with `--ckpt_path newest:FOLDER` resolved, or left out where there is none yet."""
+    """Replace `--ckpt_path newest:FOLDER` by the checkpoint found.
+
+    Args:
+        words: of the command line.
+
+    Returns:
+        The words with the path in place of `newest:FOLDER`; without the option if there is no checkpoint yet.
+    """
     found: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")

@@ -1,1 +1,1 @@
-"""Activations in bulk: the DeepLens classes, and caches written by `trainer.predict`."""
+"""Extract the activations of a whole dataset: the DeepLens classes, and caches of shards through `trainer.predict`."""

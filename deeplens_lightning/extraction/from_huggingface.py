@@ -1,4 +1,4 @@
-"""`FromHuggingFace`: all activations of a dataset's first samples, in the shape that DeepLens users know."""
+"""`FromHuggingFace`: extract the activations of a dataset's first samples as one tensor, as in DeepLens."""
 
 from __future__ import annotations
 
@@ -24,29 +24,16 @@ from deeplens_lightning.types import device_of
 
 
 class FromHuggingFace:
-    """Activations of the first `num_samples` texts of a dataset: one document each, cut at `seq_length`.
+    """Extract the activations of the first `num_samples` texts of a dataset, one row a token.
 
-    Special tokens that the tokenizer adds are kept, padding is not. The hook point and the dataset are
-    checked here; the model is loaded when features are first extracted.
+    The model sees each text alone, up to `seq_length` tokens. Special tokens that the tokenizer adds give rows, padding
+    does not.
 
-    Args:
-        hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model.
-        layer: whose activations; negative layers count from the end.
-        dataset_name: hub id (`wikitext/wikitext-103-v1` names a configuration), path or glob of txt, jsonl or
-            parquet files, a `datasets` object, a list of texts, or `demo:docs`. Hub datasets are streamed.
-        num_samples: how many of its texts; empty ones count and give no rows.
-        seq_length: longest text, in tokens; what is longer is cut.
-        inference_batch_size: sequences a model batch.
-        device: `auto` (CUDA, else MPS, else the CPU), or where to run the model.
-        save_features: whether `extract_features` saves its result.
-        hook: kind of hook point; DeepLens's is the output of the MLP's activation function.
-        text_column: the dataset's column of texts.
-        tokenizer: default the model's own.
-        model_kwargs: for `from_pretrained`.
-
-    Raises:
-        ValueError: no such layer, hook point or column; `seq_length` exceeds the model's positions.
-        FileNotFoundError: no such model or dataset.
+    Attributes:
+        hook_point: where activations are read.
+        layer: its layer, counted from 0.
+        device: where the model runs.
+        tokenizer: the tokenizer of the texts.
     """
 
     def __init__(
@@ -68,6 +55,28 @@ class FromHuggingFace:
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        """Check the hook point and open the dataset; the model is loaded when features are first extracted.
+
+        Args:
+            hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model.
+            layer: the layer to read, from 0; negative layers count from the end.
+            dataset_name: hub id (`wikitext/wikitext-103-v1` includes a configuration), path or glob of txt, jsonl or
+                parquet files, a `datasets` object, a list of texts, or `demo:docs`. Hub datasets are streamed.
+            num_samples: number of texts to read. Empty texts count, and give no rows.
+            seq_length: maximum number of tokens of a text; longer texts are cut.
+            inference_batch_size: number of sequences in a model batch.
+            device: `cpu`, `cuda`, `mps`, or `auto` for the first of CUDA, MPS and the CPU that is there.
+            save_features: whether `extract_features` saves its result in `saved_features/`.
+            hook: kind of hook point; `mlp_act`, the output of the MLP's activation function, is what DeepLens reads.
+            text_column: name of the dataset's column of texts.
+            tokenizer: name of a tokenizer, or a tokenizer; default the model's own.
+            model_kwargs: arguments of `from_pretrained`.
+
+        Raises:
+            ValueError: `layer`, `hook` or `text_column` is not there; `seq_length` exceeds the model's positions;
+                `num_samples` or `inference_batch_size` is below 1.
+            FileNotFoundError: there is no such model or dataset.
+        """
         if num_samples < 1 or inference_batch_size < 1:
             raise ValueError(
                 "num_samples and inference_batch_size must be at least 1, "
@@ -97,7 +106,7 @@ class FromHuggingFace:
 
     @property
     def model(self) -> FrozenModel:
-        """The model up to the hook point, loaded when first needed."""
+        """The frozen model up to the hook point; loaded on first use."""
         if self._model is None:
             self._model = FrozenModel.load(
                 self.hf_model,
@@ -109,13 +118,13 @@ class FromHuggingFace:
         return self._model
 
     def extract_features(self) -> Tensor:
-        """Extract everything at once; with `save_features`, save it and print where.
+        """Extract all activations as one tensor; with `save_features`, save it and print the path.
 
         Returns:
-            `(total_tokens, hidden_dim)` on the CPU in the model's dtype: the texts' tokens in order.
+            `(total_tokens, hidden_dim)` on the CPU in the model's dtype: the tokens of the texts in order.
 
         Raises:
-            ValueError: there is no text among the samples.
+            ValueError: all samples are empty.
         """
         documents = list(self._documents())
         total = sum(len(document.tokens) for document in documents)
@@ -123,7 +132,7 @@ class FromHuggingFace:
         total += extra * len(documents)
         if not total:
             raise ValueError(
-                f"the first {self.num_samples} samples hold no text; choose another dataset_name"
+                f"the first {self.num_samples} samples hold no text; raise num_samples or choose another dataset_name"
             )
         name = self.hook_point.name
         features = torch.empty(total, self.hook_point.d_in, dtype=self.model.dtypes[name])
@@ -136,15 +145,16 @@ class FromHuggingFace:
         return features
 
     def extract_features_batched(self) -> Iterator[Tensor]:
-        """The same rows a piece at a time, for what would not fit in memory; nothing is saved.
+        """Extract the activations in pieces, for more rows than fit in memory; nothing is saved.
 
         Yields:
-            `(tokens, hidden_dim)` on the CPU: together, in order, what `extract_features` returns.
+            `(tokens, hidden_dim)` on the CPU in the model's dtype. Concatenated in order, the pieces are the tensor
+            that `extract_features` returns.
         """
         yield from self._batches(self._documents(), None)
 
     def _documents(self) -> Iterator[TokenizedDocument]:
-        """The samples that hold text, in the dataset's order, cut to one segment each."""
+        """Tokenise the samples that hold text, in the dataset's order; each is cut to one segment."""
         prefix, suffix = special_affixes(self.tokenizer, None)
         room = self.seq_length - len(prefix) - len(suffix)
         samples = islice(enumerate(_texts(self._source)), self.num_samples)
@@ -157,7 +167,7 @@ class FromHuggingFace:
                     )
 
     def _batches(self, documents: Iterable[TokenizedDocument], total: int | None) -> Iterator[Tensor]:
-        """Rows in the documents' order, some model batches at a time."""
+        """Run the model on chunks of documents; yield the rows of a chunk in the documents' order."""
         model, (prefix, suffix) = self.model, special_affixes(self.tokenizer, None)
         packing = Packing(
             seq_length=self.seq_length,
@@ -183,7 +193,7 @@ class FromHuggingFace:
                 yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
 
     def _save(self, features: Tensor) -> Path:
-        """Save under DeepLens's name, whole or not at all."""
+        """Save under the file name that DeepLens uses; write another file first and rename it."""
         path = Path("saved_features") / f"features_layer_{self.layer}_{len(features)}.pt"
         path.parent.mkdir(exist_ok=True)
         unfinished = path.with_name(f".writing-{path.name}")
@@ -196,9 +206,12 @@ class FromHuggingFace:
 
 
 def _texts(source: Source) -> Iterator[Row]:
-    """The dataset's rows in its own order."""
+    """The values of the dataset's text column, in the dataset's order."""
     if isinstance(source, IndexedSource):
         return iter(source.rows)
     if isinstance(source, StreamedSource):
         return (row[source.column] for row in source.dataset)
-    raise TypeError(f"samples of a {type(source).__name__} have no order of their own")
+    raise TypeError(
+        f"FromHuggingFace reads a dataset in its own order, which {type(source).__name__} does not have; "
+        "give a dataset on the hub, files or a list of texts"
+    )

@@ -1,4 +1,4 @@
-"""`ActivationExtractor`: the activations notebook's own class, on this package's frozen model."""
+"""`ActivationExtractor`: the activations of a text, with the class of DeepLens's activations notebook."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from deeplens_lightning.types import device_of
 
 
 class ActivationExtractor:
-    """Extracts a block's output, or the final norm's, for the tokens of a text.
+    """Extract the output of a block, or of the final norm, for every token of a text.
 
-    Args:
-        model_name: hub id, local folder, GGUF file, `demo:lm` or a loaded model. Loaded on first use.
-        device: `cpu`, `cuda`, `mps` or `auto`.
-        max_length: longer texts are cut to so many tokens; said once.
-        model_kwargs: for `from_pretrained`, e.g. a dtype.
+    Attributes:
+        model_name: as given.
+        device: where the model runs, by name.
     """
 
     def __init__(
@@ -29,6 +27,14 @@ class ActivationExtractor:
         max_length: int = 1024,
         model_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        """Name the model; it is loaded when activations are first extracted.
+
+        Args:
+            model_name: hub id, local folder, GGUF file, `demo:lm` or a loaded model.
+            device: `cpu`, `cuda`, `mps`, or `auto` for the first of CUDA, MPS and the CPU that is there.
+            max_length: maximum number of tokens; longer texts are cut, with a warning the first time.
+            model_kwargs: arguments of `from_pretrained`, such as a dtype.
+        """
         self.model_name = model_name
         self.device = str(device_of(device))
         self._reader = TextActivations(
@@ -41,15 +47,15 @@ class ActivationExtractor:
         return self._reader.tokenizer
 
     def get_activations(self, text: str | Sequence[str], layer_idx: int = -1) -> dict[str, Any]:
-        """The notebook's dictionary for one text, or for a list of texts padded on the right.
+        """Run the model on one text, or on several texts padded on the right.
 
         Args:
             text: one text or several.
-            layer_idx: a block's index, whose output is read, or -1 for the final norm.
+            layer_idx: index of the block whose output is read, from 0; -1 for the output of the final norm.
 
         Returns:
-            `activations` `(batch, seq_length, hidden)`, `tokens`, `input_ids`, `attention_mask` and
-            `layer_idx`, all tensors on the CPU.
+            A dictionary with `activations` `(batch, seq_length, hidden)` in the model's dtype, `tokens` (strings),
+            `input_ids` and `attention_mask` `(batch, seq_length)`, and `layer_idx`. Tensors are on the CPU.
 
         Raises:
             ValueError: a text is empty, or the layer is out of range.

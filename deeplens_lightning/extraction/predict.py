@@ -1,91 +1,145 @@
-"""`deeplens-lightning extract`: `trainer.predict` with a writer, so that any strategy writes the same cache.
+"""Write a cache of activations with `trainer.predict`, on any Lightning strategy: `deeplens-lightning extract`.
 
-In: a streaming data module and where to write. Out: a folder of shards, or what writing it would take.
+In: a data module that computes activations, and a folder. Out: shards in that folder, or an estimate of their rows,
+bytes and time.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning as L
 
 from deeplens_lightning.datamodule import ActivationDataModule
-from deeplens_lightning.extraction.shard_prediction_writer import PassThrough, ShardPredictionWriter
+from deeplens_lightning.extraction.shard_prediction_writer import (
+    ExtractionData,
+    PassThrough,
+    ShardPredictionWriter,
+)
+from deeplens_lightning.shards.writer import SHARD_BYTES, NonFinite
 from deeplens_lightning.stream.document_order import Extraction, Plan
 from deeplens_lightning.stream.live_source import LiveActivations
 
 
-class ExtractionDataModule(L.LightningDataModule):
-    """Hands a data module's rows to `predict`, in the order of the documents.
-
-    Args:
-        data: names the model, the hook points and the text.
-        max_rows: rows to extract, over all ranks; default all.
-    """
+class ExtractionDataModule(ExtractionData):
+    """Serve the rows of an `ActivationDataModule` to `trainer.predict`, unshuffled, document after document."""
 
     def __init__(self, data: ActivationDataModule, max_rows: int | None = None) -> None:
+        """Take the model, the hook points and the text from another data module.
+
+        Args:
+            data: a data module that computes activations from a model.
+            max_rows: number of rows to extract, over all ranks; default all.
+
+        Raises:
+            ValueError: `data` reads shards.
+        """
         super().__init__()
-        if not isinstance(data.source, LiveActivations):
-            raise ValueError("extract computes activations from a model: leave shards= out")
-        self.source, self.data, self.max_rows = data.source, data, max_rows
-        self.extraction: Extraction | None = None
+        self.data, self.max_rows = data, max_rows
+        self.source = _live_source(data)
 
     def prepare_data(self) -> None:
-        """See `ActivationDataModule`."""
+        """Check names and download the model, once a node."""
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
-        """Load text and model for this rank."""
+        """Load this rank's text and model."""
         self.data.trainer = self.trainer
         self.data.setup()
-        site = self.source.site
-        assert site is not None
-        share = None if self.max_rows is None else -(-self.max_rows // site.ranks)
-        self.extraction = self.source.extraction(share)
+        extraction = self.source.extraction(None)
+        if self.max_rows is not None:
+            extraction.max_rows = -(-self.max_rows // extraction.documents.ranks)
+        self.extraction = extraction
 
     def predict_dataloader(self) -> Extraction:
-        """Model batches of rows."""
+        """This rank's rows, one model batch an item.
+
+        Raises:
+            RuntimeError: `setup` was not called.
+        """
         if self.extraction is None:
-            raise RuntimeError("extraction begins with setup: run it through trainer.predict")
+            raise RuntimeError(
+                "the model is not loaded: call trainer.predict(PassThrough(), datamodule=...), or setup('predict') first"
+            )
         return self.extraction
 
     def teardown(self, stage: str) -> None:
-        """Let go of the model."""
+        """Free the model."""
         self.data.teardown(stage)
         self.data.trainer = None
+
+
+def estimate(
+    data: ActivationDataModule,
+    *,
+    max_rows: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    storage: str = "exact",
+) -> Plan:
+    """Estimate rows, bytes, time and memory of an extraction from a few hundred documents; nothing is written.
+
+    Args:
+        data: a data module that computes activations from a model.
+        max_rows: number of rows to extract, over all ranks; default all.
+        shard_bytes: size of a shard on disk, in bytes.
+        storage: `exact` or `int8`.
+    """
+    module = ExtractionDataModule(data, max_rows)
+    module.setup("predict")
+    plan = module.predict_dataloader().plan(storage, shard_bytes)
+    module.teardown("predict")
+    return plan
 
 
 def run(
     data: ActivationDataModule,
     out: str,
     *,
-    max_rows: int | None,
-    shard_bytes: int,
-    storage: str,
-    nonfinite: str,
-    plan: bool,
-    **trainer: Any,
-) -> Plan | None:
-    """Write a cache, or go on with one; with `plan`, only say what it takes."""
+    max_rows: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    storage: str = "exact",
+    nonfinite: NonFinite = "refuse",
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    num_nodes: int = 1,
+    strategy: str = "auto",
+) -> None:
+    """Write a cache, or continue one that an earlier call left incomplete.
+
+    Args:
+        data: a data module that computes activations from a model.
+        out: folder of the cache, a path or an fsspec URL.
+        max_rows: number of rows to extract, over all ranks; default all.
+        shard_bytes: size of a shard on disk, in bytes.
+        storage: `exact`, or `int8` (8 bits a value and one scale a row).
+        nonfinite: `refuse` or `drop` rows that hold NaN or infinity.
+        accelerator: of the Trainer.
+        devices: of the Trainer.
+        num_nodes: of the Trainer.
+        strategy: of the Trainer; every rank writes its own shards.
+
+    Raises:
+        OtherConfigError: the folder holds a cache of other settings.
+        NonFiniteError: rows hold NaN or infinity, with `nonfinite="refuse"`.
+        DiskFullError: the shards do not fit on the disk.
+    """
     module = ExtractionDataModule(data, max_rows)
-    if plan:
-        module.setup("predict")
-        assert module.extraction is not None
-        estimate = module.extraction.plan(storage, shard_bytes)
-        module.teardown("predict")
-        return estimate
-    writer = ShardPredictionWriter(
-        out,
-        shard_bytes=shard_bytes,
-        storage=storage,
-        nonfinite=nonfinite,  # type: ignore[arg-type]
-    )
+    writer = ShardPredictionWriter(out, shard_bytes=shard_bytes, storage=storage, nonfinite=nonfinite)
     L.Trainer(
         callbacks=[writer],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **trainer,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=num_nodes,
+        strategy=strategy,
     ).predict(PassThrough(), datamodule=module, return_predictions=False)
-    return None
+
+
+def _live_source(data: ActivationDataModule) -> LiveActivations:
+    """The source that computes the data module's activations."""
+    if not isinstance(data.source, LiveActivations):
+        raise ValueError(
+            "extract computes activations from a model: remove shards= and name the model with hf_model="
+        )
+    return data.source

@@ -1,5 +1,8 @@
 # ruff: noqa: ARG002
-"""`ShardPredictionWriter`: `trainer.predict` writes a cache, on any strategy and number of nodes."""
+"""Write the rows of `trainer.predict` to shards, on any Lightning strategy and number of nodes.
+
+In: the model batches of an `Extraction`. Out: a cache, in which each rank writes its own shards.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,25 @@ from deeplens_lightning.shards.writer import SHARD_BYTES, NonFinite, ShardWriter
 from deeplens_lightning.stream.document_order import Extraction, ModelRows
 
 
+class ExtractionData(L.LightningDataModule):
+    """Base class of data modules whose predict batches are rows in the order of the documents.
+
+    Attributes:
+        extraction: set in `setup("predict")` and returned by `predict_dataloader`.
+    """
+
+    extraction: Extraction | None = None
+
+
 class ShardPredictionWriter(Callback):
-    """Writes what is predicted to shards, each rank its own, and keeps nothing in memory.
+    """Write the rows that `trainer.predict` yields to a cache of shards.
 
-    The DataModule must have an `extraction` after `setup("predict")` and give it out as its
-    `predict_dataloader`; the module that predicts hands batches through (`PassThrough`). Where an earlier run
-    was killed, this one goes on behind its last finished shard; where it finished, nothing is done.
+    The Trainer needs a data module of type `ExtractionData`, such as `ExtractionDataModule`, and the module
+    `PassThrough`. Nothing is kept in memory beyond two shards. If the folder holds an incomplete cache of the same
+    settings, writing continues after its last finished shard; if the cache is complete, no model runs.
 
-    Args:
-        folder: of the cache, a path or an fsspec URL.
-        shard_bytes: size of a shard on disk.
-        storage: `exact`, or `int8` (8 bits and one scale per row; see `shards.codec` for its error).
-        nonfinite: `refuse` or `drop` rows that hold NaN or infinity.
-        show_progress: a bar with rows, tokens/s, bytes written and, where the end is known, time left.
+    Attributes:
+        writer: the open `ShardWriter`, after `setup`.
     """
 
     def __init__(
@@ -39,6 +48,16 @@ class ShardPredictionWriter(Callback):
         nonfinite: NonFinite = "refuse",
         show_progress: bool = True,
     ) -> None:
+        """Choose the folder and the format.
+
+        Args:
+            folder: of the cache, a path or an fsspec URL.
+            shard_bytes: size of a shard on disk, in bytes.
+            storage: `exact`, or `int8` (8 bits a value and one scale a row; `shards.codec` documents its error).
+            nonfinite: `refuse` or `drop` rows that hold NaN or infinity.
+            show_progress: show a bar with rows, tokens/s, bytes written and, if the end is known, the time left.
+        """
+        super().__init__()
         self.folder = str(folder)
         self.shard_bytes = shard_bytes
         self.storage = storage
@@ -51,15 +70,21 @@ class ShardPredictionWriter(Callback):
         self._begun = 0.0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Open the cache and tell the extraction where to begin."""
+        """Open the cache and set the row at which the extraction begins.
+
+        Raises:
+            TypeError: the Trainer's data module is not an `ExtractionData`.
+            OtherConfigError: the folder holds a cache of other settings.
+        """
         if stage != "predict":
             return
-        extraction = getattr(getattr(trainer, "datamodule", None), "extraction", None)
-        if not isinstance(extraction, Extraction):
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ExtractionData) or data.extraction is None:
             raise TypeError(
-                "writing shards needs a data module that computes activations: "
-                "trainer.predict(PassThrough(), datamodule=ActivationDataModule(hf_model=...))"
+                f"ShardPredictionWriter needs a data module that computes activations, got {type(data).__name__}: "
+                "give trainer.predict(PassThrough(), datamodule=ExtractionDataModule(ActivationDataModule(...)))"
             )
+        extraction = data.extraction
         self._extraction = extraction
         self.writer = ShardWriter(
             self.folder,
@@ -73,11 +98,11 @@ class ShardPredictionWriter(Callback):
         extraction.resume = None if done else self.writer.resume
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin the progress bar."""
+        """Show the progress bar."""
         writer, extraction = self._ready()
         self._tokens, self._begun = 0, time.perf_counter()
         if writer.complete and trainer.is_global_zero:
-            tqdm.write(f"{self.folder} is complete: nothing to do")
+            tqdm.write(f"{self.folder} is complete: nothing to write")
         self._bar = tqdm(
             total=extraction.max_rows,
             initial=writer.resume.row,
@@ -96,9 +121,17 @@ class ShardPredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the rows of a model batch."""
+        """Write the rows of one model batch.
+
+        Raises:
+            TypeError: the module returned something else than its batch.
+        """
         writer, _ = self._ready()
-        rows = ModelRows(*outputs)
+        rows = outputs
+        if not isinstance(rows, ModelRows):
+            raise TypeError(
+                f"predict_step must return its batch of rows, got {type(rows).__name__}: predict with PassThrough()"
+            )
         new = rows.first_row + len(rows.provenance) - max(rows.first_row, writer.resume.row)
         writer.append(rows.rows, rows.provenance, source=rows.source, first_row=rows.first_row)
         self._tokens += rows.tokens
@@ -110,7 +143,7 @@ class ShardPredictionWriter(Callback):
             )
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Close the cache, or leave it to be continued if the Trainer's limits came first."""
+        """Finish the cache; save the rows of an incomplete one if a limit of the Trainer ended the prediction."""
         writer, extraction = self._ready()
         if extraction.exhausted:
             writer.finish()
@@ -121,16 +154,18 @@ class ShardPredictionWriter(Callback):
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Keep the finished shards and let others write."""
+        """Release the folder; finished shards remain."""
         self._close()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Let go of the folder."""
+        """Release the folder."""
         self._close()
 
     def _ready(self) -> tuple[ShardWriter, Extraction]:
         if self.writer is None or self._extraction is None:
-            raise RuntimeError("ShardPredictionWriter was not set up: it works in trainer.predict")
+            raise RuntimeError(
+                "ShardPredictionWriter has no open folder: use it as a callback of trainer.predict"
+            )
         return self.writer, self._extraction
 
     def _close(self) -> None:
@@ -142,8 +177,8 @@ class ShardPredictionWriter(Callback):
 
 
 class PassThrough(L.LightningModule):
-    """Predicts what it is given: the rows were computed by the DataModule's frozen model."""
+    """A module whose prediction is its batch: the data module's frozen model has computed the rows."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        """The batch itself."""
+        """Return the batch."""
         return batch

@@ -1,36 +1,15 @@
-"""The cluster's configurations and scripts: they parse, and a job that is started again goes on by itself."""
+"""`--ckpt_path newest:FOLDER`: a job that is started again continues from its newest checkpoint."""
 
 from __future__ import annotations
 
-import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import yaml
 
 from deeplens_lightning.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_scripts_are_whole_and_name_files_that_exist(script: Path) -> None:
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text()
-    for name in re.findall(r"configs/[\w/]+\.yaml", text):
-        assert (ROOT / name).is_file(), name
-    for wanted in ("--requeue", "--signal=SIGUSR1@", "newest:$folder", "configs/cluster/preemptible.yaml"):
-        assert wanted in text
-
-
-@pytest.mark.parametrize("name", ["one_node", "several_nodes", "preemptible"])
-def test_configs_are_yaml_for_a_trainer(name: str) -> None:
-    config = yaml.safe_load((ROOT / "configs" / "cluster" / f"{name}.yaml").read_text())
-    assert set(config) == {"trainer"}
 
 
 def test_a_job_started_again_goes_on(tiny: Any, tmp_path: Path) -> None:

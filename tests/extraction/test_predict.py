@@ -127,7 +127,7 @@ def test_a_budget_ends_exactly_there(inputs, whole, tmp_path):
     assert torch.equal(everything(tmp_path)[1], everything(whole)[1][:777])
 
 
-def test_an_error_in_the_model_leaves_finished_shards_and_lets_go_of_the_folder(inputs, whole, tmp_path):
+def test_an_error_in_the_model_leaves_finished_shards_and_releases_the_folder(inputs, whole, tmp_path):
     dm = TinyDataModule(*inputs)
     dm.setup("predict")
     activations, calls = dm.extraction.model.activations, []
@@ -161,7 +161,7 @@ def test_a_data_module_without_a_model_says_what_is_needed(tmp_path):
         def predict_dataloader(self):
             return []
 
-    with pytest.raises(TypeError, match=r"needs a data module that computes activations"):
+    with pytest.raises(TypeError, match=r"needs a data module that computes activations, got NoModel"):
         extract(tmp_path, None, dm=NoModel())
 
 

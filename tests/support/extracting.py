@@ -13,7 +13,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from deeplens_lightning.extraction.shard_prediction_writer import PassThrough, ShardPredictionWriter
+from deeplens_lightning.extraction.shard_prediction_writer import (
+    ExtractionData,
+    PassThrough,
+    ShardPredictionWriter,
+)
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer
@@ -66,13 +70,12 @@ def save_model(folder: Path, bos: bool = False, layers: int = 3, positions: int 
     return folder
 
 
-class TinyDataModule(L.LightningDataModule):
+class TinyDataModule(ExtractionData):
     """What `ShardPredictionWriter` needs of a data module."""
 
     def __init__(self, model: str, dataset: str, **kwargs: Any) -> None:
         super().__init__()
         self.model, self.dataset, self.kwargs = model, dataset, kwargs
-        self.extraction: Extraction | None = None
 
     def setup(self, stage: str) -> None:
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
