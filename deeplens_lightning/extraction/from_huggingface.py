@@ -17,10 +17,12 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
 from deeplens_lightning.model.rows import run_model
-from deeplens_lightning.text.documents import GROUP, document_hash, special_affixes, tokenize
+from deeplens_lightning.text.documents import document_hash
 from deeplens_lightning.text.packing import Packing, TokenizedDocument, model_batches
+from deeplens_lightning.text.pipeline import GROUP
 from deeplens_lightning.text.sources import IndexedSource, Row, Source, StreamedSource, open_source
-from deeplens_lightning.types import device_of
+from deeplens_lightning.text.tokens import special_affixes, tokenize
+from deeplens_lightning.types import DealingState, TextPosition, device_of
 
 
 class FromHuggingFace:
@@ -158,12 +160,14 @@ class FromHuggingFace:
         prefix, suffix = special_affixes(self.tokenizer, None)
         room = self.seq_length - len(prefix) - len(suffix)
         samples = islice(enumerate(_texts(self._source)), self.num_samples)
+        dealing = DealingState(ranks=1, by_shards=False, loads=(0,))  # one rank reads everything, once
         while group := list(islice(samples, GROUP)):
             rows = [row for _, row in group]
             for (index, row), tokens in zip(group, tokenize(rows, self.tokenizer), strict=True):
                 if len(tokens):
+                    position = TextPosition(at=(0, index), reader=None, dealing=dealing)
                     yield TokenizedDocument(
-                        cursor={}, index=index, hash=document_hash(row), tokens=tokens[:room]
+                        position=position, index=index, hash=document_hash(row), tokens=tokens[:room]
                     )
 
     def _batches(self, documents: Iterable[TokenizedDocument], total: int | None) -> Iterator[Tensor]:
@@ -183,13 +187,13 @@ class FromHuggingFace:
                 pieces, places = [], []
                 for index in model_batches(chunk.blocks, self.inference_batch_size, model.isolation):
                     blocks = chunk.blocks.select(index)
-                    activations, wanted, provenance = run_model(model, blocks)
-                    x = activations[self.hook_point.name]
-                    place = provenance[:, 1] * self.seq_length + blocks.positions[blocks.keep]
+                    batch = run_model(model, blocks)
+                    x = batch.activations[self.hook_point.name]
+                    place = batch.provenance[:, 1] * self.seq_length + blocks.positions[blocks.keep]
                     in_order = place.argsort()
-                    pieces.append(x.index_select(0, wanted[in_order].to(x.device)).cpu())
+                    pieces.append(x.index_select(0, batch.kept[in_order].to(x.device)).cpu())
                     places.append(place[in_order])
-                    bar.update(len(wanted))
+                    bar.update(len(batch.kept))
                 yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
 
     def _save(self, features: Tensor) -> Path:

@@ -16,7 +16,6 @@ from deeplens_lightning.extraction.shard_prediction_writer import (
 )
 from deeplens_lightning.shards.writer import SHARD_BYTES, NonFinite
 from deeplens_lightning.stream.document_order import Extraction, Plan
-from deeplens_lightning.stream.live_source import LiveActivations
 
 
 class ExtractionDataModule(ExtractionData):
@@ -34,7 +33,10 @@ class ExtractionDataModule(ExtractionData):
         """
         super().__init__()
         self.data, self.max_rows = data, max_rows
-        self.source = _live_source(data)
+        if data.settings.shards is not None:
+            raise ValueError(
+                "extract computes activations from a model: remove shards= and name the model with hf_model="
+            )
 
     def prepare_data(self) -> None:
         """Check names and download the model, once a node."""
@@ -44,9 +46,10 @@ class ExtractionDataModule(ExtractionData):
         """Load this rank's text and model."""
         self.data.trainer = self.trainer
         self.data.setup()
-        extraction = self.source.extraction(None)
+        assert self.data.live is not None  # open, and not from shards
+        extraction = self.data.live.extraction(None)
         if self.max_rows is not None:
-            extraction.max_rows = -(-self.max_rows // extraction.documents.ranks)
+            extraction.max_rows = -(-self.max_rows // extraction.ranks)
         self.extraction = extraction
 
     def predict_dataloader(self) -> Extraction:
@@ -134,12 +137,3 @@ def run(
         num_nodes=num_nodes,
         strategy=strategy,
     ).predict(PassThrough(), datamodule=module, return_predictions=False)
-
-
-def _live_source(data: ActivationDataModule) -> LiveActivations:
-    """The source that computes the data module's activations."""
-    if not isinstance(data.source, LiveActivations):
-        raise ValueError(
-            "extract computes activations from a model: remove shards= and name the model with hf_model="
-        )
-    return data.source

@@ -89,7 +89,7 @@ class ShardPredictionWriter(Callback):
         self.writer = ShardWriter(
             self.folder,
             extraction.manifest(self.storage),
-            rank=extraction.documents.rank,
+            rank=extraction.rank,
             shard_bytes=self.shard_bytes,
             nonfinite=self.nonfinite,
             expected_rows=extraction.max_rows,
