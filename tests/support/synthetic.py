@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from deeplens_lightning.sae import SparseAutoencoder
+from deeplens_lightning.activation_data import ActivationData
+from deeplens_lightning.sae import Dictionary
 
 
 def dictionary(n: int, d: int, seed: int = 0) -> Tensor:
@@ -29,8 +30,8 @@ def mean_max_cosine(true: Tensor, decoder: Tensor) -> float:
     return float((F.normalize(true, dim=1) @ F.normalize(decoder.detach(), dim=1).T).max(1).values.mean())
 
 
-def train(sae: SparseAutoencoder, batches: Iterator, steps: int) -> SparseAutoencoder:
-    """What Lightning's loop does, without its overhead."""
+def train(sae: Dictionary, batches: Iterator, steps: int) -> None:
+    """Train as Lightning's loop does, without its overhead."""
     sae.prepare(None)
     optimizer = torch.optim.Adam([sae.parameter_group()], fused=True)
     for i in range(steps):
@@ -43,7 +44,6 @@ def train(sae: SparseAutoencoder, batches: Iterator, steps: int) -> SparseAutoen
         sae.prepare_gradients()
         optimizer.step()
         sae.project()
-    return sae
 
 
 class Resumable:
@@ -68,12 +68,16 @@ class Resumable:
         self.position = state["position"]
 
 
-class Rows(L.LightningDataModule):
-    """Serves fixed batches of tensors, or of dicts of them, with a `scaling` as ours has."""
+class Rows(ActivationData, L.LightningDataModule):
+    """Serves fixed batches of tensors, or of dicts of them, normalised by `scaling`."""
 
     def __init__(self, train: list, val: list | None = None, scaling=None) -> None:
         super().__init__()
-        self.train, self.val, self.scaling = train, val, scaling
+        self.train, self.val, self._scaling = train, val, scaling
+
+    @property
+    def scaling(self):
+        return self._scaling
 
     def train_dataloader(self):
         return Resumable(self.train)
