@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from deeplens_lightning.distributed import mean_over_ranks
 from deeplens_lightning.sae import forward as passes
 from deeplens_lightning.sae import initialize
-from deeplens_lightning.sae.activations import BatchTopK, TopK, architecture_spec, make_activation
+from deeplens_lightning.sae.activations import BatchTopK, TopK
 from deeplens_lightning.sae.activity import Activity
+from deeplens_lightning.sae.architectures import architecture_spec, make_activation
 from deeplens_lightning.sae.forward import Kernel, Pass, Step, Weights
 from deeplens_lightning.sae.metrics import HeldOutMetrics, fvu
 from deeplens_lightning.sae.nonfinite import raise_if_counted, replace_nonfinite
