@@ -26,7 +26,7 @@ def codes(rows: int, n: int, active: int, seed: int = 0) -> Tensor:
 
 
 def mean_max_cosine(true: Tensor, decoder: Tensor) -> float:
-    """How well the rows of `true` are found among those of `decoder`."""
+    """Mean over the rows of `true` of the largest cosine with a row of `decoder`."""
     return float((F.normalize(true, dim=1) @ F.normalize(decoder.detach(), dim=1).T).max(1).values.mean())
 
 
@@ -47,7 +47,7 @@ def train(sae: Dictionary, batches: Iterator, steps: int) -> None:
 
 
 class Resumable:
-    """A sized loader that continues where its state says, as the stream does."""
+    """A loader with a length that continues from a loaded state, as the data module's does."""
 
     def __init__(self, batches: list) -> None:
         self.batches, self.position = batches, 0
