@@ -1,8 +1,9 @@
-"""Sparse autoencoders as LightningModules: the reference model, sweeps of it, doors to other libraries."""
+"""Sparse autoencoders: the dictionary itself, LightningModules that train it, import and export."""
 
+from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.grid import SparseAutoencoderGrid
-from deeplens_lightning.sae.interop.saelens_module import SAELensModule
 from deeplens_lightning.sae.module import SparseAutoencoder
+from deeplens_lightning.sae.saelens_module import SAELensModule
 from deeplens_lightning.sae.schedule import Optimization
 
-__all__ = ["Optimization", "SAELensModule", "SparseAutoencoder", "SparseAutoencoderGrid"]
+__all__ = ["Dictionary", "Optimization", "SAELensModule", "SparseAutoencoder", "SparseAutoencoderGrid"]

@@ -1,19 +1,15 @@
-"""What makes latents sparse: one small module per published activation, with its parameters and penalty.
+"""Sparse activation functions: one module for each published one, with its parameters and penalty.
 
-In: pre-activations `(rows, d_sae)`. Out: latents of the same shape, and the sparsity penalty that its
-paper adds to the reconstruction loss. Rows reach the dictionary with unit mean squared norm (see
-`SparseAutoencoder.unit`), the convention of these papers, so that coefficients, thresholds and
-bandwidths mean the same whatever the model.
+In: pre-activations `(rows, d_sae)`. Out: latents of the same shape, and the sparsity penalty that the
+paper adds to the reconstruction loss. A dictionary converts rows to a mean squared norm of 1 (see `units.py`),
+as these papers do, so that coefficients, thresholds and bandwidths have the same meaning for every model.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +20,15 @@ from deeplens_lightning.sae.straight_through import jump_relu, step
 
 @dataclass(frozen=True, slots=True)
 class PenaltyInputs:
-    """What a penalty may look at.
+    """Inputs of `Activation.penalty`.
 
     Attributes:
         pre: `(batch, d_sae)` pre-activations.
         latents: `(batch, d_sae)` activations.
-        target: `(batch, d_out)`, what is reconstructed.
+        target: `(batch, d_out)`, rows to reconstruct.
         decoder: `W_dec` `(d_sae, d_out)`.
         decoder_bias: `(d_out,)`.
-        progress: share of the planned steps that is done.
+        progress: share of the planned steps that is done, between 0 and 1.
     """
 
     pre: Tensor
@@ -44,11 +40,14 @@ class PenaltyInputs:
 
 
 class Activation(nn.Module):
-    """Base of all activations.
+    """Base class of all activation functions.
+
+    Args:
+        d_sae: number of latents.
 
     Attributes:
-        unit_norm: decoder rows are held at norm 1.
-        aux_k: latents that AuxK lets reconstruct the residual; 0 means no AuxK.
+        unit_norm: decoder rows are kept at norm 1.
+        aux_k: number of dead latents that reconstruct the residual in AuxK; 0 means no AuxK.
         aux_coefficient: weight of AuxK's loss.
     """
 
@@ -61,36 +60,36 @@ class Activation(nn.Module):
         self.d_sae = d_sae
 
     def forward(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """Latents `(..., d_sae)` at inference, each row on its own.
+        """Latents `(..., d_sae)` for inference; each row is independent of the others.
 
         Args:
-            pre: `(..., d_sae)` pre-activations, the encoder's bias included.
-            bias: that bias, `(d_sae,)`.
+            pre: `(..., d_sae)` pre-activations, with the encoder's bias.
+            bias: the encoder's bias, `(d_sae,)`.
         """
         raise NotImplementedError
 
     def active(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """Latents `(batch, d_sae)` while training."""
+        """Latents `(batch, d_sae)` for training, which may depend on the whole batch."""
         latents: Tensor = self(pre, bias)
         return latents
 
     def penalty(self, inputs: PenaltyInputs) -> Tensor:
-        """What the paper adds to the reconstruction loss; zero for the top-k family."""
+        """The scalar that is added to the reconstruction loss; zero for the top-k family."""
         return inputs.pre.new_zeros(())
 
     def project(self) -> None:
-        """Bring parameters back to where they are allowed to be."""
+        """Restore the constraints of the parameters, in place."""
 
 
 class ReLU(Activation):
     """ReLU with an L1 penalty weighted by decoder norms (Conerly et al., Anthropic, April 2024 update).
 
-    The decoder's norm is free; the penalty warms up linearly over the first `warmup` of the steps.
+    The norms of decoder rows are free.
 
     Args:
-        d_sae: latents.
+        d_sae: number of latents.
         l1: coefficient of the penalty.
-        warmup: share of the steps over which it grows from 0.
+        warmup: share of the planned steps over which the coefficient rises linearly from 0.
     """
 
     unit_norm = False
@@ -111,15 +110,18 @@ class TopK(Activation):
     """The k largest pre-activations of each row, rectified, with AuxK (Gao et al. 2024, arXiv 2406.04093).
 
     With `prefixes` it is a Matryoshka SAE (Bussmann et al. 2025, arXiv 2503.17547): the loss is the
-    mean of the losses of reconstructing from the first `width` latents, for every width.
+    mean over all prefixes of the loss of reconstructing from the latents of the prefix alone.
 
     Args:
-        d_sae: latents.
-        k: active latents a row.
-        d_in: width of what is reconstructed, for the published `aux_k`.
-        aux_k: dead latents that reconstruct the residual; default d_in / 2 rounded to a power of two.
-        aux_coefficient: weight of that loss; 0 switches it off.
-        prefixes: ascending widths, as shares of d_sae (floats) or numbers of latents.
+        d_sae: number of latents.
+        k: number of active latents per row.
+        d_in: width of the rows that are reconstructed, for the default of `aux_k`.
+        aux_k: number of dead latents that reconstruct the residual; default d_in / 2, rounded to a power of two.
+        aux_coefficient: weight of AuxK's loss; 0 switches AuxK off.
+        prefixes: ascending lengths of the prefixes, as shares of d_sae (floats) or as numbers of latents.
+
+    Raises:
+        ValueError: `k` is not between 1 and `d_sae`, or `prefixes` do not increase.
     """
 
     def __init__(
@@ -149,17 +151,21 @@ class TopK(Activation):
 class BatchTopK(TopK):
     """The k x batch largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
-    Inference uses a threshold, the running mean of the smallest active value of a batch, so that a
-    row's latents do not depend on its neighbours.
+    Inference uses a threshold, the running mean of each batch's smallest active value, so that the latents of
+    a row do not depend on the other rows of its batch.
 
     Args:
-        d_sae: latents.
-        k: active latents a row, on average.
-        d_in: width of what is reconstructed, for the published `aux_k`.
-        aux_k: as for `TopK`.
-        aux_coefficient: as for `TopK`.
-        prefixes: as for `TopK`.
-        threshold_momentum: weight of the past in the running threshold.
+        d_sae: number of latents.
+        k: number of active latents per row, on average.
+        d_in: width of the rows that are reconstructed, for the default of `aux_k`.
+        aux_k: number of dead latents that reconstruct the residual; default d_in / 2, rounded to a power of two.
+        aux_coefficient: weight of AuxK's loss; 0 switches AuxK off.
+        prefixes: ascending lengths of Matryoshka prefixes, as shares of d_sae (floats) or as numbers of latents.
+        threshold_momentum: weight of the previous threshold in the running mean.
+
+    Attributes:
+        threshold: scalar, latents above it are active in inference.
+        threshold_batches: int64 scalar, number of batches in the running mean.
     """
 
     threshold: Tensor
@@ -190,9 +196,9 @@ class BatchTopK(TopK):
 
     @torch.no_grad()
     def observe(self, smallest: Tensor) -> None:
-        """Take a batch's smallest active value, already averaged over ranks, into the threshold.
+        """Update the threshold with a batch's smallest active value, averaged over ranks.
 
-        The first batches weigh equally, so that the threshold never remembers its initial 0.
+        The first batches have equal weights, so that the initial 0 has no weight.
         """
         self.threshold_batches += 1
         weight = (1 / self.threshold_batches.to(self.threshold)).clamp(min=1 - self.threshold_momentum)
@@ -200,21 +206,24 @@ class BatchTopK(TopK):
 
 
 class JumpReLU(Activation):
-    """A learned threshold for every latent (Rajamanoharan et al. 2024, arXiv 2407.14435).
+    """A learned threshold for each latent (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-    `penalty="l0"` is that paper's: the number of active latents, with gradients to the threshold alone.
-    `penalty="tanh"` is Anthropic's (January 2025 update): tanh(c * latent * decoder norm), with the
-    straight-through gradient reaching the encoder too. Thresholds are trained directly, not as
-    logarithms, and kept at 0 or above.
+    `penalty="l0"` is the one of this paper: the number of active latents, with gradients to the threshold alone.
+    `penalty="tanh"` is Anthropic's (January 2025 update): the sum of tanh(tanh_scale * latent * decoder norm),
+    with a straight-through gradient that also reaches the encoder. The parameters are the thresholds themselves,
+    not their logarithms, and are kept at 0 or above.
 
     Args:
-        d_sae: latents.
+        d_sae: number of latents.
         coefficient: weight of the penalty.
         penalty: "l0" or "tanh".
         bandwidth: width of the straight-through kernel.
-        init_threshold: every threshold at the start.
-        warmup: share of the steps over which the penalty grows from 0.
-        tanh_scale: c above.
+        init_threshold: initial value of all thresholds.
+        warmup: share of the planned steps over which the coefficient rises linearly from 0.
+        tanh_scale: factor inside the tanh.
+
+    Raises:
+        ValueError: an unknown penalty.
     """
 
     def __init__(
@@ -229,7 +238,7 @@ class JumpReLU(Activation):
     ) -> None:
         super().__init__(d_sae)
         if penalty not in ("l0", "tanh"):
-            raise ValueError(f"penalty={penalty!r} is unknown to jumprelu; choose l0 or tanh")
+            raise ValueError(f"penalty={penalty!r} is unknown to jumprelu; choose 'l0' or 'tanh'")
         self.coefficient, self.kind, self.bandwidth = coefficient, penalty, bandwidth
         self.warmup, self.tanh_scale = warmup, tanh_scale
         self.threshold = nn.Parameter(torch.full((d_sae,), init_threshold))
@@ -251,15 +260,15 @@ class JumpReLU(Activation):
 
 
 class Gated(Activation):
-    """Separate gates and magnitudes over shared directions (Rajamanoharan et al. 2024, arXiv 2404.16014).
+    """Gates and magnitudes with shared encoder weights (Rajamanoharan et al. 2024, arXiv 2404.16014).
 
-    The encoder's own bias is the gate's. The penalty is L1 on the rectified gates plus the error of
-    reconstructing from them through a frozen copy of the decoder.
+    The encoder's bias is the bias of the gates. The penalty is the L1 norm of the rectified gates, plus the
+    squared error of reconstructing from them with detached decoder weights.
 
     Args:
-        d_sae: latents.
+        d_sae: number of latents.
         l1: coefficient of the L1 term.
-        warmup: share of the steps over which it grows from 0.
+        warmup: share of the planned steps over which the coefficient rises linearly from 0.
     """
 
     def __init__(self, d_sae: int, l1: float = 0.1, warmup: float = 0.05) -> None:
@@ -279,56 +288,6 @@ class Gated(Activation):
         return _ramp(self.l1, inputs.progress, self.warmup) * gates.sum(1).mean() + error
 
 
-ACTIVATIONS: dict[str, type[Activation]] = {
-    "relu": ReLU,
-    "topk": TopK,
-    "batch_topk": BatchTopK,
-    "jumprelu": JumpReLU,
-    "gated": Gated,
-}
-MATRYOSHKA: dict[str, Any] = {"name": "batch_topk", "prefixes": [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0]}
-
-
-def architecture_spec(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
-    """The full form `{"name": ..., **settings}` of a name or a mapping; "matryoshka" is spelled out.
-
-    Raises:
-        ValueError: the name is unknown.
-    """
-    spec = {"name": architecture} if isinstance(architecture, str) else dict(architecture)
-    name = str(spec.get("name", "topk")).lower().replace("-", "_").replace("batchtopk", "batch_topk")
-    if name == "matryoshka":
-        return {**MATRYOSHKA, **spec, "name": "batch_topk"}
-    if name not in ACTIVATIONS:
-        known = [*ACTIVATIONS, "matryoshka"]
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
-        raise ValueError(f"architecture {name!r} is unknown; {hint}")
-    return {**spec, "name": name}
-
-
-def make_activation(spec: Mapping[str, Any], *, d_sae: int, d_out: int, k: int) -> Activation:
-    """Build what `architecture_spec` names; `unit_norm` overrides that of its class.
-
-    Raises:
-        ValueError: a setting that this activation does not have.
-    """
-    kind = ACTIVATIONS[spec["name"]]
-    settings = {name: value for name, value in spec.items() if name != "name"}
-    unit_norm = settings.pop("unit_norm", kind.unit_norm)
-    known = [name for name in inspect.signature(kind).parameters if name not in ("d_sae", "d_in", "k")]
-    for name in settings:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(known)}"
-            raise ValueError(f"architecture {spec['name']!r} has no setting {name!r}; {hint}")
-    if issubclass(kind, TopK):
-        settings |= {"k": k, "d_in": d_out, "prefixes": tuple(settings.get("prefixes", ()))}
-    activation = kind(d_sae, **settings)
-    activation.unit_norm = bool(unit_norm)
-    return activation
-
-
 def _ramp(value: float, progress: float, warmup: float) -> float:
     return value * min(1.0, progress / warmup) if warmup > 0 else value
 
@@ -340,6 +299,6 @@ def _widths(prefixes: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
     widths = widths if widths[-1] == d_sae else (*widths, d_sae)
     if widths[0] < 1 or any(b <= a for a, b in pairwise(widths)):
         raise ValueError(
-            f"prefixes={list(prefixes)} give widths {list(widths)} of {d_sae} latents: they must increase"
+            f"prefixes={list(prefixes)} mean the first {list(widths)} of {d_sae} latents: they must increase"
         )
     return widths

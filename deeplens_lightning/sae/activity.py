@@ -1,4 +1,4 @@
-"""Which latents are alive: silence counted in tokens, over all ranks."""
+"""Find dead latents: count, over all ranks, the tokens since each latent was last active."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from deeplens_lightning.distributed import max_over_ranks, world_size
 
 
 class Activity(nn.Module):
-    """Counters that a checkpoint carries.
+    """Counters of inactive latents, which are part of the checkpoint.
+
+    Args:
+        d_sae: number of latents.
 
     Attributes:
         silent_tokens: int64 `(d_sae,)`, rows since each latent was last active on any rank.
-        tokens_seen: int64 scalar, rows trained on, over all ranks.
+        tokens_seen: int64 scalar, rows that were trained on, over all ranks.
     """
 
     silent_tokens: Tensor
@@ -26,21 +29,34 @@ class Activity(nn.Module):
 
     @torch.no_grad()
     def advance(self, fired: Tensor, rows: int) -> None:
-        """Count a batch of `rows` rows a rank, in which the latents `fired` `(d_sae,)` were active."""
+        """Count a batch.
+
+        Args:
+            fired: bool `(d_sae,)`, latents that were active in any row of this rank.
+            rows: rows of the batch on each rank.
+        """
         fired, rows = max_over_ranks(fired), rows * world_size()
         self.silent_tokens.add_(rows).masked_fill_(fired, 0)
         self.tokens_seen.add_(rows)
 
     def dead_fraction(self, after: int) -> Tensor:
-        """Share of latents that were silent for `after` rows or more, a scalar."""
+        """Share of latents that were inactive for `after` rows or more, a scalar."""
         return (self.silent_tokens >= after).float().mean()
 
     @torch.no_grad()
     def candidates(self, after: int, limit: int) -> tuple[Tensor, Tensor] | None:
-        """At most `limit` latents for AuxK, the longest silent first, and which of them are dead.
+        """Latents that AuxK may use, those that were inactive longest, and which of them are dead.
 
-        The CPU looks how many are dead, and gives None when none is. Elsewhere looking would wait for
-        the device, so the number of candidates is fixed and the living among them are told apart.
+        On the CPU all of them are dead. On another device, counting the dead would wait for the device, so the
+        number of candidates is fixed and some of them may be alive.
+
+        Args:
+            after: number of inactive rows from which a latent is dead.
+            limit: largest number of latents.
+
+        Returns:
+            int64 `(candidates,)` latents and bool `(candidates,)`, whether each is dead; None on the CPU if no
+            latent is dead.
         """
         silent, limit = self.silent_tokens, min(limit, len(self.silent_tokens))
         if silent.device.type != "cpu":

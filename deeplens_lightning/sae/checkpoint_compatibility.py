@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SIZES = (
+_KIND_AND_SIZE = (
     "d_in",
     "d_sae",
     "expansion_factor",
@@ -18,10 +18,18 @@ SIZES = (
 
 
 def check_checkpoint(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise ValueError naming the difference when a checkpoint holds another kind or size of dictionary."""
-    for name in SIZES:
+    """Check that a checkpoint holds a dictionary of the same kind and size.
+
+    Args:
+        mine: hyperparameters of the dictionary that the checkpoint is loaded into.
+        saved: hyperparameters in the checkpoint.
+
+    Raises:
+        ValueError: they differ; the message names the first difference.
+    """
+    for name in _KIND_AND_SIZE:
         if name in saved and name in mine and saved[name] != mine[name]:
             raise ValueError(
                 f"the checkpoint holds an SAE with {name}={saved[name]!r}, this one has {mine[name]!r}: "
-                "build it with the checkpoint's settings, or use SparseAutoencoder.load_from_checkpoint(path)"
+                f"set {name}={saved[name]!r}, or use SparseAutoencoder.load_from_checkpoint(path)"
             )

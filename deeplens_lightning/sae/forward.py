@@ -1,13 +1,14 @@
-"""One training pass of a dictionary, sparse or dense, and AuxK: pure functions of tensors and weights.
+"""Forward passes of a dictionary for inference and training, sparse or dense, and AuxK: pure functions.
 
 In: rows to read `(batch, d_in)` and rows to reconstruct `(batch, d_out)`, both in the dictionary's
-units. Out: what the loss and the counters need. The sparse and the dense pass compute the same
-numbers; the sparse one never holds a `(batch, d_sae)` matrix.
+units. Out: reconstructions, and what the loss and the counters are computed from. The sparse and the dense
+pass compute the same numbers; the sparse one never holds a `(batch, d_sae)` matrix.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +24,22 @@ from deeplens_lightning.sae.sparse import (
     top_k,
 )
 
+Kernel: TypeAlias = Literal["auto", "sparse", "dense"]
+"""Whether a training pass computes with active latents only, or with all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A dictionary's tensors.
+    """Weights of a dictionary.
 
     Attributes:
         encoder: `(d_sae, d_in)`.
         encoder_bias: `(d_sae,)`.
         decoder: `(d_sae, d_out)`.
         decoder_bias: `(d_out,)`.
-        center: what is subtracted from rows before encoding, `(d_in,)`: the decoder's bias in an
+        center: subtracted from rows before they are encoded, `(d_in,)`: the decoder's bias in an
             autoencoder, None in a transcoder.
-        skip: `(d_out, d_in)`, a linear map beside the latents, or None.
+        skip: `(d_out, d_in)`, a linear map from input to output beside the latents, or None.
     """
 
     encoder: Tensor
@@ -48,12 +52,12 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """What a training pass gives.
+    """Results of a training pass.
 
     Attributes:
-        reconstructions: `(levels, batch, d_out)`; the last level uses every latent.
-        fired: bool `(d_sae,)`, latents active in any row.
-        active: scalar, active latents in all rows together.
+        reconstructions: `(levels, batch, d_out)`; a level for each Matryoshka prefix, the last of all latents.
+        fired: bool `(d_sae,)`, latents that are active in any row.
+        active: scalar, number of active latents in all rows together.
         smallest: scalar, the smallest active value.
         penalty: scalar sparsity penalty.
     """
@@ -67,7 +71,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What a training step computed: the loss with its graph, and detached scalars to log."""
+    """Results of a training step: the loss with its graph, and detached scalars `fvu` and `l0` to log."""
 
     loss: Tensor
     fvu: Tensor
@@ -75,25 +79,49 @@ class Step:
 
 
 def encode(x: Tensor, w: Weights, activation: Activation) -> Tensor:
-    """Latents `(..., d_sae)` of x `(..., d_in)` at inference."""
+    """Latents `(..., d_sae)` of x `(..., d_in)`, for inference."""
     pre = F.linear(x if w.center is None else x - w.center, w.encoder, w.encoder_bias)
     latents: Tensor = activation(pre, w.encoder_bias)
     return latents
 
 
 def decode(latents: Tensor, w: Weights) -> Tensor:
-    """Reconstructions `(..., d_out)` of latents `(..., d_sae)`, the skip connection left out."""
+    """Reconstructions `(..., d_out)` of latents `(..., d_sae)`, without the skip connection."""
     return latents @ w.decoder + w.decoder_bias
 
 
 def reconstruct(x: Tensor, latents: Tensor, w: Weights) -> Tensor:
-    """Reconstructions `(..., d_out)` from latents `(..., d_sae)` of x `(..., d_in)`, skip included."""
+    """Reconstructions `(..., d_out)` from latents `(..., d_sae)` of x `(..., d_in)`, with the skip connection."""
     out = decode(latents, w)
     return out if w.skip is None else out + F.linear(x, w.skip)
 
 
+def training_pass(
+    x: Tensor, y: Tensor, w: Weights, activation: Activation, progress: float, kernel: Kernel
+) -> Pass:
+    """The sparse or the dense pass.
+
+    Args:
+        x: `(batch, d_in)`, rows to read.
+        y: `(batch, d_out)`, rows to reconstruct.
+        w: the weights.
+        activation: the activation; only the top-k family has a sparse pass.
+        progress: share of the planned steps that is done, for penalties that warm up.
+        kernel: "auto" takes the sparse pass if few latents are active and finding them does not wait for
+            the device.
+    """
+    if isinstance(activation, TopK):
+        waits = (
+            isinstance(activation, BatchTopK) and x.device.type != "cpu"
+        )  # the number of candidates varies
+        few = 16 * activation.k <= activation.d_sae
+        if kernel == "sparse" or (kernel == "auto" and few and not waits):
+            return sparse_pass(x, w, activation)
+    return dense_pass(x, y, w, activation, progress)
+
+
 def dense_pass(x: Tensor, y: Tensor, w: Weights, activation: Activation, progress: float) -> Pass:
-    """The pass through dense latents: any activation, any device."""
+    """The pass through a dense `(batch, d_sae)` matrix of latents, for any activation and device."""
     pre = F.linear(x if w.center is None else x - w.center, w.encoder, w.encoder_bias)
     latents = activation.active(pre, w.encoder_bias)
     widths = activation.widths if isinstance(activation, TopK) and activation.widths else (activation.d_sae,)
@@ -105,7 +133,7 @@ def dense_pass(x: Tensor, y: Tensor, w: Weights, activation: Activation, progres
 
 
 def sparse_pass(x: Tensor, w: Weights, activation: TopK) -> Pass:
-    """The pass that touches only active latents, for the top-k family."""
+    """The pass that computes with active latents only, for the top-k family."""
     with torch.no_grad():
         values, code = select(x if w.center is None else x - w.center, w, activation)
     acts = encode_entries(x, w.center, w.encoder, w.encoder_bias, values, code)
@@ -119,25 +147,25 @@ def sparse_pass(x: Tensor, w: Weights, activation: TopK) -> Pass:
 
 
 def select(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Code]:
-    """The active entries of centred rows x `(batch, d_in)`: their values `(n,)` and where they are."""
+    """The active entries of centred rows x `(batch, d_in)`: their values `(n,)`, and their rows and latents."""
     choose = _batch_top_k if isinstance(activation, BatchTopK) else _row_top_k
     rows, latents, values = choose(x, w, activation)
     return values.to(w.decoder.dtype), make_code(rows, latents, len(x), activation.d_sae, activation.widths)
 
 
 def aux_fvu(x: Tensor, residual: Tensor, w: Weights, dead: Tensor, is_dead: Tensor, k: int) -> Tensor:
-    """AuxK: dead latents reconstruct what the living left over (Gao et al. 2024, appendix A.2).
+    """AuxK: FVU of reconstructing the residual with dead latents (Gao et al. 2024, appendix A.2).
 
     Args:
-        x: `(batch, d_in)`, what is encoded; gradients reach the encoder and the decoder.
-        residual: `(batch, d_out)`, detached here.
-        w: the dictionary.
-        dead: int64 `(candidates,)`.
-        is_dead: bool `(candidates,)`; candidates that are alive take no part.
-        k: at most so many dead latents a row.
+        x: `(batch, d_in)`, rows to read; gradients reach the encoder and the decoder.
+        residual: `(batch, d_out)`, rows minus their reconstruction; detached here.
+        w: the weights.
+        dead: int64 `(candidates,)`, latents that may be dead.
+        is_dead: bool `(candidates,)`; the others are left out.
+        k: largest number of dead latents per row.
 
     Returns:
-        Squared error over the residual's squared deviation from its mean; 0 where that is not a number.
+        Squared error over the residual's squared deviation from its mean; 0 if the residual does not vary.
     """
     residual = residual.detach()
     pre = F.linear(x if w.center is None else x - w.center, w.encoder[dead], w.encoder_bias[dead])
@@ -147,7 +175,7 @@ def aux_fvu(x: Tensor, residual: Tensor, w: Weights, dead: Tensor, is_dead: Tens
         pre = torch.zeros_like(pre).scatter(1, places, values)
     error = (residual - pre @ w.decoder[dead]).square().sum()
     deviation = (residual - residual.mean(0)).square().sum()
-    varies = deviation > 0  # chosen before dividing, so that the gradient is a number too
+    varies = deviation > 0  # both `where`: a division by 0 would make the gradient NaN
     return torch.where(varies, error / torch.where(varies, deviation, 1.0), 0.0)
 
 
@@ -160,7 +188,7 @@ def _assemble(parts: Tensor, x: Tensor, w: Weights) -> Tensor:
 def _row_top_k(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Tensor, Tensor]:
     pieces = [top_k(pre, activation.k) for _, pre in pre_activations(x, w.encoder, w.encoder_bias)]
     values, latents = (torch.cat(p) for p in zip(*pieces, strict=True))
-    if activation.widths:  # prefix levels are runs inside a row
+    if activation.widths:  # `make_code` wants ascending latents inside a row
         latents, order = latents.sort(dim=1)
         values = values.gather(1, order)
     rows = torch.arange(len(x), device=x.device).repeat_interleave(activation.k)
@@ -168,7 +196,7 @@ def _row_top_k(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Tensor,
 
 
 def _batch_top_k(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Tensor, Tensor]:
-    """The k x batch largest, exactly: the best of the entries above a floor guessed from a few rows."""
+    """The k x batch largest, exactly: among the entries above a floor that is estimated from a few rows."""
     wanted = activation.k * len(x)
     probe = F.linear(x[:32], w.encoder, w.encoder_bias).flatten()
     guess = (

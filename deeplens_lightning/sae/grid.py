@@ -1,4 +1,4 @@
-"""Several SAEs side by side on one stream: a sweep of settings, or one SAE for each hook point."""
+"""Train several SAEs side by side on the same batches: a sweep of settings, or one SAE for each hook point."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from typing import Any
 
 from torch import nn
 
-from deeplens_lightning.sae.module import SparseAutoencoder
-from deeplens_lightning.sae.training import DictionaryTraining
+from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.portable import PortableDictionary
 
-_PARAMETERS = [name for name in inspect.signature(SparseAutoencoder).parameters if name != "d_in"]
+_PARAMETERS = [name for name in inspect.signature(PortableDictionary).parameters if name != "d_in"]
 
 
 class SparseAutoencoderGrid(DictionaryTraining):
-    """SAEs that train together from one forward pass of the model.
+    """Train several SAEs together, with one forward pass of the language model for all of them.
 
-    Each has its own weights, optimizer state (one Adam, a parameter group each), learning rate,
-    clipping, counters and metrics (`val/fvu/<name>`), and ends as if it had been trained alone.
+    Each SAE has its own weights, optimizer state (one Adam, a parameter group for each SAE), learning rate,
+    clipping, counters and metrics (`val/fvu/<name>`), and ends with the weights of an SAE trained alone.
 
     Args:
-        d_in: as for `SparseAutoencoder`; usually linked from the data.
-        sweep: lists of values by argument of `SparseAutoencoder`, of which all combinations are
-            trained, or a list of settings, one for each SAE. `{"input_hook": [...]}` gives one SAE for
-            each hook point.
-        shared: arguments that all of them get.
+        d_in: width of the rows; a dict by hook point if the data module serves several. On the command line
+            it is taken from the data.
+        sweep: lists of values by argument of `SparseAutoencoder`, all combinations of which are trained; or a
+            list of dicts of arguments, one dict for each SAE. `{"input_hook": [...]}` trains one SAE for each
+            hook point.
+        shared: arguments of `SparseAutoencoder` that all SAEs get.
 
     Raises:
-        ValueError: an argument that `SparseAutoencoder` does not have, or two equal SAEs.
+        ValueError: `SparseAutoencoder` has no such argument, two SAEs have the same settings, or there is none.
     """
 
     def __init__(
@@ -46,22 +47,34 @@ class SparseAutoencoderGrid(DictionaryTraining):
         _check_names([*settings, shared or {}])
         self.names = [_name(chosen) for chosen in settings]
         if len(set(self.names)) < len(self.names) or not settings:
-            raise ValueError(f"sweep={sweep!r} must name different SAEs, at least one")
-        self.saes = nn.ModuleList(
-            SparseAutoencoder(d_in, **{**(shared or {}), **chosen}) for chosen in settings
-        )
+            raise ValueError(f"sweep={sweep!r} must give at least one SAE, and different SAEs")
+        saes = [PortableDictionary(d_in, **{**(shared or {}), **chosen}) for chosen in settings]
+        self.saes = nn.ModuleList(saes)
+        self._by_name = dict(zip(self.names, saes, strict=True))
 
     @property
-    def dictionaries(self) -> dict[str, SparseAutoencoder]:
+    def dictionaries(self) -> Mapping[str, PortableDictionary]:
         """The SAEs by name, such as "k=32,seed=1"."""
-        return dict(zip(self.names, self.saes, strict=True))  # type: ignore[arg-type]
+        return self._by_name
 
-    def __getitem__(self, name: str) -> SparseAutoencoder:
-        """The SAE of that name."""
+    def __getitem__(self, name: str) -> PortableDictionary:
+        """The SAE with this name."""
         return self.dictionaries[name]
 
     def export_saelens(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
-        """Export each into a folder of its own below `folder`; see `SparseAutoencoder.export_saelens`."""
+        """Write each SAE in SAELens's format to a folder with its name in `folder`.
+
+        Args:
+            folder: where to write.
+            overwrite: replace existing folders of the SAEs.
+
+        Returns:
+            The folders, in the order of `names`.
+
+        Raises:
+            FileExistsError: such a folder exists and `overwrite` is False.
+            ValueError: SAELens has no such architecture.
+        """
         return [
             sae.export_saelens(Path(folder) / name.replace("/", "_"), overwrite=overwrite)
             for name, sae in self.dictionaries.items()
@@ -78,7 +91,7 @@ def _check_names(settings: list[dict[str, Any]]) -> None:
     for name in {name for chosen in settings for name in chosen}:
         if name not in _PARAMETERS:
             near = get_close_matches(name, _PARAMETERS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(_PARAMETERS)}"
+            hint = f"did you mean {near[0]!r}?" if near else f"its arguments are {', '.join(_PARAMETERS)}"
             raise ValueError(f"SparseAutoencoder has no argument {name!r}; {hint}")
 
 

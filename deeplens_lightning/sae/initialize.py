@@ -1,4 +1,4 @@
-"""Starting points: seeded unit-norm dictionaries and the geometric median of the first batch."""
+"""Initial weights from a seed, the geometric median of a batch, and norms of weight rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def generator(seed: int, *words: int) -> torch.Generator:
-    """A CPU generator of its own for `(seed, *words)`; the process's global one is left alone."""
+    """A new CPU generator, seeded with `(seed, *words)`; the global generator is not used."""
     state = np.random.SeedSequence((seed, *words)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
@@ -19,10 +19,30 @@ def unit_rows(n: int, d: int, rng: torch.Generator) -> Tensor:
     return F.normalize(torch.randn(n, d, generator=rng), dim=1)
 
 
-def geometric_median(rows: Tensor, iterations: int = 50, tolerance: float = 1e-5) -> Tensor:
-    """The point `(d,)` with the least summed distance to rows `(n, d)`, by Weiszfeld's algorithm.
+def encoder_decoder(
+    d_sae: int, d_read: int, d_write: int, seed: int, *, unit_norm: bool, tied: bool
+) -> tuple[Tensor, Tensor]:
+    """Initial `W_enc` `(d_sae, d_read)` and `W_dec` `(d_sae, d_write)` with random rows.
 
-    Unlike the mean it ignores a few enormous rows. Constant rows give themselves.
+    Args:
+        d_sae: number of latents.
+        d_read: width of the rows that are encoded.
+        d_write: width of the rows that are reconstructed.
+        seed: seed of both.
+        unit_norm: decoder rows of norm 1; else 0.1, as in Conerly et al. 2024.
+        tied: start the encoder as a copy of the decoder; else with unit rows of its own.
+    """
+    rng = generator(seed)
+    decoder = unit_rows(d_sae, d_write, rng)
+    if not unit_norm:
+        decoder *= 0.1
+    return decoder.clone() if tied else unit_rows(d_sae, d_read, rng), decoder
+
+
+def geometric_median(rows: Tensor, iterations: int = 50, tolerance: float = 1e-5) -> Tensor:
+    """The point `(d,)` with the smallest sum of distances to rows `(n, d)`, by Weiszfeld's algorithm.
+
+    Unlike the mean, it hardly moves with a few rows of very large norm. The median of equal rows is that row.
     """
     point: Tensor = rows.mean(0)
     for _ in range(iterations):
@@ -42,15 +62,15 @@ def rms_norm(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def normalize_rows(weight: Tensor) -> None:
-    """Bring the rows of weight `(n, d)` to norm 1, in place."""
+    """Scale the rows of weight `(n, d)` to norm 1, in place."""
     weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True).clamp(min=1e-12))
 
 
 @torch.no_grad()
 def remove_parallel(grad: Tensor, weight: Tensor) -> None:
-    """Take from grad `(n, d)` the part along the unit rows of weight, in place.
+    """Remove from grad `(n, d)` its component along the unit rows of weight `(n, d)`, in place.
 
-    Otherwise Adam's momentum pushes along a direction that the normalisation then undoes
+    Otherwise Adam's momentum would change norms that `normalize_rows` then resets
     (Bricken et al. 2023; Gao et al. 2024, appendix A.3).
     """
     along = torch.linalg.vecdot(grad, weight)

@@ -1,4 +1,4 @@
-"""Reject rows with NaN or Inf: stop and name the first, or leave them out and count them."""
+"""Reject rows with NaN or Inf: raise an error that names the first, or leave them out and count them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class NonFiniteRowsError(ValueError):
 
 
 @torch.no_grad()
-def screen(
+def replace_nonfinite(
     x: Tensor,
     y: Tensor,
     neutral: Tensor,
@@ -21,21 +21,24 @@ def screen(
     on_nonfinite: str,
     report: Callable[[Tensor], str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Replace rows that hold NaN or infinity by a neutral row, count them, and stop if asked to.
+    """Replace rows that hold NaN or infinity, and count them or raise an error.
 
-    On the CPU stopping is immediate. Elsewhere looking would wait for the device: rows are replaced
-    and counted, and `raise_if_counted` stops on a step that logs.
+    On the CPU, "stop" raises at once. On another device that would wait for the device: rows are replaced and
+    counted, and `raise_if_counted` raises on the next step that logs.
 
     Args:
-        x: `(batch, d_read)`.
-        y: `(batch, d_write)`, the same tensor as x in an autoencoder.
-        neutral: `(d_write,)`, a row with nothing to learn from: the decoder's bias.
-        seen: int64 scalar that counts such rows.
+        x: `(batch, d_read)`, rows to read.
+        y: `(batch, d_write)`, rows to reconstruct; the same tensor as x in an autoencoder.
+        neutral: `(d_write,)`, replaces rows of y: the decoder's bias, from which nothing is learned.
+        seen: int64 scalar, to which the number of such rows is added.
         on_nonfinite: "stop" or "skip".
-        report: words for the offending rows (their indices).
+        report: from the indices of such rows to a description for the error message.
+
+    Returns:
+        x and y with the rows replaced; in x by zeros, unless x is y.
 
     Raises:
-        NonFiniteRowsError: on the CPU with "stop".
+        NonFiniteRowsError: there are such rows, x is on the CPU, and `on_nonfinite` is "stop".
     """
     on_cpu = x.device.type == "cpu"
     if on_cpu and torch.isfinite(x.sum() + y.sum()):  # a sum is finite only if every term is
@@ -53,13 +56,13 @@ def screen(
 
 
 def raise_if_counted(seen: Tensor) -> None:
-    """The stop of devices other than the CPU, on steps that log."""
+    """Raise NonFiniteRowsError if rows were counted; for devices other than the CPU, on steps that log."""
     if int(seen) > 0:
         raise NonFiniteRowsError(_message(f"{int(seen)} rows so far", "they were left out of the updates"))
 
 
 def _message(how_many: str, where: str) -> str:
     return (
-        f"{how_many} hold NaN or infinity ({where}); find out why the model gives them "
-        "(float16 overflow is the usual reason: try bfloat16), or leave them out with on_nonfinite='skip'"
+        f"{how_many} hold NaN or infinity ({where}); find out why the model computes them "
+        "(usually float16 overflow: try bfloat16), or leave these rows out with on_nonfinite='skip'"
     )

@@ -1,4 +1,4 @@
-"""How long training will be, and the learning rate over it."""
+"""Settings of Adam, and the learning rate over the steps of a training run."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deeplens_lightning.distributed import world_size
-
-OPEN_ENDED_WARMUP = 1000  # steps, when nobody said how long training is
+OPEN_ENDED_WARMUP = 1000  # steps, if the length of training is unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """Adam's settings and the shape of the learning rate.
+    """Settings of Adam and of the learning rate schedule.
 
     Attributes:
         warmup: share of the planned steps over which the learning rate rises from 0.
-        decay: share of them, at the end, over which it falls to 0.
-        betas: Adam's.
-        eps: Adam's (Gao et al. 2024, appendix A.3).
-        clip_norm: gradients of one SAE are scaled down to this norm; the trainer's
-            `gradient_clip_val` takes precedence; None switches it off.
+        decay: share of the planned steps, at the end, over which it falls to 0.
+        betas: Adam's betas.
+        eps: Adam's epsilon (default of Gao et al. 2024, appendix A.3).
+        clip_norm: largest norm of the gradients of one SAE, to which they are scaled down; None switches
+            clipping off; the Trainer's `gradient_clip_val` takes precedence.
     """
 
     warmup: float = 0.05
@@ -33,48 +31,28 @@ class Optimization:
 
     @classmethod
     def of(cls, settings: Optimization | Mapping[str, Any] | None) -> Optimization:
-        """From itself, its fields, or nothing."""
+        """An `Optimization` from one, from a dict of its fields, or from None (the defaults)."""
         if isinstance(settings, Mapping):
             return cls(**{**settings, "betas": tuple(settings.get("betas", cls.betas))})
         return cls() if settings is None else settings
 
 
 def default_lr(d_sae: int) -> float:
-    """Proportional to 1 / sqrt(d_sae), as Gao et al. 2024 found (arXiv 2406.04093, appendix A.3).
+    """Default peak learning rate, proportional to 1 / sqrt(d_sae) (Gao et al. 2024, arXiv 2406.04093, A.3).
 
-    The constant was chosen on runs of about a million tokens; give `lr` for much longer ones.
+    The factor was chosen on runs of about a million tokens; set `lr` for much longer ones.
     """
     return 1.5e-3 * math.sqrt(2**13 / d_sae)
 
 
-def planned_steps(trainer: Any) -> int | None:
-    """Optimizer steps that this fit will take, None when it is open-ended.
-
-    Asks the trainer's limits and the data module's budget, never `trainer.estimated_stepping_batches`:
-    that one builds the loaders, before their state is restored.
-    """
-    if trainer.max_steps is not None and trainer.max_steps >= 0:
-        return int(trainer.max_steps)
-    if trainer.max_epochs is None or trainer.max_epochs < 0:
-        return None
-    batches = _batches_per_epoch(trainer)
-    return (
-        None if batches is None else max(1, batches * trainer.max_epochs // trainer.accumulate_grad_batches)
-    )
-
-
 def lr_factor(planned: int | None, optimization: Optimization) -> Callable[[int], float]:
-    """Step -> multiple of the peak learning rate: linear warm-up, constant, linear decay to 0."""
+    """A function from the step to a factor of the peak learning rate: linear warm-up, constant, linear decay to 0.
+
+    Args:
+        planned: number of optimizer steps; None means a warm-up of 1000 steps and no decay.
+        optimization: `warmup` and `decay`.
+    """
     if planned is None:
         return lambda step: min(1.0, (step + 1) / OPEN_ENDED_WARMUP)
     warmup, decay = max(1, round(planned * optimization.warmup)), max(1, round(planned * optimization.decay))
     return lambda step: max(0.0, min((step + 1) / warmup, (planned - step) / decay, 1.0))
-
-
-def _batches_per_epoch(trainer: Any) -> int | None:
-    data = trainer.datamodule
-    budget, batch_size = getattr(data, "max_tokens", None), getattr(data, "batch_size", None)
-    limits = [trainer.limit_train_batches] if isinstance(trainer.limit_train_batches, int) else []
-    if budget is not None and batch_size is not None:
-        limits.append(budget // (batch_size * world_size()))
-    return min(limits) if limits else None

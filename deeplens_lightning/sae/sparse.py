@@ -1,9 +1,9 @@
-"""The sparse step: decode and weight gradients that touch only the active latents.
+"""Sparse encoding, decoding and weight gradients, computed from active latents only.
 
-In: the active entries of a batch as a `Code`. Out: reconstructions whose backward pass never builds
-the `(batch, d_sae)` latents or their gradient. Everything is `embedding_bag`, which torch brings for
-every device: a decode sums rows of `W_dec` over the entries of a row of the batch, and a weight
-gradient sums rows of the batch over the entries of a latent, so both are the same gather-and-sum.
+In: the active entries of a batch as a `Code`. Out: reconstructions, whose backward pass never builds
+the `(batch, d_sae)` latents or their gradient. All sums are `embedding_bag`, which torch has for every
+device: decoding sums rows of `W_dec` over the entries of a row of the batch, and a weight gradient sums
+rows of the batch over the entries of a latent.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from torch import Tensor
 
 from deeplens_lightning.model.cpu_kernels import linear
 
-ENCODE_CHUNK_BYTES = 8 * 2**20  # pre-activations that stay in a CPU's cache between matmul and top-k
+ENCODE_CHUNK_BYTES = 8 * 2**20  # so that pre-activations stay in the CPU's cache between matmul and top-k
 ENCODE_CHUNK_BYTES_GPU = 512 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Active entries of a batch, listed by row, and the same entries listed by latent.
+    """The active entries of a batch, sorted by row, and the same entries sorted by latent.
 
     Attributes:
         rows: int64 `(n,)`, the batch row of each entry, ascending.
         latents: int64 `(n,)`, the latent of each entry.
-        bags: int64 `(n,)`, where each entry is summed, ascending: its row, or (row, prefix level).
+        bags: int64 `(n,)`, index of the sum that each entry belongs to, ascending: its row, or with prefixes
+            row * number of prefixes + prefix.
         bag_starts: int64 `(bags + 1,)`, first entry of each bag.
-        by_latent: int64 `(n,)`, the entries' order when listed by latent.
-        latent_starts: int64 `(d_sae + 1,)`, first place in `by_latent` of each latent.
+        by_latent: int64 `(n,)`, indices that sort the entries by latent.
+        latent_starts: int64 `(d_sae + 1,)`, first index into `by_latent` of each latent.
     """
 
     rows: Tensor
@@ -45,14 +46,14 @@ class Code:
 
 
 def make_code(rows: Tensor, latents: Tensor, n_rows: int, d_sae: int, widths: tuple[int, ...] = ()) -> Code:
-    """List entries both ways.
+    """Sort entries by row and by latent.
 
     Args:
-        rows: int64 `(n,)` ascending.
-        latents: int64 `(n,)`; ascending inside a row when there are prefixes.
-        n_rows: rows in the batch.
-        d_sae: latents in the dictionary.
-        widths: ascending prefix widths, the last one `d_sae`; empty means no prefixes.
+        rows: int64 `(n,)`, ascending.
+        latents: int64 `(n,)`; ascending inside a row if there are prefixes.
+        n_rows: number of rows in the batch.
+        d_sae: number of latents.
+        widths: ascending lengths of prefixes, the last one `d_sae`; empty for no prefixes.
     """
     bags, n_bags = rows, n_rows
     if widths:
@@ -63,9 +64,9 @@ def make_code(rows: Tensor, latents: Tensor, n_rows: int, d_sae: int, widths: tu
 
 
 def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Pre-activations of x `(batch, d_in)`, a chunk of rows at a time: (first row, `(rows, d_sae)`).
+    """Yield pre-activations of x `(batch, d_in)` in chunks of rows: (first row, `(rows, d_sae)`).
 
-    A chunk fits the cache, so that the selection that follows reads it from there, and the whole
+    A chunk fits into the CPU's cache, from which the selection of active latents then reads it, and the whole
     `(batch, d_sae)` matrix never exists.
     """
     budget = ENCODE_CHUNK_BYTES if x.device.type == "cpu" else ENCODE_CHUNK_BYTES_GPU
@@ -75,10 +76,11 @@ def pre_activations(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[i
 
 
 def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of pre `(rows, d_sae)`: values and latents `(rows, k)`, in no order.
+    """The k largest of each row of pre `(rows, d_sae)`: values and latents `(rows, k)`, unsorted.
 
-    Exact (ties aside): the k largest lie in the k strided groups that have the largest maxima, so the
-    slow selection runs over d_sae / groups maxima and k * groups candidates instead of d_sae values.
+    Exact except for ties. On the CPU, latents with equal index modulo d_sae / groups form a set of `groups`
+    latents. The k largest lie in the k sets with the largest maxima, so that the slow `topk` runs over
+    d_sae / groups maxima and k * groups candidates instead of d_sae values.
     """
     rows, d_sae = pre.shape
     groups = power_of_two_near(math.sqrt(d_sae / k))
@@ -94,7 +96,7 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def encode_entries(
     x: Tensor, center: Tensor | None, weight: Tensor, bias: Tensor, values: Tensor, code: Code
 ) -> Tensor:
-    """Give already computed activations `(n,)` their gradient towards the encoder.
+    """Attach the gradient for the encoder to activations `(n,)` that were computed without it.
 
     Args:
         x: `(batch, d_in)`, before `center` is subtracted.
@@ -109,7 +111,13 @@ def encode_entries(
 
 
 def decode_entries(values: Tensor, weight: Tensor, code: Code) -> Tensor:
-    """Sum `values[i] * weight[latents[i]]` into bags: `(bags, d_out)`, with sparse gradients to both."""
+    """Sum `values[i] * weight[latents[i]]` over the entries of each bag: `(bags, d_out)`, with gradients to both.
+
+    Args:
+        values: `(n,)`, activations at the entries.
+        weight: `W_dec` `(d_sae, d_out)`.
+        code: the entries.
+    """
     out = _bag_sum(code.latents, weight.detach(), code.bag_starts, values)
     result: Tensor = _WeightGradient.apply(out, weight, values.detach(), code)  # type: ignore[no-untyped-call]
     return result
@@ -142,7 +150,7 @@ class _EncodeEntries(torch.autograd.Function):
 
 
 class _WeightGradient(torch.autograd.Function):
-    """The identity on a decode's output; its backward adds the decoder's sparse weight gradient."""
+    """The identity on decoded rows, whose backward pass computes the decoder's weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, out: Tensor, weight: Tensor, values: Tensor, code: Code) -> Tensor:  # noqa: ARG004
@@ -157,7 +165,7 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def _sum_by_latent(code: Code, sources: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`(d_sae, d)`: for every latent the sum of `values[i] * rows[sources[i]]` over its entries."""
+    """For each latent, the sum of `values[i] * rows[sources[i]]` over its entries: `(d_sae, d)`."""
     order = code.by_latent
     return _bag_sum(sources[order], rows.contiguous(), code.latent_starts, values[order])
 

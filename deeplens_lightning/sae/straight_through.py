@@ -1,4 +1,4 @@
-"""Straight-through derivatives of JumpReLU and of the step function.
+"""JumpReLU and the step function with straight-through gradients for the threshold.
 
 Rajamanoharan et al. 2024 (arXiv 2407.14435), equations 11 and 12, with a rectangular kernel of width
 `bandwidth` around the threshold.
@@ -13,20 +13,20 @@ from torch import Tensor
 
 
 def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float, *, to_input: bool = False) -> Tensor:
-    """`pre * (pre > threshold)` for pre `(rows, d_sae)`, with a pseudo-derivative for the threshold.
+    """`pre * (pre > threshold)`, with a straight-through gradient for the threshold.
 
     Args:
-        pre: pre-activations.
+        pre: pre-activations `(..., d_sae)`.
         threshold: `(d_sae,)`.
-        bandwidth: kernel width.
-        to_input: whether the kernel's gradient also reaches the pre-activations (Anthropic's variant).
+        bandwidth: width of the kernel, in units of the pre-activations.
+        to_input: let the kernel's gradient also reach the pre-activations (Anthropic's variant).
     """
     result: Tensor = _JumpReLU.apply(pre, threshold, bandwidth, to_input)  # type: ignore[no-untyped-call]
     return result
 
 
 def step(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """`(pre > threshold)` as numbers, with a pseudo-derivative for the threshold alone."""
+    """`pre > threshold` as 0.0 or 1.0, with a straight-through gradient for the threshold alone."""
     result: Tensor = _Step.apply(pre, threshold, bandwidth)  # type: ignore[no-untyped-call]
     return result
 

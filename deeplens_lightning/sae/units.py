@@ -1,12 +1,13 @@
-"""One side of a dictionary: the hook points it reads or writes, and the units of their rows.
+"""Convert activations of one or several hook points to the units of a dictionary, and back.
 
-In: raw activations, or the scaled rows that a data module serves. Out: rows in the dictionary's own
-units, where each hook point has unit mean squared norm around its median, and back.
+In: raw activations, or batches as a data module serves them (normalised). Out: rows of all hook points joined,
+in the dictionary's own units, in which the rows of each hook point have a mean squared norm of 1 around their median.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +16,28 @@ from torch import Tensor, nn
 from deeplens_lightning.distributed import mean_over_ranks
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.sae.initialize import geometric_median, rms_norm
+from deeplens_lightning.types import Batch
 
-Batch = Tensor | Mapping[str, Tensor]
-Scalings = Scaling | Mapping[str, Scaling]
+Scalings: TypeAlias = Scaling | Mapping[str, Scaling]
+"""The normalisation of served batches; by hook point if there are several."""
 
 
-class Side(nn.Module):
-    """Rows of one or several hook points, side by side.
+class RowUnits(nn.Module):
+    """Units of the joined rows of one or several hook points, `width` being the sum of their widths.
 
-    own units = (raw - shift) * scale / unit. `shift` and `scale` are the data module's normalisation,
+    own units = (raw - shift) * scale / unit. `shift` and `scale` are a data module's normalisation;
     `unit` is measured on the first batch.
 
     Args:
-        hooks: width of each hook point, in order.
-        layer_norm: bring every row to mean 0 and variance 1 in the end.
+        hooks: width of each hook point, in the order in which rows are joined.
+        layer_norm: standardise every row to mean 0 and variance 1 after the conversion to own units.
+
+    Attributes:
+        shift: float32 `(width,)`.
+        scale: float32 `(width,)`.
+        unit: float32 `(width,)`.
+        factor: float32 `(width,)`, from served rows to own units; not in the state dict.
+        offset: float32 `(width,)`, added after `factor`; not in the state dict.
     """
 
     shift: Tensor
@@ -50,50 +59,54 @@ class Side(nn.Module):
         self._has_offset = False
 
     def join(self, batch: Batch) -> Tensor:
-        """The side's hook points of a batch next to each other, `(..., width)`."""
+        """The rows of these hook points in a batch, joined, `(..., width)`."""
         if isinstance(batch, Tensor):
             return batch.to(self.scale.dtype)
         chosen = [batch[hook].to(self.scale.dtype) for hook in self.hooks]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
 
     def from_raw(self, x: Batch) -> Tensor:
-        """Raw activations in own units, `(..., width)`."""
+        """Convert raw activations to own units, `(..., width)`."""
         return self._finish((self.join(x) - self.shift) * (self.scale / self.unit))
 
     def to_raw(self, rows: Tensor) -> Tensor:
-        """Rows in own units as raw activations, `(..., width)`."""
+        """Convert rows in own units `(..., width)` to raw activations; inverse of `from_raw` without `layer_norm`."""
         return rows * (self.unit / self.scale) + self.shift
 
     def split(self, raw: Tensor) -> Tensor | dict[str, Tensor]:
-        """By hook point when there are several, as a batch comes."""
+        """Split joined rows `(..., width)` by hook point, if there are several."""
         if len(self.hooks) == 1:
             return raw
         parts = torch.split(raw, list(self.hooks.values()), dim=-1)
         return dict(zip(self.hooks, parts, strict=True))
 
     def from_served(self, batch: Batch) -> Tensor:
-        """A data module's batch in own units, `(batch, width)`; see `serve`."""
+        """Convert a batch as the data module serves it to own units, `(batch, width)`; call `expect` before."""
         rows = self.join(batch) * self.factor
         return self._finish(rows + self.offset if self._has_offset else rows)
 
     @torch.no_grad()
     def adopt(self, served: Scalings | None) -> None:
-        """Make the data module's normalisation this side's own, so that it reads raw activations."""
-        shift, scale = self._served(served)
+        """Use the normalisation of served batches as `shift` and `scale`."""
+        shift, scale = self._shift_and_scale(served)
         self.shift.copy_(shift)
         self.scale.copy_(scale)
 
     @torch.no_grad()
-    def serve(self, served: Scalings | None) -> None:
-        """Prepare `from_served` for batches scaled by `served`, which need not be this side's own."""
-        shift, scale = (x.to(self.scale) for x in self._served(served))
+    def expect(self, served: Scalings | None) -> None:
+        """Prepare `from_served` for batches normalised by `served`, which may differ from `shift` and `scale`."""
+        shift, scale = (x.to(self.scale) for x in self._shift_and_scale(served))
         self.factor.copy_(self.scale / (scale * self.unit))
         self.offset.copy_((shift - self.shift) * self.scale / self.unit)
         self._has_offset = bool((self.offset != 0).any())
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Tensor:
-        """Set the units from a batch of served rows, alike on all ranks; returns the median in own units."""
+        """Set `unit` from a served batch, alike on all ranks.
+
+        Returns:
+            The geometric median of the rows `(width,)`, in own units, averaged over ranks.
+        """
         medians, units = [], []
         start = 0
         joined = self.join(batch)
@@ -111,7 +124,7 @@ class Side(nn.Module):
     def _finish(self, rows: Tensor) -> Tensor:
         return F.layer_norm(rows, (self.width,)) if self.layer_norm else rows
 
-    def _served(self, served: Scalings | None) -> tuple[Tensor, Tensor]:
+    def _shift_and_scale(self, served: Scalings | None) -> tuple[Tensor, Tensor]:
         if served is None:
             return torch.zeros_like(self.shift), torch.ones_like(self.scale)
         chosen = [served] if isinstance(served, Scaling) else [served[hook] for hook in self.hooks]
@@ -121,14 +134,19 @@ class Side(nn.Module):
 def choose_hooks(
     d_in: int | Mapping[str, int], hook: str | Sequence[str] | None, argument: str
 ) -> dict[str, int]:
-    """Widths by hook point, in order; the only hook of an int `d_in` is called "".
+    """Widths of the chosen hook points by name, in order; an int `d_in` gives one with the name "".
+
+    Args:
+        d_in: width of the rows; by hook point if there are several.
+        hook: name or names to choose; default all.
+        argument: name of the argument that `hook` was given as, for error messages.
 
     Raises:
-        ValueError: a hook point that the data does not serve.
+        ValueError: a hook point that is not in `d_in`, or a name with an int `d_in`.
     """
     if not isinstance(d_in, Mapping):
         if hook is not None:
-            raise ValueError(f"{argument}={hook!r} needs d_in by hook point, a dict, but d_in={d_in}")
+            raise ValueError(f"{argument}={hook!r} needs d_in by hook point (a dict), but d_in={d_in}")
         return {"": int(d_in)}
     names = list(d_in) if hook is None else [hook] if isinstance(hook, str) else list(hook)
     for name in names:

@@ -118,7 +118,7 @@ def test_penalised_architectures_equal_the_dense_reference(architecture):
 
 @pytest.mark.parametrize("penalty", ["l0", "tanh"])
 def test_jumprelu_gradients_follow_the_papers_equations(penalty):
-    """Rajamanoharan et al. 2024, equations 11 and 12, written out; tanh also lets them reach the encoder."""
+    """Rajamanoharan et al. 2024, equations 11 and 12, written out; with tanh they also reach the encoder."""
     width = 0.4
     sae = make({"name": "jumprelu", "penalty": penalty, "bandwidth": width, "coefficient": 0.01})
     x = rows()
@@ -158,7 +158,7 @@ def test_transcoder_with_skip_equals_autograd_on_the_dense_formula(kernel):
 
 
 def test_sparse_and_dense_pass_agree_on_a_wide_float32_dictionary():
-    """Wide enough for the grouped selection and for several chunks of rows."""
+    """The size uses the grouped top-k and several chunks of rows."""
     sae = SparseAutoencoder(16, 8192, k=8)
     x = torch.randn(600, 16, generator=torch.Generator().manual_seed(0))
     a, b = sparse_pass(x, sae.weights, sae.activation), dense_pass(x, x, sae.weights, sae.activation, 1.0)
@@ -168,7 +168,7 @@ def test_sparse_and_dense_pass_agree_on_a_wide_float32_dictionary():
 
 
 def test_gradients_reach_the_rows_that_are_encoded():
-    """Splicing a dictionary into a model needs them."""
+    """Needed when a dictionary is spliced into a model."""
     sae = make("topk", kernel="sparse")
     x = rows().requires_grad_()
     dense = x.detach().clone().requires_grad_()

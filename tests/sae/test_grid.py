@@ -1,4 +1,4 @@
-"""Several SAEs from one stream are the SAEs trained alone, bit for bit."""
+"""SAEs trained side by side equal SAEs trained alone, bit for bit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Dictionaries of other libraries give here what they give there, and the other way round."""
+"""Imported and exported dictionaries compute what they compute in the other library."""
 
 import json
 
@@ -28,7 +28,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def trained(architecture: str, normalize: str, d_in=D_IN, **settings) -> SparseAutoencoder:
-    """An SAE with everything that training sets: normalisation, units, biases, thresholds."""
+    """An SAE with all state that training changes: normalisation, units, biases, thresholds."""
     sae = SparseAutoencoder(d_in, D_SAE, k=K, architecture=architecture, **settings)
     widths = d_in if isinstance(d_in, dict) else {"": d_in}
     batch, scaling = {}, {}
@@ -297,7 +297,7 @@ def test_deeplens_weights_reconstruct_as_their_modules(tmp_path, norm, tied, k):
 
 
 def test_an_imported_dictionary_keeps_its_function_when_a_data_module_normalises(tmp_path):
-    """Warm start: batches are converted to the dictionary's units, it is not re-initialised."""
+    """Batches are converted to the units of the dictionary, which is not initialised again."""
     sae = SparseAutoencoder.from_saelens(trained("topk", "zscore").export_saelens(tmp_path / "sae"))
     x, scaling = raw_rows(), Scaling(torch.full((D_IN,), 2.0), torch.full((D_IN,), 0.3))
     before = sae.encode(x)

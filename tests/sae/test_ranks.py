@@ -1,4 +1,4 @@
-"""Two real processes train one SAE: everything that is shared is the same on both."""
+"""Two real processes train one SAE: weights, counters and metrics are the same on both."""
 
 import os
 import subprocess
@@ -54,3 +54,10 @@ def test_held_out_metrics_are_those_of_all_ranks_rows_together(runs, architectur
     for run in ranks:
         assert run["metrics"]["val/fvu"] == pytest.approx(float(fvu), rel=1e-4)
         assert run["metrics"]["val/rows"] == len(x)
+
+
+def test_a_rank_without_rows_gets_the_metrics_of_the_others_without_a_warning(runs):
+    ranks = [torch.load(runs / f"one-rank-has-rows-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert ranks[0] == ranks[1]
+    assert ranks[0]["rows"] == 64
+    assert ranks[0]["shrinkage"] == pytest.approx(0.5)

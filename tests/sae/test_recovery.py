@@ -1,4 +1,4 @@
-"""Every architecture finds a dictionary that is known."""
+"""Every architecture recovers the dictionary from which synthetic rows were made."""
 
 from itertools import count
 
@@ -77,5 +77,5 @@ def test_a_crosscoder_recovers_latents_that_hook_points_share():
     x = next(pairs())
     out = sae(x)
     assert {name: rows.shape for name, rows in out.items()} == {name: rows.shape for name, rows in x.items()}
-    for name in x:  # no hook point is drowned by the other
+    for name in x:  # the larger rows of one hook point do not dominate
         assert ((out[name] - x[name]) ** 2).sum() / ((x[name] - x[name].mean(0)) ** 2).sum() < 0.1

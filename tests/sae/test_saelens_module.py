@@ -1,4 +1,4 @@
-"""Architectures of sae_lens train inside Lightning on our batches and are saved in their format."""
+"""Architectures of SAELens train with Lightning and are saved in a format that SAELens reads."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""On the real data module: transcoders, crosscoders, one SAE for each hook point, resuming, a wrong width."""
+"""Training on `ActivationDataModule`: transcoders, crosscoders, one SAE for each hook point, resuming."""
 
 from pathlib import Path
 

@@ -1,21 +1,25 @@
-"""Run by test_ranks under torchrun: trains on two ranks and writes what each of them holds."""
+"""Run by test_ranks under torchrun: train on two ranks, and save the state and metrics of each."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from deeplens_lightning.sae import SparseAutoencoder
+from deeplens_lightning.sae.metrics import HeldOutMetrics
 from tests.support.synthetic import Rows, codes, dictionary, trainer
 
 
 class Watched(SparseAutoencoder):
-    """Remembers what it held right after its initialisation."""
+    """Keeps a copy of its state right after its initialisation."""
+
+    start: dict[str, torch.Tensor] | None = None
 
     def initialize_from(self, batch) -> None:
         super().initialize_from(batch)
-        if not hasattr(self, "start"):
+        if self.start is None:
             self.start = snapshot(self)
 
 
@@ -31,6 +35,12 @@ def main(folder: Path) -> None:
         metrics = {name: float(value) for name, value in fit.callback_metrics.items()}
         result = {"start": sae.start, "end": snapshot(sae), "metrics": metrics, "val": held_out}
         torch.save(result, folder / f"{architecture}-{rank}.pt")
+    metrics = HeldOutMetrics(128, 16, torch.device("cpu"))
+    if rank == 0:  # the other rank has no rows
+        metrics.update(held_out, held_out / 2, held_out.repeat(1, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save(metrics.compute(), folder / f"one-rank-has-rows-{rank}.pt")
     dist.barrier()
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from deeplens_lightning.sae import SparseAutoencoder
+from deeplens_lightning.activation_data import ActivationData
+from deeplens_lightning.sae import Dictionary
 
 
 def dictionary(n: int, d: int, seed: int = 0) -> Tensor:
@@ -25,12 +26,12 @@ def codes(rows: int, n: int, active: int, seed: int = 0) -> Tensor:
 
 
 def mean_max_cosine(true: Tensor, decoder: Tensor) -> float:
-    """How well the rows of `true` are found among those of `decoder`."""
+    """Mean over the rows of `true` of the largest cosine with a row of `decoder`."""
     return float((F.normalize(true, dim=1) @ F.normalize(decoder.detach(), dim=1).T).max(1).values.mean())
 
 
-def train(sae: SparseAutoencoder, batches: Iterator, steps: int) -> SparseAutoencoder:
-    """What Lightning's loop does, without its overhead."""
+def train(sae: Dictionary, batches: Iterator, steps: int) -> None:
+    """Train as Lightning's loop does, without its overhead."""
     sae.prepare(None)
     optimizer = torch.optim.Adam([sae.parameter_group()], fused=True)
     for i in range(steps):
@@ -43,11 +44,10 @@ def train(sae: SparseAutoencoder, batches: Iterator, steps: int) -> SparseAutoen
         sae.prepare_gradients()
         optimizer.step()
         sae.project()
-    return sae
 
 
 class Resumable:
-    """A sized loader that continues where its state says, as the stream does."""
+    """A loader with a length that continues from a loaded state, as the data module's does."""
 
     def __init__(self, batches: list) -> None:
         self.batches, self.position = batches, 0
@@ -68,12 +68,16 @@ class Resumable:
         self.position = state["position"]
 
 
-class Rows(L.LightningDataModule):
-    """Serves fixed batches of tensors, or of dicts of them, with a `scaling` as ours has."""
+class Rows(ActivationData, L.LightningDataModule):
+    """Serves fixed batches of tensors, or of dicts of them, normalised by `scaling`."""
 
     def __init__(self, train: list, val: list | None = None, scaling=None) -> None:
         super().__init__()
-        self.train, self.val, self.scaling = train, val, scaling
+        self.train, self.val, self._scaling = train, val, scaling
+
+    @property
+    def scaling(self):
+        return self._scaling
 
     def train_dataloader(self):
         return Resumable(self.train)

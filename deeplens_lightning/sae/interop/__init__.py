@@ -1,1 +1,1 @@
-"""Doors to other libraries' dictionaries: read theirs, write ours so that they can."""
+"""Import and export for other SAE libraries: their file formats, to and from a `Dictionary`."""

@@ -1,4 +1,4 @@
-"""Writing a folder that is either complete or not there."""
+"""Write a folder atomically: it appears complete, or not at all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from pathlib import Path
 
 @contextmanager
 def fresh_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its name when the block ends without an error.
+    """Yield a temporary folder, which is renamed to `folder` if the block ends without an error.
+
+    Args:
+        folder: the final path.
+        overwrite: replace an existing folder.
 
     Raises:
-        FileExistsError: `folder` exists, holds something, and `overwrite` is not set.
+        FileExistsError: `folder` exists, is not an empty folder, and `overwrite` is False.
     """
     folder = Path(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):

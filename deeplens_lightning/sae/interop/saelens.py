@@ -1,66 +1,108 @@
-"""SAELens folders (`cfg.json` and `sae_weights.safetensors`): written for `SAE.load_from_disk`, and read."""
+"""Export and import folders of SAELens: `cfg.json` and `sae_weights.safetensors`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deeplens_lightning.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
+from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.interop.files import fresh_folder
 from deeplens_lightning.sae.interop.folding import Plain, center_bias, fold, has_unit_rows, unfold
 
-if TYPE_CHECKING:
-    from deeplens_lightning.sae.module import SparseAutoencoder
+D = TypeVar("D", bound=Dictionary)
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-FORMAT_VERSION = "6.0.0"  # of SAELens, whose layout this is
+FORMAT_VERSION = "6.0.0"  # version of SAELens that introduced this layout
 
-_USED = {"architecture", "d_in", "d_sae", "d_out", "k", "apply_b_dec_to_input", "normalize_activations"}
-_USED |= {"rescale_acts_by_decoder_norm", "activation_fn", "activation_fn_str", "activation_fn_kwargs"}
-_USED |= {"finetuning_scaling_factor", "matryoshka_widths"}
-_DESCRIPTIVE = {"metadata", "dtype", "device", "reshape_activations", "model_name", "hook_name", "hook_layer"}
-_DESCRIPTIVE |= {"hook_head_index", "hook_point", "hook_point_layer", "hook_point_head_index", "prepend_bos"}
-_DESCRIPTIVE |= {
-    "dataset_path",
-    "dataset_trust_remote_code",
-    "context_size",
-    "neuronpedia_id",
-    "seqpos_slice",
-}
-_DESCRIPTIVE |= {"sae_lens_version", "sae_lens_training_version", "model_from_pretrained_kwargs", "lp_norm"}
-_DESCRIPTIVE |= {"decoder_init_norm", "aux_loss_coefficient", "topk_threshold_lr", "use_sparse_activations"}
-_DESCRIPTIVE |= {"l1_coefficient", "l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps", "target_l0"}
-_DESCRIPTIVE |= {"jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode"}
-_DESCRIPTIVE |= {"jumprelu_tanh_scale", "jumprelu_ste_to_input", "pre_act_loss_coefficient"}
-_DESCRIPTIVE |= {"use_matryoshka_aux_loss"}
+# Fields of `cfg.json` that change what the SAE computes, all of which `from_saelens` respects.
+_USED = frozenset(
+    {
+        "architecture",
+        "d_in",
+        "d_sae",
+        "d_out",
+        "k",
+        "apply_b_dec_to_input",
+        "normalize_activations",
+        "rescale_acts_by_decoder_norm",
+        "activation_fn",
+        "activation_fn_str",
+        "activation_fn_kwargs",
+        "finetuning_scaling_factor",
+        "matryoshka_widths",
+    }
+)
+# Fields that describe the SAE or its training, and are ignored.
+_DESCRIPTIVE = frozenset(
+    {
+        "metadata",
+        "dtype",
+        "device",
+        "reshape_activations",
+        "model_name",
+        "hook_name",
+        "hook_layer",
+        "hook_head_index",
+        "hook_point",
+        "hook_point_layer",
+        "hook_point_head_index",
+        "prepend_bos",
+        "dataset_path",
+        "dataset_trust_remote_code",
+        "context_size",
+        "neuronpedia_id",
+        "seqpos_slice",
+        "sae_lens_version",
+        "sae_lens_training_version",
+        "model_from_pretrained_kwargs",
+        "lp_norm",
+        "decoder_init_norm",
+        "aux_loss_coefficient",
+        "topk_threshold_lr",
+        "use_sparse_activations",
+        "l1_coefficient",
+        "l1_warm_up_steps",
+        "l0_coefficient",
+        "l0_warm_up_steps",
+        "target_l0",
+        "jumprelu_init_threshold",
+        "jumprelu_bandwidth",
+        "jumprelu_sparsity_loss_mode",
+        "jumprelu_tanh_scale",
+        "jumprelu_ste_to_input",
+        "pre_act_loss_coefficient",
+        "use_matryoshka_aux_loss",
+    }
+)
 
 
 def export_saelens(
-    sae: SparseAutoencoder,
+    sae: Dictionary,
     folder: str | Path,
     *,
     metadata: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write an SAE that `sae_lens.SAE.load_from_disk` gives the same latents and reconstructions.
+    """Write a folder that `sae_lens.SAE.load_from_disk` reads, with equal latents and reconstructions.
 
     Args:
-        sae: an SAE or transcoder; normalisation is folded in.
-        folder: where to.
-        metadata: added to what is known, such as `model_name` and `hook_name`.
-        overwrite: replace a folder that exists.
+        sae: an autoencoder or transcoder.
+        folder: where to write; normalisation is folded into the weights.
+        metadata: entries for the config's metadata beside `model_name` and `hook_name`.
+        overwrite: replace an existing folder.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: the folder exists and `overwrite` is not set.
+        FileExistsError: the folder exists and `overwrite` is False.
         ValueError: SAELens has no such architecture.
     """
     plain, activation = fold(sae), sae.activation
@@ -91,23 +133,24 @@ def export_saelens(
     return Path(folder)
 
 
-def from_saelens(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> SparseAutoencoder:
-    """Read a SAELens folder.
+def from_saelens(kind: type[D], folder: str | Path, *, ignore_fields: Collection[str] = ()) -> D:
+    """Read a folder that SAELens or `export_saelens` wrote.
 
     Args:
-        folder: holds `cfg.json` and `sae_weights.safetensors`.
-        ignore_fields: fields of `cfg.json`, unknown here, that may be ignored.
+        kind: the class to build: `Dictionary`, or a subclass with the same constructor.
+        folder: contains `cfg.json` and `sae_weights.safetensors`.
+        ignore_fields: unknown fields of `cfg.json` that may be ignored.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        ValueError: an architecture or setting that cannot be expressed, or a field not known here.
+        ValueError: an architecture or setting that `Dictionary` does not have, or an unknown field.
     """
-    from deeplens_lightning.sae.module import SparseAutoencoder
-
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}: give the folder that SAELens saved an SAE in")
+            raise FileNotFoundError(
+                f"{folder} holds no {name}: give the folder in which SAELens saved an SAE"
+            )
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     tensors = {name: t.float() for name, t in load_file(folder / WEIGHTS).items()}
     _check(config, ignore_fields)
@@ -136,9 +179,7 @@ def from_saelens(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> 
             "skip": "W_skip" in tensors,
         }
     architecture["unit_norm"] = has_unit_rows(decoder)
-    sae = SparseAutoencoder(
-        **{"d_in": encoder.shape[1], **settings}, d_sae=len(decoder), architecture=architecture
-    )
+    sae = kind(**{"d_in": encoder.shape[1], **settings}, d_sae=len(decoder), architecture=architecture)
     plain = Plain(
         encoder=encoder,
         encoder_bias=encoder_bias,
@@ -148,17 +189,18 @@ def from_saelens(folder: str | Path, *, ignore_fields: Collection[str] = ()) -> 
     )
     metadata = config.get("metadata", {})
     sae.trained_on = {name: metadata[name] for name in ("model_name", "hook_name") if metadata.get(name)}
-    return unfold(sae, plain, **extra)
+    unfold(sae, plain, **extra)
+    return sae
 
 
-def _describe(sae: SparseAutoencoder) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """SAELens's name of the architecture, the tensors and the settings that only it has."""
+def _describe(sae: Dictionary) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """SAELens's name of the architecture, and the tensors and config fields that only this architecture has."""
     a = sae.activation
     if len(sae.read.hooks) > 1 or len(sae.write.hooks) > 1:
         raise ValueError("SAELens has no crosscoders: save this one as a checkpoint instead")
-    if sae.hparams["layer_norm"]:
+    if sae.read.layer_norm:
         raise ValueError(
-            "SAELens cannot normalise the input alone: an SAE with layer_norm=True stays a checkpoint"
+            "SAELens has no layer_norm on the input alone: save this SAE as a checkpoint instead"
         )
     if sae.is_transcoder:
         stem = "skip_transcoder" if sae.W_skip is not None else "transcoder"
@@ -168,7 +210,7 @@ def _describe(sae: SparseAutoencoder) -> tuple[str, dict[str, Tensor], dict[str,
         if isinstance(a, BatchTopK | JumpReLU):
             return f"jumprelu_{stem}", {"threshold": a.threshold.detach().expand(sae.d_sae)}, extra
         raise ValueError(
-            "SAELens has ReLU and threshold transcoders only: train this one as batch_topk or jumprelu"
+            "SAELens has transcoders with relu, jumprelu or batch_topk only: train with one of these architectures"
         )
     if isinstance(a, BatchTopK | JumpReLU):
         return "jumprelu", {"threshold": a.threshold.detach().expand(sae.d_sae)}, {}
@@ -184,21 +226,23 @@ def _check(config: Mapping[str, Any], ignore_fields: Collection[str]) -> None:
     if unknown:
         raise ValueError(
             f"the SAELens config has fields that are not known here: {', '.join(unknown)}; "
-            f"if they do not change the encoding, pass ignore_fields={unknown}"
+            f"if they do not change what the SAE computes, pass ignore_fields={unknown}"
         )
     if config.get("normalize_activations", "none") not in ("none", None, False, "expected_average_only_in"):
         raise ValueError(
             f"normalize_activations={config['normalize_activations']!r} scales every row by itself, "
-            "which this SAE cannot express; 'none' and 'expected_average_only_in' can be read"
+            "which cannot be read; 'none' and 'expected_average_only_in' can be read"
         )
     if config.get("finetuning_scaling_factor"):
-        raise ValueError("finetuning_scaling_factor is not supported; fold it into W_dec and set it to false")
+        raise ValueError(
+            "finetuning_scaling_factor cannot be read: fold it into W_dec and set it to false in cfg.json"
+        )
 
 
 def _read_architecture(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Our architecture, settings of the SAE, and tensors of the activation."""
+    """The architecture, further arguments of the constructor, and tensors of the activation."""
     name = str(config.get("architecture", "standard")).replace("skip_", "").replace("_transcoder", "")
     function = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     if name in ("standard", "transcoder") and function == "topk":
@@ -222,6 +266,6 @@ def _read_architecture(
         return {"name": "relu"}, {}, {}
     raise ValueError(
         f"SAELens's architecture {config.get('architecture')!r} (activation {function!r}) has no equal here; "
-        "standard, topk, batchtopk, matryoshka_batchtopk, jumprelu, gated and transcoders have. "
-        "`SAELensModule` trains any of theirs as it is"
+        "standard, topk, batchtopk, matryoshka_batchtopk, jumprelu, gated and transcoders can be read. "
+        "SAELensModule trains any architecture of SAELens unchanged"
     )

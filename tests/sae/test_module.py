@@ -1,4 +1,4 @@
-"""The Lightning side: metrics, resuming, counters, units, and what is refused."""
+"""Training with Lightning: metrics, resuming, counters, units, error messages, YAML and precision."""
 
 import textwrap
 
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_dictionary_is_refused_naming_the_difference(tmp
 
 
 def test_steps_that_log_nothing_do_not_log(tmp_path):
-    """Nothing is moved off the device, and so nothing waits for it, but every `log_every_n_steps`."""
+    """Other steps copy nothing from the device, and so do not wait for it."""
     calls = []
 
     class Spy(SparseAutoencoder):

@@ -1,7 +1,7 @@
-"""Any training architecture of sae_lens, inside Lightning on our batches (extra `saelens`).
+"""Train any architecture of SAELens with Lightning, on a data module's batches (needs the extra `saelens`).
 
-In: a config as their `cfg.json` has it. Out: their own training SAE, trained with their losses,
-coefficients and clipping, and saved in their format with the data module's normalisation folded in.
+In: a training config of SAELens, as in its `cfg.json`. Out: SAELens's own training SAE, trained with its losses,
+coefficients and clipping, and saved in its format with the data module's normalisation folded in.
 """
 
 from __future__ import annotations
@@ -14,29 +14,36 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.sae.interop.files import fresh_folder
 from deeplens_lightning.sae.metrics import HeldOutMetrics
-from deeplens_lightning.sae.schedule import Optimization, lr_factor, planned_steps
-from deeplens_lightning.sae.units import Side
+from deeplens_lightning.sae.planned_steps import planned_steps
+from deeplens_lightning.sae.schedule import Optimization, lr_factor
+from deeplens_lightning.sae.units import RowUnits
 
 
 class SAELensModule(LightningModule):
-    """Trains a `sae_lens` TrainingSAE.
+    """Train a `TrainingSAE` of SAELens.
 
     Args:
-        d_in: width of the rows; usually linked from the data.
-        config: their training config, such as `{"architecture": "matching_pursuit", "d_sae": 4096}`.
+        d_in: width of the rows; on the command line it is taken from the data.
+        config: training config of SAELens, such as `{"architecture": "matching_pursuit", "d_sae": 4096}`.
         lr: peak learning rate of Adam.
-        optimization: the schedule and Adam's other settings.
-        dead_feature_window: steps of silence after which a latent counts as dead, as in SAELens.
-        seed: of the initial weights.
+        optimization: the learning rate schedule, Adam's betas and the clipping norm; `eps` is always 1e-8, as
+            in SAELens.
+        dead_feature_window: number of steps without activation after which a latent is dead, as in SAELens.
+        seed: seed of the initial weights.
 
     Raises:
         ImportError: sae_lens is not installed.
-        ValueError: `config` lacks an architecture.
+        ValueError: `config` has no architecture.
+
+    Attributes:
+        steps_since_fired: float32 `(d_sae,)`, steps since each latent was last active.
     """
 
     steps_since_fired: Tensor
+    _held_out: tuple[HeldOutMetrics, ...] = ()  # not a submodule: `bf16-true` must not convert its sums
 
     def __init__(
         self,
@@ -61,12 +68,11 @@ class SAELensModule(LightningModule):
         self.optimization = Optimization.of(optimization)
         self.lr, self.dead_feature_window = lr, dead_feature_window
         full = TrainingSAEConfig.from_dict({**config, "d_in": d_in})
-        with torch.random.fork_rng(devices=[]):  # they draw from the global generator
+        with torch.random.fork_rng(devices=[]):  # SAELens uses the global generator
             torch.manual_seed(seed)
             self.sae = TrainingSAE.from_dict(full.to_dict())
-        self.side = Side({"": d_in})
+        self.side = RowUnits({"": d_in})  # the name is part of the state dict
         self.register_buffer("steps_since_fired", torch.zeros(full.d_sae))
-        self._held_out: HeldOutMetrics | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw reconstructions of raw activations `(..., d_in)`."""
@@ -74,12 +80,11 @@ class SAELensModule(LightningModule):
         return reconstruction
 
     def on_fit_start(self) -> None:
-        """Take the data module's normalisation in."""
-        served = getattr(self.trainer.datamodule, "scaling", None)  # type: ignore[attr-defined]
-        self.side.adopt(served)
+        """Store the data module's normalisation."""
+        self.side.adopt(activation_data(self.trainer).scaling)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002
-        """Their training pass on a batch of served rows."""
+        """SAELens's training pass on a batch as the data module serves it."""
         from sae_lens.saes.sae import TrainStepInput
 
         output = self.sae.training_forward_pass(
@@ -114,35 +119,42 @@ class SAELensModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,  # noqa: ARG002
     ) -> None:
-        """Clip to norm 1 as their trainer does, unless told otherwise."""
+        """Clip to `gradient_clip_val`, or to `optimization.clip_norm` (1, as SAELens does, by default)."""
         clip_norm = self.optimization.clip_norm if gradient_clip_val is None else gradient_clip_val
         if clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_norm)
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums of held-out metrics."""
-        self._held_out = HeldOutMetrics(len(self.steps_since_fired), self.side.width, self.device)
+        """Start new held-out metrics."""
+        self._held_out = (HeldOutMetrics(len(self.steps_since_fired), self.side.width, self.device),)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:  # noqa: ARG002
-        """Add a batch of served held-out rows."""
-        assert self._held_out is not None
+        """Add a served batch of held-out rows."""
+        (metrics,) = self._held_out
         latents = self.sae.encode(batch.to(self.sae.dtype))
         reconstruction = self.sae.decode(latents)
-        self._held_out.update(batch, reconstruction, latents.to_dense() if latents.is_sparse else latents)
+        metrics.update(batch, reconstruction, latents.to_dense() if latents.is_sparse else latents)
 
     def on_validation_epoch_end(self) -> None:
-        """Log held-out metrics over all ranks."""
-        assert self._held_out is not None
-        for name, value in self._held_out.compute().items():
+        """Log held-out metrics over all rows of all ranks."""
+        (metrics,) = self._held_out
+        for name, value in metrics.compute().items():
             self.log(f"val/{name}", value.float().cpu(), prog_bar=name == "fvu")
 
     @torch.no_grad()
     def export_saelens(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Save the inference model in their format, the data module's normalisation folded in.
+        """Save SAELens's inference model in its format, with the data module's normalisation folded in.
+
+        Args:
+            folder: where to write.
+            overwrite: replace an existing folder.
+
+        Returns:
+            The folder.
 
         Raises:
-            FileExistsError: the folder exists and `overwrite` is not set.
-            ValueError: a normalisation that this architecture cannot fold.
+            FileExistsError: the folder exists and `overwrite` is False.
+            ValueError: this normalisation cannot be folded into this architecture.
         """
         from sae_lens.saes.sae import TrainingSAE
 
@@ -164,8 +176,11 @@ class SAELensModule(LightningModule):
         return Path(folder)
 
     def _coefficients(self) -> dict[str, float]:
+        """The weights of SAELens's loss terms at this step, warmed up."""
+        from sae_lens.saes.sae import TrainCoefficientConfig
+
         coefficients = {}
         for name, given in self.sae.get_coefficients().items():
-            value, warm_up = (given.value, given.warm_up_steps) if hasattr(given, "value") else (given, 0)
+            value, warm_up = given if isinstance(given, TrainCoefficientConfig) else (given, 0)
             coefficients[name] = value * min(1.0, (self.global_step + 1) / warm_up) if warm_up else value
         return coefficients
