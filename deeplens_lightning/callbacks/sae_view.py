@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from deeplens_lightning.sae import SparseAutoencoder
-from deeplens_lightning.sae.training import DictionaryTraining
+from deeplens_lightning.sae import Dictionary
+from deeplens_lightning.sae.module import DictionaryTraining
 
 
 @runtime_checkable
@@ -85,7 +85,7 @@ def find_sae(
             called `sae`.
     """
     chosen = _choose_dictionary(module, sae)
-    if isinstance(chosen, SparseAutoencoder):
+    if isinstance(chosen, Dictionary):
         return SaeView(
             module=chosen,
             reconstruction=chosen,  # not decode(encode(x)): a skip connection is only in the forward pass
