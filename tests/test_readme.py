@@ -33,11 +33,6 @@ def test_every_file_that_is_named_is_there() -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_ci_runs_the_test_command() -> None:
-    assert "pytest" in block("tests")
-    assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
-
-
 def test_the_quickstart_command_names_the_quickstart_config() -> None:
     assert "configs/quickstart.yaml" in block("quickstart")
     settings = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
