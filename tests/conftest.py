@@ -1,24 +1,25 @@
-"""Tiny real models, shared by the tests of the stream."""
+"""Fixtures of all tests: tiny models on disk, and processes that can be killed."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from multiprocessing.context import ForkServerContext
 
 import pytest
 import torch
 
-from tests.support.tiny import save_tiny
+from tests.support.models import save_model
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Folder of a tiny model of a family, made once."""
+    """Return the folder of a tiny model of a family, which is made once."""
     made: dict[str, str] = {}
 
     def folder(model_type: str = "llama") -> str:
         if model_type not in made:
-            made[model_type] = str(save_tiny(tmp_path_factory.mktemp(model_type), model_type))
+            made[model_type] = str(save_model(tmp_path_factory.mktemp(model_type), model_type))
         return made[model_type]
 
     return folder
@@ -26,13 +27,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 @pytest.fixture
 def untouched_rng() -> Iterator[None]:
-    """The test must leave torch's global random state as it was."""
+    """Check that the test leaves torch's global random state as it was."""
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.fixture
-def save_lm() -> Callable[..., Path]:
-    """`save_tiny`, for tests that need a model of another shape, or one to damage."""
-    return save_tiny
+@pytest.fixture(scope="session")
+def processes() -> ForkServerContext:
+    """Start real processes from one that has imported the slow modules already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "deeplens_lightning.extraction.shard_prediction_writer",
+            "deeplens_lightning.shards",
+            "transformers.models.gpt2.modeling_gpt2",
+        ]
+    )
+    return context

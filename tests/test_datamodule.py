@@ -1,13 +1,13 @@
-"""The data module over every family, with models as people hand them in, and what it refuses."""
+"""`ActivationDataModule` with every family of models, by name and loaded, and the errors for wrong settings."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
-import lightning as L
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -17,8 +17,9 @@ from deeplens_lightning.model.inspection import inspect_model
 from deeplens_lightning.model.isolation import relative_error
 from deeplens_lightning.options import ModelOptions, TextOptions
 from tests.model.test_frozen import reference, snapshot
-from tests.support.tiny import paragraphs
-from tests.support.tiny_models import FAMILIES, randomised, tiny_config, tiny_model
+from tests.support.model_families import FAMILIES, randomised, tiny_config, tiny_model
+from tests.support.texts import texts
+from tests.support.training import trainer
 
 SEGMENT = 24
 GENERATOR = torch.Generator().manual_seed(0)
@@ -29,7 +30,7 @@ IDS = [
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_kind_of_every_family_comes_through_the_whole_stream(name: str) -> None:
+def test_rows_of_every_kind_and_family_equal_the_untouched_model_after_the_whole_stream(name: str) -> None:
     kinds = list(FAMILIES[name].places(1))
     names = {kind: kind if kind == "final_norm" else f"layers.1.{kind}" for kind in kinds}
     data = ActivationDataModule(
@@ -73,7 +74,9 @@ def test_every_kind_of_every_family_comes_through_the_whole_stream(name: str) ->
     data.teardown("fit")
 
 
-def test_a_model_handed_in_is_the_same_byte_for_byte_after_fit(tiny: Callable[[str], str]) -> None:
+def test_a_loaded_model_is_byte_for_byte_unchanged_after_fit(
+    tiny: Callable[[str], str], tmp_path: Path
+) -> None:
     folder = tiny("llama")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.model.layers[1].train()
@@ -82,7 +85,7 @@ def test_a_model_handed_in_is_the_same_byte_for_byte_after_fit(tiny: Callable[[s
         model,
         layer=1,
         hook="mlp_out",
-        dataset_name=paragraphs(40),
+        dataset_name=texts(40),
         tokenizer=AutoTokenizer.from_pretrained(folder),
         seq_length=32,
         batch_size=64,
@@ -91,11 +94,8 @@ def test_a_model_handed_in_is_the_same_byte_for_byte_after_fit(tiny: Callable[[s
         val_fraction=0.2,
     )
     assert isinstance(data.d_in, int)
-    trainer = L.Trainer(
-        max_steps=5, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    )
     sae = SparseAutoencoder(data.d_in, d_sae=64, k=4)
-    trainer.fit(sae, data)
+    trainer(tmp_path, max_steps=5).fit(sae, data)
     after = snapshot(model)
     weights, weights_after = before.pop("weights"), after.pop("weights")
     assert before == after
@@ -105,13 +105,14 @@ def test_a_model_handed_in_is_the_same_byte_for_byte_after_fit(tiny: Callable[[s
     assert not any("model" in name for name, _ in sae.named_parameters())
 
 
-def test_d_in_that_contradicts_the_data_is_refused_before_training(tiny: Callable[[str], str]) -> None:
+def test_d_in_that_contradicts_the_data_is_refused_before_training(
+    tiny: Callable[[str], str], tmp_path: Path
+) -> None:
     data = ActivationDataModule(
-        tiny("llama"), layer=1, hook="mlp_out", dataset_name=paragraphs(40), seq_length=32, batch_size=64
+        tiny("llama"), layer=1, hook="mlp_out", dataset_name=texts(40), seq_length=32, batch_size=64
     )
-    trainer = L.Trainer(max_steps=5, accelerator="cpu", logger=False, enable_checkpointing=False)
     with pytest.raises(ValueError, match=r"d_in=32.*99"):
-        trainer.fit(SparseAutoencoder(99, d_sae=64, k=4), data)
+        trainer(tmp_path, max_steps=5).fit(SparseAutoencoder(99, d_sae=64, k=4), data)
 
 
 def test_d_in_is_known_before_weights_are_loaded(
@@ -134,7 +135,7 @@ def test_documents_that_are_not_isolated_see_each_other(tiny: Callable[[str], st
             tiny("gpt2"),
             layer=2,
             hook="resid_post",
-            dataset_name=paragraphs(30),
+            dataset_name=texts(30),
             seq_length=64,
             batch_size=32,
             val_fraction=0,
@@ -157,14 +158,14 @@ def test_documents_that_are_not_isolated_see_each_other(tiny: Callable[[str], st
     assert sum(differs) / len(differs) > 0.05
 
 
-def test_special_tokens_are_context_but_no_rows(tiny: Callable[[str], str]) -> None:
+def test_special_tokens_are_context_and_do_not_become_rows(tiny: Callable[[str], str]) -> None:
     counts = {}
     for keep in (True, False):
         data = ActivationDataModule(
             tiny("llama"),
             layer=1,
             hook="mlp_out",
-            dataset_name=paragraphs(30),
+            dataset_name=texts(30),
             seq_length=32,
             batch_size=64,
             val_fraction=0,

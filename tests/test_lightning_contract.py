@@ -1,4 +1,4 @@
-"""Lightning's habits, one by one: none of them changes, loses or repeats a batch, or leaves anything behind."""
+"""No feature of Lightning's Trainer changes, loses or repeats a batch, or leaves a thread or hook behind."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from transformers import AutoModel
 from deeplens_lightning.callbacks import StreamStatistics
 from deeplens_lightning.callbacks.stream_statistics import effective_number
 from deeplens_lightning.datamodule import ActivationDataModule
-from tests.support.running import Recorder, assert_same, data, sae, take, texts, trainer
+from tests.support.recorder import Recorder, assert_same, take
+from tests.support.texts import texts
+from tests.support.training import data, sae, trainer
 
 SIZED = {"max_tokens": 12 * 16}
 
 
 def stream(lm: Any, count: int, **changes: Any) -> list[Any]:
-    """What a data module serves when nobody stands between."""
+    """The batches that a data module serves without a Trainer."""
     dm = data(lm, **changes)
     dm.setup("fit")
     found = take(dm, count)
@@ -58,7 +60,7 @@ def fitted(dm: ActivationDataModule, folder: Path, **options: Any) -> Recorder:
     ],
     ids=str,
 )
-def test_training_is_given_the_stream_as_it_is(
+def test_training_gets_the_batches_of_the_stream_unchanged(
     options: dict[str, Any], sized: bool, tiny: Any, tmp_path: Path
 ) -> None:
     changes = SIZED if sized else {}
@@ -67,15 +69,15 @@ def test_training_is_given_the_stream_as_it_is(
     assert len(found) >= 3
 
 
-def test_unsized_epochs_lose_no_batch_to_reading_ahead(tiny: Any, tmp_path: Path) -> None:
+def test_epochs_of_unknown_length_lose_no_batch_when_lightning_reads_ahead(tiny: Any, tmp_path: Path) -> None:
     found = fitted(data(tiny("gpt2"), texts(15)), tmp_path, max_epochs=3).batches
     expected = stream(tiny("gpt2"), len(found), dataset=texts(15))
     assert_same(found, expected)
     rows = torch.cat([rows for _, rows in found])
-    assert (torch.unique(rows, dim=0, return_counts=True)[1] == 3).all(), "each row once an epoch"
+    assert (torch.unique(rows, dim=0, return_counts=True)[1] == 3).all(), "a row is not served once an epoch"
 
 
-def test_iterators_that_are_never_used_change_nothing(tiny: Any) -> None:
+def test_iterators_that_are_never_used_take_no_batch(tiny: Any) -> None:
     dm = data(tiny("gpt2"))
     dm.setup("fit")
     loader = dm.train_dataloader()
@@ -89,7 +91,7 @@ def test_iterators_that_are_never_used_change_nothing(tiny: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first + rest, expected, strict=True))
 
 
-def test_a_length_is_given_only_where_it_is_true(tiny: Any) -> None:
+def test_a_loader_has_a_length_only_with_max_tokens(tiny: Any) -> None:
     dm = data(tiny("gpt2"))
     dm.setup("fit")
     with pytest.raises(TypeError, match="give max_tokens"):
@@ -101,7 +103,7 @@ def test_a_length_is_given_only_where_it_is_true(tiny: Any) -> None:
     dm.teardown("fit")
 
 
-def test_reading_the_estimated_steps_keeps_the_place(tiny: Any, tmp_path: Path) -> None:
+def test_reading_the_estimated_steps_keeps_the_position_of_a_resume(tiny: Any, tmp_path: Path) -> None:
     class Planning(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
@@ -133,7 +135,7 @@ def test_overfitting_repeats_the_same_batches(tiny: Any, tmp_path: Path) -> None
     assert_same(found, 3 * found[:2])
 
 
-def test_tuners_leave_the_stream_at_its_beginning(tiny: Any, tmp_path: Path) -> None:
+def test_after_a_tuner_training_starts_at_the_first_batch(tiny: Any, tmp_path: Path) -> None:
     dm = data(tiny("gpt2"), **SIZED)
     recorder = Recorder()
     fit = trainer(tmp_path, recorder, max_steps=4)
@@ -154,7 +156,7 @@ def test_tuners_leave_the_stream_at_its_beginning(tiny: Any, tmp_path: Path) -> 
     assert_same(recorder.batches, stream(tiny("gpt2"), 4, **SIZED))
 
 
-def test_validate_test_and_predict_work_alone_and_alike(tiny: Any, tmp_path: Path) -> None:
+def test_validate_and_predict_without_a_fit_give_the_same_rows_each_time(tiny: Any, tmp_path: Path) -> None:
     dm = data(tiny("gpt2"))
     model = sae(dm)
     run = trainer(tmp_path, limit_val_batches=1.0)
@@ -172,14 +174,14 @@ class PassOn(L.LightningModule):
         return batch.clone()
 
 
-def test_a_second_fit_begins_anew(tiny: Any, tmp_path: Path) -> None:
+def test_a_second_fit_starts_at_the_first_batch(tiny: Any, tmp_path: Path) -> None:
     dm = data(tiny("gpt2"), normalize="zscore")
     first = fitted(dm, tmp_path, max_steps=9)
     second = fitted(dm, tmp_path, max_steps=9)
     assert_same(second.batches, first.batches)
 
 
-def test_a_validated_checkpoint_leaves_no_place_behind(tiny: Any, tmp_path: Path) -> None:
+def test_validating_a_checkpoint_does_not_move_the_start_of_the_next_fit(tiny: Any, tmp_path: Path) -> None:
     dm = data(tiny("gpt2"))
     run = trainer(tmp_path, max_steps=9)
     run.fit(sae(dm), dm)
@@ -222,12 +224,12 @@ class Failing(L.Callback):
     def call(self, *_: Any, **__: Any) -> None:
         self.calls += 1
         if self.calls == 3:
-            assert producers(), "the thread is at work"
+            assert producers(), "the producer thread has ended"
             raise self.error
 
 
 @pytest.mark.parametrize("prefetch", [1, 4])
-def test_the_thread_ends_with_the_fit(prefetch: int, tiny: Any, tmp_path: Path) -> None:
+def test_the_producer_thread_ends_with_the_fit(prefetch: int, tiny: Any, tmp_path: Path) -> None:
     found = fitted(data(tiny("gpt2"), prefetch=prefetch), tmp_path, max_steps=30).batches
     assert not producers()
     assert_same(found, stream(tiny("gpt2"), 30))
@@ -242,7 +244,7 @@ def test_the_thread_ends_with_the_fit(prefetch: int, tiny: Any, tmp_path: Path) 
         ("on_train_batch_end", KeyboardInterrupt(), SystemExit),
     ],
 )
-def test_the_thread_ends_with_an_exception(
+def test_the_producer_thread_ends_after_an_exception(
     hook: str, error: BaseException, raised: type[BaseException], tiny: Any, tmp_path: Path
 ) -> None:
     dm = data(tiny("gpt2"), prefetch=2)
@@ -250,10 +252,10 @@ def test_the_thread_ends_with_an_exception(
     with pytest.raises(raised):
         fitted(dm, tmp_path, callbacks=[Failing(hook, error)], **options)
     assert not producers()
-    assert dm.model is None, "model and buffer are let go"
+    assert dm.model is None, "model and buffer are not freed"
 
 
-def test_an_error_in_the_model_surfaces_with_its_own_traceback(tiny: Any, tmp_path: Path) -> None:
+def test_an_error_in_the_model_is_raised_with_its_own_traceback(tiny: Any, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(tiny("gpt2"))
     calls = 0
 
@@ -273,7 +275,7 @@ def test_an_error_in_the_model_surfaces_with_its_own_traceback(tiny: Any, tmp_pa
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_twenty_fits_leave_nothing_behind(tiny: Any, tmp_path: Path) -> None:
+def test_twenty_fits_leave_no_thread_hook_or_memory_behind(tiny: Any, tmp_path: Path) -> None:
     model = AutoModel.from_pretrained(tiny("gpt2"))
     process = psutil.Process(os.getpid())
 
@@ -291,7 +293,7 @@ def test_twenty_fits_leave_nothing_behind(tiny: Any, tmp_path: Path) -> None:
     assert end[2] - begin[2] < 40e6, "twenty buffers would be 160 MB"
 
 
-def test_stream_statistics_say_what_the_data_do(tiny: Any, tmp_path: Path) -> None:
+def test_stream_statistics_have_the_values_of_the_stream(tiny: Any, tmp_path: Path) -> None:
     assert effective_number(torch.tensor([3, 3, 3])) == 1
     assert effective_number(torch.tensor([1, 2, 3, 4])) == 4
     dm = data(tiny("gpt2"))

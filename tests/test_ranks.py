@@ -1,13 +1,14 @@
-"""One rank or many: who gets which document, how an epoch ends for all, and how many ranks go on."""
+"""Several ranks: the documents of each, the common end of an epoch, and resuming on another number of ranks."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
-import subprocess
-import sys
+import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -19,20 +20,89 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor, nn
 
 from deeplens_lightning.callbacks import Preemption
+from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.text.documents import Documents
 from deeplens_lightning.text.sources import open_source
-from tests.support.ranks import fit, launch
-from tests.support.running import Recorder, data, provenance, sae, texts, trainer
+from tests.support.ranks import HANGS, launch, start
+from tests.support.recorder import Recorder, provenance
+from tests.support.texts import texts
+from tests.support.training import data, sae, trainer
 
 FIELDS = {"val_fraction": 0.0, "tokenizer": None}
 
-ROOT = Path(__file__).parents[1]
+
+class Mean(L.LightningModule):
+    """A minimal module: it learns the mean row."""
+
+    def __init__(self, d_in: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(d_in))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return ((batch - self.mean) ** 2).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Messages(logging.Handler):
+    """Store the messages that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def fit(
+    rank: int,
+    ranks: int,
+    folder: Path,
+    make: Callable[[], ActivationDataModule],
+    ckpt_path: str | None = None,
+    save_to: str | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train a `Mean` as one of the ranks.
+
+    Returns:
+        `batches`, `rows` (the provenance of each batch), `dropped`, `messages`, `state`, `scaling`.
+    """
+    recorder, messages, dm = Recorder(), Messages(), make()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addHandler(messages)
+    kept: dict[str, Any] = {}
+
+    class Last(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            kept["dropped"] = dm.serving.loader.rows_dropped if dm.serving.loader is not None else 0
+
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+            if save_to is not None and trainer.global_step == options["max_steps"]:
+                trainer.save_checkpoint(save_to)
+
+    strategy = {"strategy": "ddp", "devices": ranks} if ranks > 1 else {}
+    length = {} if "max_steps" in options else {"max_epochs": 1}
+    run = trainer(folder, recorder, [Last()], limit_val_batches=0, **(strategy | length | options))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run.fit(Mean(dm.d_in), dm, ckpt_path=ckpt_path)  # type: ignore[arg-type]
+    return {
+        "batches": [batch.numpy() for batch, _ in recorder.batches],
+        "rows": [rows.numpy() for _, rows in recorder.batches],
+        "dropped": kept["dropped"],
+        "messages": messages.texts + [str(w.message) for w in warned],
+        "state": dm.state_dict()["position"],
+        "scaling": dm.scaling.shift.numpy() if dm.scaling is not None else None,
+    }
 
 
 def tokens(lengths: list[int], shards: int = 1) -> Any:
-    """Pretokenised documents, no two alike, of these lengths; in shards, one after another."""
+    """Different pretokenised documents of these lengths; with several shards, one part after another."""
     rng = np.random.default_rng(0)
     dataset = datasets.Dataset.from_dict({"text": [rng.integers(1, 600, n).tolist() for n in lengths]})
     return dataset if shards == 1 else dataset.to_iterable_dataset(num_shards=shards)
@@ -44,7 +114,7 @@ def served(results: list[dict[str, Any]]) -> list[Counter[tuple[int, int]]]:
 
 
 def again(results: list[dict[str, Any]]) -> int:
-    """The announced number of rows that are served again."""
+    """The number of rows that are served again, from the log message."""
     (found,) = (
         int(n) for one in results for m in one["messages"] for n in re.findall(r"(\d+) rows are served", m)
     )
@@ -53,7 +123,7 @@ def again(results: list[dict[str, Any]]) -> int:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("shards", [1, 4])
-def test_documents_are_dealt_completely_and_disjointly(ranks: int, shards: int) -> None:
+def test_each_document_goes_to_exactly_one_rank(ranks: int, shards: int) -> None:
     whole = [text for text in texts(90) if text.strip()]
     dataset: Any = datasets.Dataset.from_dict({"text": [list(text.encode()) for text in whole]})
     if shards > 1:
@@ -81,37 +151,37 @@ def test_ranks_serve_every_row_once_and_count_what_they_drop(ranks: int, tiny: A
     make = partial(data, tiny("gpt2"), tokens(lengths), normalize="zscore", **FIELDS)
     results = launch(ranks, fit, tmp_path, make, None, None)
     counts = served(results)
-    assert max(sum(counts, Counter()).values()) == 1, "no row twice, on any rank"
+    assert max(sum(counts, Counter()).values()) == 1, "a row was served twice"
     owners = [{document for document, _ in count} for count in counts]
-    assert sum(map(len, owners)) == len(set().union(*owners)), "no document on two ranks"
-    assert len({len(one["rows"]) for one in results}) == 1, "all end at the same step"
+    assert sum(map(len, owners)) == len(set().union(*owners)), "a document is on two ranks"
+    assert len({len(one["rows"]) for one in results}) == 1, "ranks end at different steps"
     dropped = results[0]["dropped"]
     assert sum(sum(count.values()) for count in counts) + dropped == sum(lengths)
     assert all(one["dropped"] == dropped for one in results)
     assert all(np.array_equal(one["scaling"], results[0]["scaling"]) for one in results)
-    assert results[0]["state"] == results[1]["state"], "every rank's state is in the checkpoint"
+    assert results[0]["state"] == results[1]["state"], "the states of the ranks differ"
     if dropped:
         assert any(f"{dropped} rows of this epoch are dropped" in m for m in results[0]["messages"])
 
 
-def test_uneven_ranks_end_together(tiny: Any, tmp_path: Path) -> None:
+def test_ranks_with_unequal_text_end_an_epoch_together(tiny: Any, tmp_path: Path) -> None:
     lengths = [30] * 3 + [300] * 3  # two shards: one rank gets a tenth of what the other gets
     make = partial(data, tiny("gpt2"), tokens(lengths, shards=2), **FIELDS)
     results = launch(2, fit, tmp_path, make, None, None)
     rows = [sum(len(rows) for rows in one["rows"]) for one in results]
-    assert sorted(rows) == [90, 96]  # six batches each, the last one of the poor rank short
+    assert sorted(rows) == [90, 96]  # six batches each, the last one of the rank with less text is short
     assert [one["dropped"] for one in results] == [990 - sum(rows)] * 2
     both = launch(2, partial(fit, max_epochs=3), tmp_path, make, None, None)
     assert [one["dropped"] for one in both] == [3 * (990 - sum(rows))] * 2
 
 
-def test_a_rank_without_documents_is_told_so(tiny: Any, tmp_path: Path) -> None:
+def test_fewer_documents_than_ranks_is_an_error(tiny: Any, tmp_path: Path) -> None:
     make = partial(data, tiny("gpt2"), tokens([40]), **FIELDS)
     with pytest.raises(AssertionError, match="there are fewer documents than ranks"):
         launch(2, fit, tmp_path, make, None, None)
 
 
-def test_two_ranks_go_on_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
+def test_two_ranks_resume_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
     make = partial(data, tiny("gpt2"), texts(60))
     whole = launch(2, partial(fit, max_steps=40), tmp_path, make, None, None)
     path = str(tmp_path / "a.ckpt")
@@ -134,7 +204,7 @@ LENGTHS = {
     [(2, 1, "alike"), (2, 1, "tenfold by rank"), (2, 1, "tenfold by document"), (1, 2, "alike"),
      (1, 2, "tenfold by rank"), (1, 2, "tenfold by document"), (2, 3, "tenfold by document")],
 )  # fmt: skip
-def test_another_number_of_ranks_goes_on(
+def test_resuming_on_another_number_of_ranks_loses_no_row_and_counts_repeated_ones(
     before: int, after: int, lengths: str, tiny: Any, tmp_path: Path
 ) -> None:
     counts, shards = LENGTHS[lengths]
@@ -147,12 +217,12 @@ def test_another_number_of_ranks_goes_on(
     one, two = sum(first, Counter()), sum(rest, Counter())
     assert max(two.values()) == 1
     assert one.total() + two.total() + dropped == sum(counts) + announced
-    assert len(one | two) >= sum(counts) - dropped, "no row is lost but those dropped"
+    assert len(one | two) >= sum(counts) - dropped, "rows are lost"
     if not dropped:
         assert sum((one & two).values()) == announced
 
 
-def test_the_number_of_ranks_can_change_twice(tiny: Any, tmp_path: Path) -> None:
+def test_the_number_of_ranks_can_change_twice_without_losing_a_row(tiny: Any, tmp_path: Path) -> None:
     counts = [90] * 30
     make = partial(data, tiny("gpt2"), tokens(counts), **FIELDS)
     a, b = str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt")
@@ -180,7 +250,7 @@ def _preempted(rank: int, ranks: int, folder: Path, lm: str, ckpt_path: str | No
     dm, recorder = data(lm), Recorder()
     callbacks: list[L.Callback] = [Preemption()]
     if ckpt_path is None and rank == 1:
-        callbacks.append(_Term(7))  # one rank alone is told
+        callbacks.append(_Term(7))  # only one rank gets the signal
     run = trainer(
         folder, recorder, callbacks, strategy="ddp", devices=ranks, max_steps=12, limit_val_batches=0
     )
@@ -189,10 +259,10 @@ def _preempted(rank: int, ranks: int, folder: Path, lm: str, ckpt_path: str | No
     return {"step": run.global_step, "rows": [rows.numpy() for _, rows in recorder.batches]}
 
 
-def test_a_signal_to_one_rank_stops_all_and_all_go_on(tiny: Any, tmp_path: Path) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks_and_all_resume(tiny: Any, tmp_path: Path) -> None:
     lm = tiny("gpt2")
     first = launch(2, _preempted, tmp_path, lm, None)
-    assert [one["step"] for one in first] == [8, 8], "the batch was finished, on both"
+    assert [one["step"] for one in first] == [8, 8], "a rank stopped inside its batch"
     second = launch(2, _preempted, tmp_path, lm, str(tmp_path / Preemption.FILE))
     calm = launch(2, partial(fit, max_steps=12), tmp_path, partial(data, lm))
     for before, after, whole in zip(first, second, calm, strict=True):
@@ -201,24 +271,19 @@ def test_a_signal_to_one_rank_stops_all_and_all_go_on(tiny: Any, tmp_path: Path)
         assert all((a == b).all() for a, b in zip(found, whole["rows"], strict=True))
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-def test_ranks_that_lightning_starts_itself_serve_as_well(strategy: str, tiny: Any, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.support.spawn_script", strategy, str(tmp_path), tiny("gpt2")]
-    subprocess.run(
-        command,
-        check=True,
-        timeout=120,
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])
+def test_ranks_that_lightning_starts_itself_share_the_rows(strategy: str, tiny: Any, tmp_path: Path) -> None:
+    words = ("tests.support.lightning_ranks", strategy, str(tmp_path), tiny("gpt2"))
+    (process,) = start(*words, folder=tmp_path, OMP_NUM_THREADS="1")
+    assert process.wait(HANGS) == 0, (tmp_path / "log-0.txt").read_text()
     rows = [torch.load(tmp_path / f"rows-{rank}.pt", weights_only=True) for rank in range(2)]
     owners = [set(one[:, 0].tolist()) for one in rows]
     assert len(rows[0]) == len(rows[1]) > 0
-    assert not owners[0] & owners[1], "no document on two ranks"
+    assert not owners[0] & owners[1], "a document is on two ranks"
     dm = data(tiny("gpt2"))
     dm.setup("fit")
     whole = torch.cat([provenance(dm, batch) for batch in dm.train_dataloader()])
     dm.teardown("fit")
     counts = Counter(map(tuple, whole[:, [0, 2]].tolist()))
     mine = Counter(map(tuple, torch.cat(rows)[:, [0, 2]].tolist()))
-    assert mine <= counts, "every row is one of the text, served once"
+    assert mine <= counts, "a row is not of the text, or is served twice"

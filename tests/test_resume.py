@@ -1,8 +1,7 @@
-"""Stopped anywhere and going on is the same as never having stopped: without a Trainer, source by source."""
+"""Resuming from any state gives the batches of a run that never stopped: every source and setting, without a Trainer."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -18,15 +17,16 @@ from transformers import AutoTokenizer
 
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.options import BufferOptions, ModelOptions, TextOptions
-from tests.support.running import assert_same, data, take, texts
+from tests.support.models import save_model
+from tests.support.recorder import assert_same, take
+from tests.support.texts import texts, write_jsonl
+from tests.support.training import data
 
 LONG = 26  # documents
 
 
 def _jsonl(folder: Path, lm: str) -> str:
-    path = folder / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(LONG)))
-    return str(path)
+    return str(write_jsonl(folder / "texts.jsonl", texts(LONG)))
 
 
 def _parquet(folder: Path, lm: str) -> str:
@@ -107,33 +107,33 @@ def opened(dm: ActivationDataModule) -> ActivationDataModule:
 
 
 def resumes_everywhere(dm: ActivationDataModule, stride: int) -> None:
-    """Take every state of a run into its second epoch, and go on from every `stride`-th and around the seam."""
+    """Record the states of a run into its second epoch; resume from every `stride`-th and around the end of the epoch."""
     opened(dm)
     states, run, epochs = [deepcopy(dm.state_dict())], [], [0]
     while epochs.count(1) < 15:
         run += take(dm, 1)
         states.append(deepcopy(dm.state_dict()))
         epochs.append(states[-1]["position"]["ranks"][0]["position"]["epoch"])
-    seam = range(epochs.index(1) - 4, epochs.index(1) + 3)
-    for at in sorted({*range(0, len(run) - 3, stride), 1, 2, 3, *seam}):
+    epoch_end = range(epochs.index(1) - 4, epochs.index(1) + 3)
+    for at in sorted({*range(0, len(run) - 3, stride), 1, 2, 3, *epoch_end}):
         dm.load_state_dict(states[at])
         assert_same(take(dm, 3), run[at : at + 3])
     dm.teardown("fit")
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_every_stop_of_every_source_goes_on_bit_for_bit(source: str, tiny: Any, tmp_path: Path) -> None:
+def test_every_source_resumes_bit_for_bit_from_any_batch(source: str, tiny: Any, tmp_path: Path) -> None:
     lm = tiny("gpt2")
     dataset = SOURCES[source](tmp_path, lm)
     resumes_everywhere(data(lm, dataset), stride=17)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_stop_of_every_setting_goes_on_bit_for_bit(variant: str, tiny: Any) -> None:
+def test_every_setting_resumes_bit_for_bit_from_any_batch(variant: str, tiny: Any) -> None:
     resumes_everywhere(data(tiny("gpt2"), texts(LONG), **VARIANTS[variant]), stride=13)
 
 
-def test_the_demo_text_goes_on(tiny: Any) -> None:
+def test_the_demo_text_resumes_bit_for_bit(tiny: Any) -> None:
     settings_: dict[str, Any] = {"batch_size": 64, "buffer_size": 1024}
     dm = opened(data(tiny("gpt2"), "demo:docs", **settings_))
     run = take(dm, 30)
@@ -147,7 +147,7 @@ def test_the_demo_text_goes_on(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("source", [*SOURCES, "demo"])
-def test_stopped_twice_equals_never_stopped(source: str, tiny: Any, tmp_path: Path) -> None:
+def test_a_run_stopped_twice_equals_one_that_never_stopped(source: str, tiny: Any, tmp_path: Path) -> None:
     lm = tiny("gpt2")
     dataset = "demo:docs" if source == "demo" else SOURCES[source](tmp_path, lm)
 
@@ -186,8 +186,8 @@ def test_stopped_twice_equals_never_stopped(source: str, tiny: Any, tmp_path: Pa
     check()
 
 
-def test_a_wide_model_goes_on_bit_for_bit(tmp_path: Path, save_lm: Callable[..., Path]) -> None:
-    lm = str(save_lm(tmp_path, "gpt2", width=768, layers=2))
+def test_a_wide_model_resumes_bit_for_bit(tmp_path: Path) -> None:
+    lm = str(save_model(tmp_path, "gpt2", width=768, layers=2))
     changes: dict[str, Any] = {"buffer_size": 192, "inference_batch_size": 3, "seq_length": 48}
     dm = opened(data(lm, texts(20), **changes))
     states, run = [], []
@@ -200,7 +200,7 @@ def test_a_wide_model_goes_on_bit_for_bit(tmp_path: Path, save_lm: Callable[...,
     dm.teardown("fit")
 
 
-def test_resuming_runs_the_model_over_two_windows_at_most(tiny: Any) -> None:
+def test_resuming_runs_the_model_over_at_most_two_windows_of_rows(tiny: Any) -> None:
     changes: dict[str, Any] = {"batch_size": 16, "buffer_size": 160, "inference_batch_size": 1}
     dm = opened(data(tiny("gpt2"), texts(600), **changes))
     states = []
@@ -213,11 +213,11 @@ def test_resuming_runs_the_model_over_two_windows_at_most(tiny: Any) -> None:
         assert dm.serving.loader is not None
         assert (
             dm.serving.loader.stream.counts["tokens"] <= 2 * 160 + 3 * 32
-        )  # two windows, and model batches cut off
+        )  # two windows, and the rest of model batches
     dm.teardown("fit")
 
 
-def test_a_state_is_small_whatever_the_buffer(tiny: Any, tmp_path: Path) -> None:
+def test_a_state_has_the_same_small_size_for_every_buffer(tiny: Any, tmp_path: Path) -> None:
     sizes = []
     for buffer in (64, 64_000):
         dm = opened(data(tiny("gpt2"), buffer_size=buffer, normalize="zscore"))
@@ -247,7 +247,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("changed", CHANGES)
-def test_other_data_are_refused_and_named(changed: str, tiny: Any) -> None:
+def test_resuming_on_other_data_is_refused_and_names_the_difference(changed: str, tiny: Any) -> None:
     changes, message = CHANGES[changed]
     dm = opened(data(tiny("gpt2")))
     take(dm, 2)
@@ -258,14 +258,14 @@ def test_other_data_are_refused_and_named(changed: str, tiny: Any) -> None:
         other.load_state_dict(state)
     assert message in str(error.value)
     lines = 1 + (changed == "layer")  # another depth loads other weights
-    assert str(error.value).count(" in the checkpoint, ") == lines, "one difference, one line"
+    assert str(error.value).count(" in the checkpoint, ") == lines, "there are more lines than differences"
     other.teardown("fit")
 
 
-def test_other_weights_are_refused_and_the_user_can_insist(
-    tiny: Any, tmp_path: Path, save_lm: Callable[..., Path]
+def test_resuming_with_other_weights_is_refused_unless_resume_anyway_is_given(
+    tiny: Any, tmp_path: Path
 ) -> None:
-    lm = save_lm(tmp_path, "gpt2")
+    lm = save_model(tmp_path, "gpt2")
     dm = opened(data(str(lm)))
     take(dm, 2)
     state = deepcopy(dm.state_dict())

@@ -1,4 +1,4 @@
-"""The rooms stay in order: imports run downwards, files stay short, and the map names every file."""
+"""Structure of the package: imports run downwards, files are short, and the map in the docs names every file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 
@@ -47,7 +47,7 @@ def test_imports_run_downwards_and_nothing_is_exempt() -> None:
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from deeplens_lightning.text import sources",
         ),
     ],
-    ids=["upwards", "beside", "late", "for types alone"],
+    ids=["upwards", "sideways", "inside a function", "for types alone"],
 )
 def test_an_upward_or_sideways_import_is_found(where: str, line: str, tmp_path: Path) -> None:
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("lm", "__pycache__"))
@@ -58,14 +58,14 @@ def test_an_upward_or_sideways_import_is_found(where: str, line: str, tmp_path: 
     assert "is not allowed to import" in done.stdout
 
 
-def test_files_are_short_and_few_stand_at_the_root() -> None:
+def test_files_are_short_and_few_are_at_the_root() -> None:
     lengths = {path.relative_to(PACKAGE): len(path.read_text().splitlines()) for path in FILES}
     assert {path: n for path, n in lengths.items() if n > 350} == {}
     assert lengths[Path("datamodule.py")] <= 250
     assert len(list(PACKAGE.glob("*.py"))) <= 12
 
 
-def test_reaching_into_objects_by_name_stays_rare_and_explained() -> None:
+def test_the_package_has_fewer_than_15_getattr() -> None:
     reaches = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in FILES

@@ -1,9 +1,10 @@
-"""Trainer checkpoints, however they came about: what follows equals what would have followed, bit for bit."""
+"""Resuming from every kind of Trainer checkpoint gives the batches and weights of a run that never stopped."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,14 +20,17 @@ from deeplens_lightning.callbacks import Preemption
 from deeplens_lightning.cli.newest_checkpoint import newest_checkpoint
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.options import BufferOptions
-from tests.support.running import Recorder, assert_same, data, sae, texts, trainer
+from tests.support.recorder import Recorder, assert_same
+from tests.support.texts import texts
+from tests.support.training import data, sae, trainer
 
 SIZED = {"max_tokens": 12 * 16}
+INTERVAL = timedelta(milliseconds=40)
 EVERY = {"save_top_k": -1, "filename": "{epoch}-{step}", "enable_version_counter": True}
 
 
 class Run:
-    """One `fit`, and what it was given and left."""
+    """One `fit`, with its batches, its SAE and its Trainer."""
 
     def __init__(
         self,
@@ -48,12 +52,12 @@ class Run:
 
 
 def processed(path: Path) -> int:
-    """Batches that had been trained on when a checkpoint was taken."""
+    """The number of batches that were trained on before a checkpoint."""
     loops = torch.load(path, weights_only=True)["loops"]["fit_loop"]
     return loops["epoch_loop.batch_progress"]["total"]["processed"]
 
 
-def assert_goes_on(again: Run, whole: Run, at: int, *, weights: bool = True) -> None:
+def assert_continues(again: Run, whole: Run, at: int, *, weights: bool = True) -> None:
     assert_same(again.recorder.batches, whole.recorder.batches[at:])
     if not weights:
         return
@@ -100,7 +104,11 @@ CASES: dict[str, dict[str, Any]] = {
         "data": SIZED,
     },
     "prefetched": {"save": {"every_n_train_steps": 7}, "trainer": {"max_steps": 30}, "data": {"prefetch": 3}},
-    "by time": {"save": {"train_time_interval": timedelta(milliseconds=40)}, "trainer": {"max_steps": 40}},
+    "by time": {
+        "save": {"train_time_interval": INTERVAL},
+        "trainer": {"max_steps": 40},
+        "pauses": (9, 19, 29),
+    },
     "normalised": {
         "save": {"every_n_train_steps": 7},
         "trainer": {"max_steps": 30},
@@ -110,7 +118,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_checkpoints_go_on_bit_for_bit(case: str, tiny: Any, tmp_path: Path) -> None:
+def test_checkpoints_resume_bit_for_bit(case: str, tiny: Any, tmp_path: Path) -> None:
     what = CASES[case]
     documents = texts(what.get("documents", 60))
 
@@ -118,18 +126,19 @@ def test_checkpoints_go_on_bit_for_bit(case: str, tiny: Any, tmp_path: Path) -> 
         return data(tiny("gpt2"), documents, **what.get("data", {}))
 
     keep = ModelCheckpoint(tmp_path / "kept", **(EVERY | what["save"]))
-    whole = Run(tmp_path, fresh(), [keep], **what["trainer"])
+    pauses = [At(batch, lambda: time.sleep(INTERVAL.total_seconds())) for batch in what.get("pauses", ())]
+    whole = Run(tmp_path, fresh(), [*pauses, keep], **what["trainer"])
     saved = sorted((tmp_path / "kept").glob("*.ckpt"), key=processed)
     total = len(whole.recorder.batches)
     saved = [path for path in saved if processed(path) < total]
     assert len(saved) >= 2
     for path in {saved[0], saved[len(saved) // 2], saved[-1]}:
         again = Run(tmp_path, fresh(), [], str(path), **what["trainer"])
-        assert_goes_on(again, whole, processed(path))
+        assert_continues(again, whole, processed(path))
         assert again.trainer.global_step == whole.trainer.global_step
 
 
-def test_twice_in_a_row(tiny: Any, tmp_path: Path) -> None:
+def test_a_run_that_fails_twice_resumes_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=9, **EVERY)
     whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=40)
     Run(tmp_path, data(tiny("gpt2")), [keep, At(10, _fail)], raises=RuntimeError, max_steps=40)
@@ -137,11 +146,11 @@ def test_twice_in_a_row(tiny: Any, tmp_path: Path) -> None:
     Run(tmp_path, data(tiny("gpt2")), [keep, At(20, _fail)], first, raises=RuntimeError, max_steps=40)
     second = tmp_path / "kept" / "epoch=0-step=27.ckpt"
     third = Run(tmp_path, data(tiny("gpt2")), [], str(second), max_steps=40)
-    assert_goes_on(third, whole, 27)
+    assert_continues(third, whole, 27)
 
 
 class At(L.Callback):
-    """Does something at a batch."""
+    """Call a function at a batch, in a hook of Lightning."""
 
     def __init__(self, batch: int, what: Callable[[], Any], hook: str = "on_train_batch_start") -> None:
         self.batch, self.what = batch, what
@@ -154,12 +163,14 @@ class At(L.Callback):
 
 
 def _fail() -> None:
-    raise RuntimeError("as the test wants it")
+    raise RuntimeError("raised by the test")
 
 
 @pytest.mark.parametrize("sized", [False, True])
 @pytest.mark.parametrize("batch", [0, 1, 12, 23])
-def test_an_exception_saves_and_goes_on(batch: int, sized: bool, tiny: Any, tmp_path: Path) -> None:
+def test_the_checkpoint_of_an_exception_resumes_bit_for_bit(
+    batch: int, sized: bool, tiny: Any, tmp_path: Path
+) -> None:
     options = SIZED if sized else {}
     whole = Run(tmp_path, data(tiny("gpt2"), **options), [], max_steps=30)
     Run(
@@ -172,23 +183,24 @@ def test_an_exception_saves_and_goes_on(batch: int, sized: bool, tiny: Any, tmp_
     path = tmp_path / "on_exception.ckpt"
     assert processed(path) == batch
     again = Run(tmp_path, data(tiny("gpt2"), **options), [], str(path), max_steps=30)
-    assert_goes_on(again, whole, batch)
+    assert_continues(again, whole, batch)
 
 
-def test_sigterm_saves_and_goes_on(tiny: Any, tmp_path: Path) -> None:
+def test_the_checkpoint_of_a_sigterm_resumes_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
     whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=30)
     stop = At(11, lambda: os.kill(os.getpid(), signal.SIGTERM))
     save = ModelCheckpoint(tmp_path / "kept", save_on_exception=True, **EVERY)
     Run(tmp_path, data(tiny("gpt2")), [stop, save], raises=SIGTERMException, max_steps=30)
     (path,) = (tmp_path / "kept").glob("*.ckpt")
     again = Run(tmp_path, data(tiny("gpt2")), [], str(path), max_steps=30)
-    assert_goes_on(again, whole, processed(path))
+    assert_continues(again, whole, processed(path))
 
 
-def test_out_of_time_and_on_again(tiny: Any, tmp_path: Path) -> None:
+def test_a_run_that_reaches_max_time_resumes_with_the_next_batch(tiny: Any, tmp_path: Path) -> None:
     whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=150)
     keep = ModelCheckpoint(tmp_path / "kept", save_on_train_epoch_end=True, **EVERY)
-    first = Run(tmp_path, data(tiny("gpt2")), [keep], max_steps=150, max_time={"seconds": 0.1})
+    pause = At(20, lambda: time.sleep(0.1))  # so that the time is over after 20 batches at the latest
+    first = Run(tmp_path, data(tiny("gpt2")), [keep, pause], max_steps=150, max_time={"seconds": 0.1})
     (path,) = (tmp_path / "kept").glob("*.ckpt")
     at = processed(path)
     assert at == len(first.recorder.batches) < 150
@@ -196,15 +208,15 @@ def test_out_of_time_and_on_again(tiny: Any, tmp_path: Path) -> None:
     assert_same(again.recorder.batches, whole.recorder.batches[at:])
 
 
-def test_saving_after_the_fit_keeps_the_place(tiny: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_saved_after_the_fit_resumes_with_the_next_batch(tiny: Any, tmp_path: Path) -> None:
     whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=30)
     first = Run(tmp_path, data(tiny("gpt2")), [], max_steps=17)
     first.trainer.save_checkpoint(tmp_path / "after.ckpt")
     again = Run(tmp_path, data(tiny("gpt2")), [], str(tmp_path / "after.ckpt"), max_steps=30)
-    assert_goes_on(again, whole, 17, weights=False)  # the schedule knew another end
+    assert_continues(again, whole, 17, weights=False)  # the learning rate follows another max_steps
 
 
-def test_the_validation_set_stays_the_same(tiny: Any, tmp_path: Path) -> None:
+def test_the_validation_set_is_the_same_after_a_resume(tiny: Any, tmp_path: Path) -> None:
     class Rows(L.Callback):
         def __init__(self) -> None:
             self.rows: list[torch.Tensor] = []
@@ -213,7 +225,8 @@ def test_the_validation_set_stays_the_same(tiny: Any, tmp_path: Path) -> None:
             self.rows.append(batch.clone())
 
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=10, **EVERY)
-    options: dict[str, Any] = {"max_steps": 20, "val_check_interval": 5, "check_val_every_n_epoch": None}
+    options: dict[str, Any] = {"max_steps": 20, "val_check_interval": 5, "limit_val_batches": 2}
+    options["check_val_every_n_epoch"] = None
     first, second = Rows(), Rows()
     Run(tmp_path, data(tiny("gpt2")), [first, keep], **options)
     path = tmp_path / "kept" / "epoch=0-step=10.ckpt"
@@ -236,7 +249,7 @@ def test_a_checkpoint_without_our_state_is_refused(tiny: Any, tmp_path: Path) ->
         trainer(tmp_path, max_steps=10).fit(sae(dm), renamed, ckpt_path=str(tmp_path / "a.ckpt"))
 
 
-def test_checkpoints_load_safely_and_grow_by_little(tiny: Any, tmp_path: Path) -> None:
+def test_the_state_in_a_checkpoint_is_small_and_loads_with_weights_only(tiny: Any, tmp_path: Path) -> None:
     run = Run(tmp_path, data(tiny("gpt2"), buffer_size=16_000), [], max_steps=5)
     run.trainer.save_checkpoint(tmp_path / "a.ckpt")
     whole = torch.load(tmp_path / "a.ckpt", weights_only=True)
@@ -245,7 +258,7 @@ def test_checkpoints_load_safely_and_grow_by_little(tiny: Any, tmp_path: Path) -
     assert (tmp_path / "ours.pt").stat().st_size < 20_000
 
 
-def test_gradients_lost_inside_an_accumulation_are_said(tiny: Any, tmp_path: Path) -> None:
+def test_resuming_inside_a_gradient_accumulation_warns_of_lost_gradients(tiny: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_steps": 8}
     whole = Run(tmp_path, data(tiny("gpt2")), [], **options)
     stop = [At(7, _fail), OnExceptionCheckpoint(tmp_path)]
@@ -255,21 +268,21 @@ def test_gradients_lost_inside_an_accumulation_are_said(tiny: Any, tmp_path: Pat
         UserWarning, match=r"1 batch\(es\) into an accumulation of 3: Lightning saves no gradients"
     ):
         again = Run(tmp_path, data(tiny("gpt2")), [], str(path), **options)
-    assert_goes_on(again, whole, 7, weights=False)
+    assert_continues(again, whole, 7, weights=False)
 
 
-def test_accumulation_shifted_by_an_epoch_of_unknown_length_is_said(tiny: Any, tmp_path: Path) -> None:
+def test_resuming_warns_when_the_end_of_an_epoch_shifts_the_accumulation(tiny: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": 4, "max_epochs": 2}
     keep = ModelCheckpoint(tmp_path / "kept", every_n_epochs=1, **EVERY)
     whole = Run(tmp_path, data(tiny("gpt2"), texts(14)), [keep], **options)
     path = min((tmp_path / "kept").glob("*.ckpt"), key=processed)
-    assert processed(path) % 4, "the epoch must end inside an accumulation"
+    assert processed(path) % 4, "the epoch does not end inside an accumulation"
     with pytest.warns(UserWarning, match="on the last batch of an epoch of unknown length"):
         again = Run(tmp_path, data(tiny("gpt2"), texts(14)), [], str(path), **options)
-    assert_goes_on(again, whole, processed(path), weights=False)
+    assert_continues(again, whole, processed(path), weights=False)
 
 
-def test_a_preempted_run_saves_at_the_end_of_its_batch_and_goes_on(tiny: Any, tmp_path: Path) -> None:
+def test_a_preempted_run_finishes_its_batch_saves_and_resumes_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
     whole = Run(tmp_path, data(tiny("gpt2")), [], max_steps=30)
     before = signal.getsignal(signal.SIGTERM)
     stop = At(11, lambda: os.kill(os.getpid(), signal.SIGTERM), "on_before_optimizer_step")
@@ -277,9 +290,9 @@ def test_a_preempted_run_saves_at_the_end_of_its_batch_and_goes_on(tiny: Any, tm
     assert signal.getsignal(signal.SIGTERM) is before
     path = newest_checkpoint(tmp_path)
     assert path == tmp_path / Preemption.FILE
-    assert processed(path) == 12, "the batch was finished first"
+    assert processed(path) == 12, "the batch was not finished"
     again = Run(tmp_path, data(tiny("gpt2")), [Preemption()], str(path), max_steps=30)
-    assert_goes_on(again, whole, 12)
+    assert_continues(again, whole, 12)
 
 
 def test_slurm_requeues_through_lightning_at_the_end_of_the_batch(
@@ -299,6 +312,6 @@ def test_slurm_requeues_through_lightning_at_the_end_of_the_batch(
     Run(tmp_path, data(tiny("gpt2")), [warn, kill, Preemption()], raises=RuntimeError, max_steps=20)
     assert (tmp_path / "requeued").read_text() == "requeue 77\n"
     saved = tmp_path / "hpc_ckpt_1.ckpt"
-    assert processed(saved) == 9, "the batch was finished first"
+    assert processed(saved) == 9, "the batch was not finished"
     again = Run(tmp_path, data(tiny("gpt2")), [Preemption()], max_steps=20)  # Lightning finds it by itself
-    assert_goes_on(again, whole, 9)
+    assert_continues(again, whole, 9)

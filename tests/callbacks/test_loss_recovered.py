@@ -139,7 +139,9 @@ def test_a_model_that_was_handed_in_is_used_and_left_as_it_was(
         fit([LossRecovered(150, hf_model=AutoModel.from_pretrained(lm_folder))])
 
 
-def test_shards_need_texts(fit: Callable[..., Any], shards: Callable[[], Any]) -> None:
+def test_loss_recovered_without_texts_is_refused_on_shards(
+    fit: Callable[..., Any], shards: Callable[[], Any]
+) -> None:
     with pytest.raises(ValueError, match=r"needs held-out text.*pass texts"):
         fit([LossRecovered(150)], datamodule=shards())
     run = fit([LossRecovered(texts=["The cat sat on the mat.", "Hello world"])], datamodule=shards())

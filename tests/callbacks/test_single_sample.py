@@ -105,7 +105,9 @@ def test_a_loaded_model_is_used_and_left_as_it_was(lm_folder: str) -> None:
 
 @pytest.mark.parametrize("make", [ActivationExtractor, ExtractSingleSample])
 @pytest.mark.parametrize(("layer_idx", "module"), [(-1, "ln_f"), (0, "h.0"), (3, "h.3"), (-2, "h.2")])
-def test_the_notebooks_dictionary(lm_folder: str, make: Any, layer_idx: int, module: str) -> None:
+def test_get_activations_returns_the_dictionary_of_the_notebook(
+    lm_folder: str, make: Any, layer_idx: int, module: str
+) -> None:
     extractor = make(lm_folder, device="cpu")
     result = (
         extractor.get_activations(TEXT, layer_idx) if layer_idx != -1 else extractor.get_activations(TEXT)

@@ -83,7 +83,7 @@ def test_a_group_lists_the_options_of_another_class(capsys: pytest.CaptureFixtur
 )
 def test_help_imports_no_torch(words: list[str]) -> None:
     code = f"import sys; from deeplens_lightning.cli.main import main; main({words}); sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600, capture_output=True)
 
 
 @pytest.mark.parametrize("command", sorted(OWN_COMMANDS))

@@ -1,4 +1,4 @@
-"""The command line: every config of an experiment, every command, and one sentence for every mistake."""
+"""Commands of the command line on real configs, and its errors for mistakes."""
 
 from __future__ import annotations
 
@@ -15,37 +15,10 @@ import yaml
 
 from deeplens_lightning.cli.main import lightning_cli, main
 from tests.cli.parsing import parsed
-from tests.support.tiny import paragraphs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # those of configs/cluster: test_cluster_configs.py
 Tiny = Callable[[str], str]
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs(80)))
-    return path
-
-
-@pytest.fixture
-def small(tiny: Tiny, texts: Path, tmp_path: Path) -> list[str]:
-    """Arguments that make any config small, local and quick."""
-    return [
-        f"--data.hf_model={tiny('llama')}",
-        f"--data.dataset_name={texts}",
-        "--data.layer=1",
-        "--data.seq_length=32",
-        "--data.batch_size=64",
-        "--data.buffer_size=512",
-        "--data.max_tokens=640",
-        "--data.val_rows=200",
-        "--data.val_fraction=0.2",
-        f"--trainer.logger.init_args.save_dir={tmp_path / 'runs'}",
-        f"--trainer.default_root_dir={tmp_path / 'runs'}",
-        "--trainer.accelerator=cpu",
-    ]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -55,13 +28,6 @@ def test_every_shipped_config_parses(config: Path) -> None:
         assert settings[part]["class_path"] == text[part]["class_path"]
         for name, value in text[part]["init_args"].items():
             assert settings[part]["init_args"][name] == value
-
-
-def test_every_line_of_the_quickstart_that_sets_something_says_what() -> None:
-    lines = (ROOT / "configs" / "quickstart.yaml").read_text().splitlines()
-    settings = [line for line in lines if ":" in line and not line.lstrip().startswith("#")]
-    values = [line for line in settings if not line.rstrip().endswith(":") and "class_path" not in line]
-    assert sum("#" in line for line in values) >= 0.6 * len(values)
 
 
 def test_quickstart_runs_in_process(small: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +44,7 @@ def test_demo_configs_run_in_process(name: str, tmp_path: Path) -> None:
     main([*words, "--data.val_rows=2000", f"--trainer.default_root_dir={tmp_path}"])
 
 
-def test_layers_of_configs_and_overrides_in_their_order(small: list[str], tmp_path: Path) -> None:
+def test_later_configs_and_options_override_earlier_ones(small: list[str], tmp_path: Path) -> None:
     over = tmp_path / "over.yaml"
     over.write_text("data:\n  init_args:\n    batch_size: 32\nmodel:\n  init_args:\n    k: 7\n")
     words = [
@@ -95,9 +61,7 @@ def test_layers_of_configs_and_overrides_in_their_order(small: list[str], tmp_pa
     assert cli.model.hparams["d_in"] == 64  # linked from the data
 
 
-def test_extract_then_train_without_a_model(
-    small: list[str], tmp_path: Path, tiny: Tiny, texts: Path
-) -> None:
+def test_extract_then_train_without_a_model(small: list[str], tmp_path: Path, tiny: Tiny) -> None:
     out = tmp_path / "acts"
     data = [word for word in small if word.startswith("--data")]
     data = [word for word in data if "max_tokens" not in word]
@@ -199,7 +163,7 @@ def test_inspect_and_report(
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )
-def test_a_mistake_is_one_sentence_and_the_fix(
+def test_a_mistake_gives_one_sentence_with_the_fix_and_no_traceback(
     small: list[str], change: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
@@ -213,11 +177,11 @@ def test_a_mistake_is_one_sentence_and_the_fix(
 def test_a_mistake_in_a_real_process_exits_non_zero_without_a_traceback() -> None:
     words = ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--data.hf_model=/no/such/folder"]
     command = [sys.executable, "-m", "deeplens_lightning", *words]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    out = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert out.returncode == 1
     assert "there is no such folder" in out.stderr
     assert "Traceback" not in out.stderr
-    asked = subprocess.run([*command[:3], "--traceback", *words], capture_output=True, text=True, timeout=120)
+    asked = subprocess.run([*command[:3], "--traceback", *words], capture_output=True, text=True, timeout=600)
     assert "Traceback" in asked.stderr
 
 

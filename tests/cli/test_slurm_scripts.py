@@ -32,7 +32,7 @@ def commands(script: Path, folder: Path, **slurm: str) -> list[str]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_script_is_bash_that_asks_slurm_for_a_warning_and_a_requeue(script: Path) -> None:
+def test_a_script_is_valid_bash_and_requests_a_warning_signal_and_a_requeue(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
     settings = [line for line in script.read_text().splitlines() if line.startswith("#SBATCH")]
     assert "#SBATCH --requeue" in settings

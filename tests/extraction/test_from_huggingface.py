@@ -1,7 +1,6 @@
-"""`FromHuggingFace`: the rows that an independent loop over the untouched model finds."""
+"""`FromHuggingFace` gives the rows of an independent loop over the untouched model."""
 
 import inspect
-import json
 from pathlib import Path
 
 import datasets
@@ -11,22 +10,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deeplens_lightning.extraction.from_huggingface import FromHuggingFace
 from deeplens_lightning.model.isolation import relative_error
-from tests.support.extracting import save_model, texts, write_texts
+from tests.support.models import save_model
+from tests.support.texts import texts, write_jsonl
+
+TEXTS = texts(150, 800)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(save_model(tmp_path_factory.mktemp("model")))
+    return str(save_model(tmp_path_factory.mktemp("model"), "gpt2", width=64, positions=128))
 
 
 @pytest.fixture(scope="module")
 def with_bos(tmp_path_factory):
-    return str(save_model(tmp_path_factory.mktemp("bos"), bos=True))
+    folder = tmp_path_factory.mktemp("bos")
+    return str(save_model(folder, "gpt2", width=64, positions=128, bos=True))
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    return str(write_texts(tmp_path / "texts.jsonl"))
+    return str(write_jsonl(tmp_path / "texts.jsonl", TEXTS))
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +38,7 @@ def here(tmp_path, monkeypatch):
 
 
 def reference(folder, samples, layer, seq_length):
-    """One text at a time through the whole model, a hook on the activation function of one layer."""
+    """Run one text at a time through the whole model, with a hook on the activation function of one layer."""
     whole = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     seen = []
@@ -49,7 +52,7 @@ def reference(folder, samples, layer, seq_length):
 
 
 def extracts_the_reference(folder, samples, dataset, capsys, **sizes):
-    """Every argument of the tutorial's call; a local model and dataset for the hub's."""
+    """Pass every argument of the tutorial's call, with a local model and dataset instead of those of the hub."""
     extractor = FromHuggingFace(
         hf_model=folder,
         dataset_name=dataset,
@@ -71,15 +74,14 @@ def extracts_the_reference(folder, samples, dataset, capsys, **sizes):
 @pytest.mark.parametrize("kind", ["model", "with_bos"])
 def test_the_tutorials_call_gives_the_reference_rows_and_file(kind, dataset, capsys, request):
     folder = request.getfixturevalue(kind)
-    extracts_the_reference(folder, texts(), dataset, capsys, layer=1, num_samples=120, seq_length=64)
+    extracts_the_reference(folder, TEXTS, dataset, capsys, layer=1, num_samples=120, seq_length=64)
 
 
-def test_the_tutorials_sizes_as_they_stand(tmp_path, capsys):
-    """Long documents, and more samples asked for than there are."""
-    folder = str(save_model(tmp_path / "lm", layers=4, positions=1024))
-    samples = [*texts(), "\n\n".join(texts()), "\n".join(texts()[30:90])]
-    dataset = tmp_path / "fineweb.jsonl"
-    dataset.write_text("".join(json.dumps({"text": text}) + "\n" for text in samples))
+def test_the_tutorials_own_sizes_give_the_reference_rows(tmp_path, capsys):
+    """With long documents, and with fewer texts than `num_samples`."""
+    folder = str(save_model(tmp_path / "lm", "gpt2", width=64, layers=4, positions=1024))
+    samples = [*TEXTS, "\n\n".join(TEXTS), "\n".join(TEXTS[30:90])]
+    dataset = write_jsonl(tmp_path / "fineweb.jsonl", samples)
     sizes = {"layer": 3, "num_samples": 25000, "seq_length": 1024}
     extracts_the_reference(folder, samples, str(dataset), capsys, **sizes)
 
@@ -118,23 +120,23 @@ def test_batch_size_and_stopping_early_change_no_row(model, dataset):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_samples_come_in_the_datasets_own_order(model, streaming):
-    data = datasets.Dataset.from_dict({"text": texts()})
+    data = datasets.Dataset.from_dict({"text": TEXTS})
     data = data.to_iterable_dataset(num_shards=3) if streaming else data
     extractor = FromHuggingFace(model, 0, data, num_samples=50, seq_length=32, save_features=False)
-    assert relative_error(extractor.extract_features(), reference(model, texts()[:50], 0, 32)).max() < 1e-5
+    assert relative_error(extractor.extract_features(), reference(model, TEXTS[:50], 0, 32)).max() < 1e-5
 
 
-def test_a_loaded_model_serves_as_well_and_is_left_as_it_was(model, dataset):
+def test_a_loaded_model_gives_the_reference_rows_and_is_unchanged(model, dataset):
     loaded = AutoModelForCausalLM.from_pretrained(model)
     before = {name: value.clone() for name, value in loaded.state_dict().items()}
     extractor = FromHuggingFace(loaded, -1, dataset, num_samples=20, seq_length=32, save_features=False)
     rows = extractor.extract_features()
     assert extractor.layer == 2
-    assert relative_error(rows, reference(model, texts()[:20], 2, 32)).max() < 1e-5
+    assert relative_error(rows, reference(model, TEXTS[:20], 2, 32)).max() < 1e-5
     assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
 
 
-def test_other_hook_points_are_there_too(model, dataset):
+def test_other_hook_points_can_be_extracted(model, dataset):
     extractor = FromHuggingFace(
         model, 1, dataset, num_samples=10, seq_length=32, hook="resid_post", save_features=False
     )
@@ -157,6 +159,6 @@ def test_mistakes_are_named_before_any_weight_is_loaded(model, tmp_path, monkeyp
         FromHuggingFace("/no/such/model", 1, ["a"])
 
 
-def test_samples_without_any_text_say_so(model):
+def test_samples_without_any_text_are_an_error(model):
     with pytest.raises(ValueError, match="the first 2 samples hold no text"):
         FromHuggingFace(model, 1, ["", " ", "a"], num_samples=2).extract_features()

@@ -1,8 +1,6 @@
-"""`trainer.predict` with `ShardPredictionWriter`: a cache, whatever interrupts it and however many write."""
+"""`trainer.predict` with `ShardPredictionWriter` writes a cache: interrupted, continued, and on several ranks."""
 
-import multiprocessing
 import random
-import socket
 import time
 
 import lightning as L
@@ -13,7 +11,12 @@ from deeplens_lightning.extraction.shard_prediction_writer import PassThrough, S
 from deeplens_lightning.model.isolation import relative_error
 from deeplens_lightning.shards import NonFiniteError, OtherConfigError, ShardStream, verify
 from deeplens_lightning.text.documents import is_heldout
-from tests.support.extracting import TinyDataModule, main, make_extraction, save_model, write_texts
+from tests.support.extraction import TinyDataModule, make_extraction
+from tests.support.extraction import extract as extract_as_rank
+from tests.support.models import save_model
+from tests.support.ranks import launch
+from tests.support.texts import texts, write_jsonl
+from tests.support.training import trainer
 
 NAMES = ["layers.1.mlp_out", "layers.2.mlp_out"]
 
@@ -21,22 +24,19 @@ NAMES = ["layers.1.mlp_out", "layers.2.mlp_out"]
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
-    return str(save_model(folder / "model")), str(write_texts(folder / "texts.jsonl"))
+    documents = write_jsonl(folder / "texts.jsonl", texts(150, 800))
+    return str(save_tiny_gpt2(folder / "model")), str(documents)
+
+
+def save_tiny_gpt2(folder):
+    return save_model(folder, "gpt2", width=64, positions=128)
 
 
 def extract(folder, inputs, dm=None, shard_bytes=200_000, limit=None, **kwargs):
     writer = ShardPredictionWriter(folder, shard_bytes=shard_bytes, show_progress=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_predict_batches=limit,
-        callbacks=[writer],
-    )
+    run = trainer(folder, callbacks=[writer], limit_predict_batches=limit)
     dm = dm or TinyDataModule(*inputs, **kwargs)
-    trainer.predict(PassThrough(), datamodule=dm, return_predictions=False)
+    run.predict(PassThrough(), datamodule=dm, return_predictions=False)
     return writer.writer
 
 
@@ -87,7 +87,7 @@ def test_held_out_documents_are_those_of_the_text(whole):
         assert all(is_heldout(each, 0.2) == held for each in hashes)
 
 
-def test_a_limit_of_the_trainer_leaves_a_cache_to_continue(inputs, whole, tmp_path):
+def test_an_extraction_stopped_by_a_limit_of_the_trainer_can_be_continued(inputs, whole, tmp_path):
     for limit in (1, 7, 30):
         writer = extract(tmp_path, inputs, limit=limit)
         assert not writer.finished
@@ -112,7 +112,7 @@ def test_another_configuration_is_refused_with_the_difference_named(inputs, whol
 def test_other_weights_are_another_configuration(inputs, whole, tmp_path):
     from transformers import GPT2LMHeadModel
 
-    changed = save_model(tmp_path / "model")
+    changed = save_tiny_gpt2(tmp_path / "model")
     model = GPT2LMHeadModel.from_pretrained(changed)
     with torch.no_grad():
         model.transformer.h[0].mlp.c_fc.weight.mul_(1.01)
@@ -121,7 +121,7 @@ def test_other_weights_are_another_configuration(inputs, whole, tmp_path):
         extract(whole, (str(changed), inputs[1]))
 
 
-def test_a_budget_ends_exactly_there(inputs, whole, tmp_path):
+def test_max_rows_ends_the_extraction_exactly_there(inputs, whole, tmp_path):
     writer = extract(tmp_path, inputs, max_rows=777)
     assert (writer.complete, writer.rows) == (True, 777)
     assert torch.equal(everything(tmp_path)[1], everything(whole)[1][:777])
@@ -135,11 +135,11 @@ def test_an_error_in_the_model_leaves_finished_shards_and_releases_the_folder(in
     def fails_later(**kwargs):
         calls.append(1)
         if len(calls) == 20:
-            raise RuntimeError("out of memory, say")
+            raise RuntimeError("out of memory")
         return activations(**kwargs)
 
     dm.setup = lambda stage: setattr(dm.extraction.model, "activations", fails_later)
-    with pytest.raises(RuntimeError, match="out of memory, say"):
+    with pytest.raises(RuntimeError, match="out of memory"):
         extract(tmp_path, inputs, dm=dm)
     assert ShardStream(tmp_path, batch_size=1).rows > 0
     extract(tmp_path, inputs)
@@ -156,7 +156,7 @@ def test_nan_from_the_model_stops_with_its_place(inputs, tmp_path):
         extract(tmp_path, inputs, dm=dm)
 
 
-def test_a_data_module_without_a_model_says_what_is_needed(tmp_path):
+def test_a_data_module_without_a_model_is_refused_with_what_is_needed(tmp_path):
     class NoModel(L.LightningDataModule):
         def predict_dataloader(self):
             return []
@@ -165,7 +165,7 @@ def test_a_data_module_without_a_model_says_what_is_needed(tmp_path):
         extract(tmp_path, None, dm=NoModel())
 
 
-def test_a_plan_says_rows_bytes_time_and_memory(inputs, whole):
+def test_a_plan_has_rows_bytes_time_and_memory(inputs, whole):
     plan = make_extraction(*inputs).plan(shard_bytes=10**6)
     rows = len(everything(whole)[1])
     assert abs(plan.rows - rows) <= rows * 0.05
@@ -177,48 +177,30 @@ def test_a_plan_says_rows_bytes_time_and_memory(inputs, whole):
     assert make_extraction(*inputs, max_rows=100).plan().rows == 100
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """Starts real processes that have the slow imports behind them."""
-    context = multiprocessing.get_context("forkserver")
-    slow = ["deeplens_lightning.extraction.shard_prediction_writer", "transformers.models.gpt2.modeling_gpt2"]
-    context.set_forkserver_preload(slow)  # before Python 3.13 it finds installed modules only
-    return context
-
-
-def test_killed_at_random_moments_and_rerun_equals_an_uninterrupted_extraction(
-    inputs, whole, tmp_path, processes
-):
-    """Each run is killed when it has written some shards more than it found."""
-    chance, kills, folder = random.Random(0), 0, tmp_path / "acts"
-    while True:
-        process = processes.Process(target=main, args=(str(folder), *inputs, 1))
+def test_a_killed_extraction_run_again_equals_an_uninterrupted_one(inputs, whole, tmp_path, processes):
+    """A run blocks when it has written two files more than it found; it is killed before that, or then."""
+    chance, folder = random.Random(0), tmp_path / "acts"
+    for _ in range(5):
+        found = len(list(folder.glob("*.json")))
+        process = processes.Process(target=extract_as_rank, args=(0, 1, str(folder), *inputs, found + 2))
         process.start()
-        target = len(list(folder.glob("*.json"))) + 1 + chance.randrange(3)
-        while process.is_alive() and kills < 6 and len(list(folder.glob("*.json"))) < target:
+        while len(list(folder.glob("*.json"))) <= found:
+            assert process.is_alive(), "the run ended before it was killed"
             time.sleep(0.001)
         time.sleep(chance.random() * 0.02)
-        if kills < 6 and process.is_alive():
-            process.kill()
-            kills += 1
-            process.join()
-            continue
+        assert process.is_alive(), "the run ended before it was killed"
+        process.kill()
         process.join()
-        assert process.exitcode == 0
-        break
-    assert kills >= 5
+    process = processes.Process(target=extract_as_rank, args=(0, 1, str(folder), *inputs))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
     assert_identical(whole, folder)
     assert verify(folder).problems == []
 
 
-def test_two_processes_write_what_one_does(inputs, whole, tmp_path, processes):
-    port = free_port()
-    ranks = [processes.Process(target=main, args=(str(tmp_path), *inputs, 2, rank, port)) for rank in (0, 1)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(200)
-    assert [process.exitcode for process in ranks] == [0, 0]
+def test_two_ranks_write_what_one_writes(inputs, whole, tmp_path):
+    launch(2, extract_as_rank, str(tmp_path), *inputs)
     assert (tmp_path / "index.json").exists()
     assert {path.name[:9] for path in tmp_path.glob("*.pt")} == {"rank00000", "rank00001"}
     (rows, provenance), (by_two, of_two) = everything(whole), everything(tmp_path)
@@ -226,9 +208,3 @@ def test_two_processes_write_what_one_does(inputs, whole, tmp_path, processes):
     assert torch.equal(provenance[order], of_two[order_of_two])
     for name in NAMES:
         assert relative_error(by_two[name][order_of_two], rows[name][order]).max() < 1e-5
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

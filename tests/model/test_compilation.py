@@ -4,7 +4,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.isolation import relative_error
 from tests.model.segments import SEGMENTS
-from tests.support.tiny_models import randomised, snapshot, tiny_config
+from tests.support.model_families import randomised, snapshot, tiny_config
 
 
 def test_a_compiled_model_gives_the_same_rows_and_is_unchanged_after_close() -> None:

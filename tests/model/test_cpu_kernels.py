@@ -11,7 +11,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from deeplens_lightning.model.cpu_kernels import faster, linear, replaceable
 from deeplens_lightning.model.isolation import relative_error
-from tests.support.tiny_models import tiny_model
+from tests.support.model_families import tiny_model
 
 
 @pytest.mark.parametrize("kind", [NewGELUActivation, FastGELUActivation])

@@ -19,7 +19,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.isolation import relative_error
 from tests.model.segments import SEGMENTS, together
-from tests.support.tiny_models import FAMILIES, randomised, rope_config, snapshot, tiny_config, tiny_model
+from tests.support.model_families import FAMILIES, randomised, rope_config, snapshot, tiny_config, tiny_model
 
 
 def reference(name: str, segment: Tensor) -> dict[str, Tensor]:

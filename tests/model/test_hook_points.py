@@ -4,7 +4,7 @@ from transformers import AlbertConfig, AutoModelForCausalLM, Gemma3Config, ViTCo
 
 from deeplens_lightning.model.hook_points import KINDS, TRANSFORMER_LENS, HookPoint, resolve
 from deeplens_lightning.model.tracing import trace
-from tests.support.tiny_models import FAMILIES, tiny_config
+from tests.support.model_families import FAMILIES, tiny_config
 
 
 def path_of(point: HookPoint) -> str:

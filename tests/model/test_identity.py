@@ -5,7 +5,7 @@ from transformers import AutoModel
 
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
-from tests.support.tiny_models import randomised, tiny_config
+from tests.support.model_families import randomised, tiny_config
 
 
 def test_other_weights_have_another_identity(tmp_path: Path) -> None:

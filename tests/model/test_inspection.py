@@ -8,7 +8,7 @@ from rich.console import Console
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import KINDS
 from deeplens_lightning.model.inspection import inspect_model, render
-from tests.support.tiny_models import FAMILIES, tiny_config, tiny_model
+from tests.support.model_families import FAMILIES, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, PreTraine
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, locate, max_positions
-from tests.support.tiny_models import randomised, tiny_config, tiny_model
+from tests.support.model_families import randomised, tiny_config, tiny_model
 
 TOKENS = torch.arange(10, 22)[None]
 

@@ -6,7 +6,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.isolation import relative_error
 from tests.model.segments import SEGMENTS, together
-from tests.support.tiny_models import randomised, rope_config
+from tests.support.model_families import randomised, rope_config
 
 
 @pytest.mark.parametrize("name", ["dynamic_rope", "longrope"])

@@ -4,7 +4,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.rows import run_model
 from deeplens_lightning.text.packing import Blocks
-from tests.support.tiny_models import tiny_model
+from tests.support.model_families import tiny_model
 
 
 def test_only_kept_positions_have_provenance_and_pads_are_never_kept() -> None:

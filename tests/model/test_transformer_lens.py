@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import TRANSFORMER_LENS, resolve
 from deeplens_lightning.model.isolation import relative_error
-from tests.support.tiny_models import randomised, tiny_config
+from tests.support.model_families import randomised, tiny_config
 
 transformer_lens = pytest.importorskip("transformer_lens")
 conversions = pytest.importorskip("transformer_lens.pretrained.weight_conversions")

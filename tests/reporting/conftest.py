@@ -72,9 +72,9 @@ class Page:
         """Open an address and wait until the page and its scripts are loaded."""
         self.events.clear()
         self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
-            assert time.monotonic() < deadline, "the page did not load within a minute"
+            assert time.monotonic() < deadline, "the page did not load within five minutes"
             self.events.append(self._receive())
 
     def evaluate(self, expression: str) -> Any:
@@ -109,9 +109,9 @@ class Page:
 
     def _receive(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._up], [], [], 60)
+            ready, _, _ = select.select([self._up], [], [], 300)
             data = os.read(self._up, 1 << 16) if ready else b""
-            assert data, "the browser ended or did not answer within a minute"
+            assert data, "the browser ended or did not answer within five minutes"
             self._buffer += data
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)  # type: ignore[no-any-return]

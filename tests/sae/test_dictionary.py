@@ -10,7 +10,8 @@ import torch
 import deeplens_lightning
 from deeplens_lightning.sae import Dictionary, SparseAutoencoder, SparseAutoencoderGrid
 from deeplens_lightning.sae.interop import saelens
-from tests.support.synthetic import Rows, codes, dictionary, trainer
+from tests.support.synthetic import Rows, codes, dictionary
+from tests.support.training import trainer
 
 D = 16
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from tests.support.synthetic import Rows, codes, dictionary, trainer
+from tests.support.synthetic import Rows, codes, dictionary
+from tests.support.training import trainer
 
 D = 16
 SHARED = {"d_sae": 128, "lr": 3e-3}

@@ -159,7 +159,7 @@ def test_a_saelens_config_with_an_unknown_field_is_refused_naming_it(tmp_path):
         ({"architecture": "matching_pursuit"}, "has no equal here"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused(tmp_path, change, message):
+def test_an_sae_that_the_format_cannot_express_is_refused(tmp_path, change, message):
     folder = trained("topk", "none").export_saelens(tmp_path / "sae")
     edit_config(folder, **change)
     with pytest.raises(ValueError, match=message):

@@ -9,7 +9,8 @@ from torchmetrics import Metric
 
 from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.sae.metrics import HeldOutMetrics
-from tests.support.synthetic import Rows, codes, dictionary, trainer
+from tests.support.synthetic import Rows, codes, dictionary
+from tests.support.training import trainer
 
 D = 16
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def batches(n: int) -> list[torch.Tensor]:
 
 
 class Watch(L.Callback):
-    """Keeps the types of the sums at the end of every validation."""
+    """Store the dtypes of the sums at the end of every validation."""
 
     def __init__(self) -> None:
         self.dtypes: list[torch.dtype] = []

@@ -10,7 +10,8 @@ from lightning.pytorch.cli import LightningCLI
 
 from deeplens_lightning.normalization import Moments, Scaling
 from deeplens_lightning.sae import Optimization, SparseAutoencoder
-from tests.support.synthetic import Rows, codes, dictionary, trainer
+from tests.support.synthetic import Rows, codes, dictionary
+from tests.support.training import trainer
 
 D, N = 16, 24
 TRUE = dictionary(N, D)

@@ -5,7 +5,8 @@ import torch
 
 from deeplens_lightning.normalization import Moments
 from deeplens_lightning.sae import SAELensModule
-from tests.support.synthetic import Rows, codes, dictionary, trainer
+from tests.support.synthetic import Rows, codes, dictionary
+from tests.support.training import trainer
 
 D = 16
 
@@ -29,7 +30,7 @@ def batches(n: int) -> list[torch.Tensor]:
     ],
     ids=lambda value: value if isinstance(value, str) else value["architecture"],
 )
-def test_their_architecture_trains_and_their_loader_opens_it(sae_lens, tmp_path, config, normalize):
+def test_an_architecture_of_saelens_trains_and_saelens_loads_it(sae_lens, tmp_path, config, normalize):
     raw, moments = batches(120), Moments(D)
     for x in raw:
         moments.update(x)
@@ -53,7 +54,7 @@ def test_their_architecture_trains_and_their_loader_opens_it(sae_lens, tmp_path,
             torch.testing.assert_close(theirs(x), module(x), rtol=1e-3, atol=1e-3)
 
 
-def test_a_checkpoint_of_it_loads(tmp_path):
+def test_a_checkpoint_of_a_saelens_module_loads(tmp_path):
     module, fit = (
         SAELensModule(D, {"architecture": "topk", "k": 4, "d_sae": 64}),
         trainer(tmp_path, max_steps=3),

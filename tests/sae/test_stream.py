@@ -9,21 +9,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from deeplens_lightning import ActivationDataModule
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from tests.support.synthetic import trainer
-from tests.support.tiny import paragraphs
+from tests.support import training
+from tests.support.texts import texts
+from tests.support.training import trainer
 
 
 def data(tiny, **settings) -> ActivationDataModule:
-    sizes = {
-        "seq_length": 64,
-        "inference_batch_size": 8,
-        "batch_size": 128,
-        "buffer_size": 1024,
-        "val_rows": 1000,
-    }
-    return ActivationDataModule(
-        tiny("llama"), dataset_name=paragraphs(300), **{"layer": 1, **sizes, **settings}
-    )
+    sizes = {"seq_length": 64, "inference_batch_size": 8, "batch_size": 128, "buffer_size": 1024}
+    held_out = {"val_fraction": 0.05, "val_rows": 1000}
+    return training.data(tiny("llama"), texts(300, 900), **(sizes | held_out | settings))
 
 
 def test_a_transcoder_predicts_the_mlp_better_than_its_mean(tiny, tmp_path):
@@ -90,9 +84,7 @@ def test_a_run_stopped_and_resumed_on_the_stream_is_the_uninterrupted_run(tiny, 
     def run(steps_saved: int, folder: str, ckpt=None) -> SparseAutoencoder:
         sae = SparseAutoencoder(32, 128, k=4, architecture=architecture, dead_after_tokens=600)
         saver = ModelCheckpoint(tmp_path / folder, "stop", every_n_train_steps=steps_saved, save_top_k=-1)
-        fit = trainer(
-            tmp_path, max_steps=20, enable_checkpointing=True, callbacks=[saver], num_sanity_val_steps=0
-        )
+        fit = trainer(tmp_path, max_steps=20, callbacks=[saver])
         fit.fit(sae, data(tiny, hook="mlp_out", normalize="mean_norm"), ckpt_path=ckpt)
         return sae
 

@@ -12,7 +12,7 @@ import torch
 from deeplens_lightning.shards import DamagedShardError, Rows, ShardError, ShardStream, ShardWriter, verify
 from deeplens_lightning.shards.checksum import sha256_of
 from deeplens_lightning.shards.names import INDEX, MANIFEST, shard_name, sidecar_name
-from tests.support.making_shards import NARROW, WIDE, manifest, one_epoch, write_cache
+from tests.support.caches import NARROW, WIDE, manifest, one_epoch, write_cache
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_missing_shard_shows_in_an_unfinished_cache_too(cache):
         ShardStream(cache, batch_size=10)
 
 
-def test_an_unfinished_cache_is_read_as_far_as_it_goes_with_a_warning(cache, caplog):
+def test_an_unfinished_cache_is_read_up_to_its_last_shard_with_a_warning(cache, caplog):
     (cache / INDEX).unlink()
     (cache / sidecar_name(shard_name(0, 2))).unlink()
     assert sum(len(batch.provenance) for batch in read_all(cache)) == 400

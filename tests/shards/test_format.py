@@ -18,7 +18,7 @@ from deeplens_lightning.shards import (
 from deeplens_lightning.shards.codec import dequantize, quantize
 from deeplens_lightning.shards.format import Resume, Sidecar
 from deeplens_lightning.shards.names import MANIFEST, shard_name, sidecar_name
-from tests.support.making_shards import NARROW, WIDE, make_rows, manifest, write_cache
+from tests.support.caches import NARROW, WIDE, make_rows, manifest, write_cache
 
 
 def test_a_shard_opens_with_plain_torch_load_and_holds_rows_beside_provenance(tmp_path):
@@ -31,7 +31,7 @@ def test_a_shard_opens_with_plain_torch_load_and_holds_rows_beside_provenance(tm
     assert torch.equal(shard["provenance"], provenance[600:])
 
 
-def test_the_folder_is_readable_by_people(tmp_path):
+def test_the_json_files_of_a_cache_are_indented_text(tmp_path):
     write_cache(tmp_path, n=1000, shard_rows=600)
     text = json.loads((tmp_path / MANIFEST).read_text())
     assert text["format"] == "deeplens-lightning shards"

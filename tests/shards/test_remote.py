@@ -12,7 +12,7 @@ from deeplens_lightning.shards import DamagedShardError, ShardError, ShardStream
 from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.names import INDEX, shard_name, sidecar_name
 from deeplens_lightning.shards.remote import RemoteFolder
-from tests.support.making_shards import WIDE, feed, make_rows, manifest, one_epoch, write_cache
+from tests.support.caches import WIDE, feed, make_rows, manifest, one_epoch, write_cache
 
 SHARD = 700 * manifest().row_bytes
 
@@ -62,7 +62,7 @@ def assert_equal(some, others):
         assert torch.equal(one.rows[WIDE], other.rows[WIDE])
 
 
-def test_writing_being_stopped_going_on_and_reading_equal_the_same_on_disk(url, tmp_path):
+def test_a_remote_cache_written_in_two_runs_equals_one_on_disk(url, tmp_path):
     write_cache(tmp_path, n=3000, shard_rows=700)
     rows, provenance = make_rows(3000)
     for stop in (1000, 2000, None):
@@ -112,7 +112,7 @@ def test_local_copies_stay_within_their_bound_and_are_deleted_at_the_end(url, tm
         serve(url, cache_bytes=shard // 2)
 
 
-def test_copies_in_a_temporary_folder_go_away(url):
+def test_copies_in_a_temporary_folder_are_deleted(url):
     write_cache(url, n=600)
     stream = ShardStream(url, batch_size=64)
     list(one_epoch(stream))
@@ -167,7 +167,7 @@ def test_a_second_writer_is_noticed_without_locks(url):
     assert verify(url).problems == []
 
 
-def test_nothing_under_a_final_name_is_ever_half(tmp_path):
+def test_no_incomplete_file_ever_has_a_final_name(tmp_path):
     """`memory://` shows files while they are written, so finished ones are moved into place."""
     url = f"memory://{uuid.uuid4().hex}"
     fs, root = fsspec.core.url_to_fs(url)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from deeplens_lightning.shards import Manifest, Rows, ShardError, ShardStream, ShardWriter, heldout
 from deeplens_lightning.shards.shard_steps import ShardSteps
 from deeplens_lightning.types import LivePosition, RankProgress, stream_position
-from tests.support.making_shards import NARROW, WIDE, make_rows, one_epoch, write_cache
+from tests.support.caches import NARROW, WIDE, make_rows, one_epoch, write_cache
 
 N = 3000
 
@@ -141,7 +141,7 @@ def test_every_epoch_and_seed_has_another_order(cache):
 
 
 @pytest.mark.parametrize("shuffle", SHUFFLES)
-def test_another_number_of_ranks_goes_on_without_losing_or_repeating_a_row(cache, shuffle):
+def test_another_number_of_ranks_resumes_without_losing_or_repeating_a_row(cache, shuffle):
     old = [ShardStream(cache, batch_size=50, rank=rank, world_size=3, **shuffle) for rank in range(3)]
     served, table = [], []
     for stream in old:
@@ -159,7 +159,7 @@ def test_another_number_of_ranks_goes_on_without_losing_or_repeating_a_row(cache
     assert sorted(served) == list(range(N))
 
 
-def test_ranks_that_went_unequally_far_say_how_many_rows_come_again(cache):
+def test_ranks_at_unequal_positions_report_how_many_rows_are_repeated(cache):
     table = []
     for rank, steps in ((0, 5), (1, 7)):
         batches = one_epoch(ShardStream(cache, batch_size=50, rank=rank, world_size=2))
@@ -319,7 +319,9 @@ def test_reading_a_cache_takes_the_memory_of_batches_not_of_the_cache(tmp_path):
             writer.append({"a": rows}, torch.zeros(1000, 4, dtype=torch.int64), source=None, first_row=first)
         writer.finish()
     cache = 30_000 * described.row_bytes
-    code = f"import tests.support.making_shards as m; [m.read_windows({str(tmp_path)!r}, w) for w in (8 * 2**20, None)]"
+    code = (
+        f"import tests.support.caches as m; [m.read_windows({str(tmp_path)!r}, w) for w in (8 * 2**20, None)]"
+    )
     output = subprocess.run(
         [sys.executable, "-c", code],
         cwd=Path(__file__).parents[2],

@@ -1,4 +1,4 @@
-"""The promises of a stream: rows are the model's own, each token once, the same bits twice, bounded memory."""
+"""A live stream: rows equal the untouched model, each token once, the same bits in every run, bounded memory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.model.isolation import relative_error
 from deeplens_lightning.options import BufferOptions, ModelOptions
 from deeplens_lightning.types import Provenance
-from tests.support.tiny import FAMILIES, paragraphs, small_stream
+from tests.stream.small_stream import TEXTS, small_stream
+from tests.support.models import FAMILIES, save_model
 
-TEXTS = paragraphs(60)
 Tiny = Callable[[str], str]
 
 
@@ -39,7 +39,7 @@ def keys(where: Provenance) -> list[tuple[int, int]]:
 
 
 def expected(folder: str, seq_length: int, split: str = "train") -> dict[tuple[int, int], int]:
-    """Every token that should become a row: (document, position) -> token id."""
+    """Token id of every token that must become a row, by document and position."""
     from deeplens_lightning.text.documents import document_hash, is_heldout
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -53,7 +53,7 @@ def expected(folder: str, seq_length: int, split: str = "train") -> dict[tuple[i
 
 @torch.no_grad()
 def reference(folder: str, path: str, seq_length: int) -> dict[tuple[int, int], Tensor]:
-    """A hook on the untouched model, which reads one segment at a time."""
+    """Rows from a hook on the untouched model, which runs one segment at a time."""
     model, tokenizer = (
         AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
         AutoTokenizer.from_pretrained(folder),
@@ -134,7 +134,7 @@ def test_held_out_documents_are_the_validation_set_and_no_others(tiny: Tiny) -> 
         found += keys(where)
         first.append(batch.clone())
     assert sorted(found) == sorted(expected(tiny("llama"), 32, "heldout"))
-    for a, b in zip(data.val_dataloader(), first, strict=True):  # it rewinds
+    for a, b in zip(data.val_dataloader(), first, strict=True):  # a second pass starts at the first row
         assert torch.equal(a, b)
     data.teardown("fit")
 
@@ -153,7 +153,7 @@ def test_two_runs_are_bit_identical_and_leave_the_process_alone(tiny: Tiny, unto
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_the_process_state_has_no_say(tiny: Tiny) -> None:
+def test_default_dtype_grad_mode_and_autocast_of_the_process_change_no_row(tiny: Tiny) -> None:
     plain = [batch for batch, _ in served(small_stream(tiny("gpt2")))]
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -186,7 +186,9 @@ def test_several_hook_points_stay_aligned_through_the_shuffle(tiny: Tiny) -> Non
 
 
 @pytest.mark.parametrize("normalize", ["mean_norm", "center", "standardize", "zscore"])
-def test_served_rows_have_the_property_and_give_the_raw_ones_back(tiny: Tiny, normalize: str) -> None:
+def test_normalised_rows_have_the_stated_statistics_and_can_be_converted_back(
+    tiny: Tiny, normalize: str
+) -> None:
     raw = {
         key: row
         for batch, where in served(small_stream(tiny("llama")))
@@ -236,9 +238,9 @@ def test_bfloat16_models_keep_a_bfloat16_buffer_and_serve_float32(tiny: Tiny) ->
 MEMORY = """
 import json, resource, sys, threading, time
 import psutil, torch
-from tests.support.tiny import paragraphs
+from tests.support.texts import texts
 from deeplens_lightning.datamodule import ActivationDataModule
-data = ActivationDataModule(sys.argv[1], 1, "mlp_out", paragraphs(900), seq_length=64, inference_batch_size=8,
+data = ActivationDataModule(sys.argv[1], 1, "mlp_out", texts(900, 900), seq_length=64, inference_batch_size=8,
     batch_size=1024, buffer_size=int(sys.argv[2]), val_fraction=0, device="cpu")
 data.setup("fit")
 me = psutil.Process()
@@ -252,14 +254,12 @@ print(json.dumps({"growth": peak - before, "buffer": stream.buffer_bytes, "d_in"
 
 
 def test_memory_is_the_buffer_and_little_else(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from tests.support.tiny import save_tiny
-
-    folder = str(save_tiny(tmp_path_factory.mktemp("wide"), "llama", width=512))
+    folder = str(save_model(tmp_path_factory.mktemp("wide"), "llama", width=512))
     growth = {}
     for rows in (4096, 65_536):
         out = subprocess.run(
             [sys.executable, "-c", MEMORY, folder, str(rows)],
-            capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], timeout=300,
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], timeout=600,
         )  # fmt: skip
         found = json.loads(out.stdout.splitlines()[-1])
         assert found["buffer"] == rows * 512 * 4

@@ -1,4 +1,4 @@
-"""The rotating shuffle serves every row once, mixes, and can be entered anywhere."""
+"""The rotating shuffle serves every row once, mixes them, and can start at any position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deeplens_lightning.stream.rotating_shuffle import Mixed, RotatingShuffle
 
 
 class Numbers:
-    """Rows that are their own number."""
+    """Rows whose value is their number."""
 
     def __init__(self, buffer: Tensor, count: int, at: int = 0) -> None:
         self.buffer, self.count, self.at = buffer, count, at
@@ -57,7 +57,7 @@ def test_every_row_is_served_exactly_once_and_only_the_last_batch_is_short(
 
 @given(shuffles, st.integers(1, 500), st.data())
 @settings(max_examples=150, deadline=None)
-def test_entering_at_a_position_serves_the_same_batches(
+def test_starting_at_a_position_serves_the_same_batches(
     shuffle: RotatingShuffle, count: int, data: st.DataObject
 ) -> None:
     whole = serve(shuffle, count)
@@ -85,7 +85,7 @@ def test_replayed_rows_are_at_most_two_windows() -> None:
         assert replayed <= shuffle.window_size(mixed.window) + shuffle.window_size(mixed.window + 1)
 
 
-def test_rows_travel_far_from_where_they_arrived() -> None:
+def test_rows_are_served_far_from_where_they_arrived() -> None:
     shuffle = RotatingShuffle(batch_size=16, capacity=1024, first_window=64, entropy=(0,))
     served = torch.cat([mixed.tensors[0] for mixed in serve(shuffle, 8192)]).double()
     distance = (served - torch.arange(8192)).abs()

@@ -1,4 +1,4 @@
-"""The first epoch trains live and writes; what follows reads; nothing is written twice."""
+"""`write_shards=`: the first epoch is computed and written, later epochs are read; no row is written twice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deeplens_lightning import ActivationDataModule
 from deeplens_lightning.shards import ShardStream, verify
-from tests.support.tiny import small_stream
+from tests.stream.small_stream import small_stream
 
 
 def epoch(data: ActivationDataModule, limit: int | None = None) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -79,7 +79,7 @@ def test_stopping_in_the_first_epoch_writes_no_row_twice(
     data.setup("fit")
     got, _ = epoch(data, limit=stop)
     state = data.state_dict()
-    epoch(data, limit=3)  # goes further than the checkpoint before it is stopped
+    epoch(data, limit=3)  # stops some batches after the checkpoint
     data.on_exception(KeyboardInterrupt())
     again = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     again.setup("fit")
@@ -92,7 +92,9 @@ def test_stopping_in_the_first_epoch_writes_no_row_twice(
     assert sorted(cached(tmp_path / "cache")) == sorted(keys)
 
 
-def test_reading_resumes_too(tiny: Callable[[str], str], tmp_path: Path) -> None:
+def test_a_run_that_reads_the_written_cache_resumes_bit_for_bit(
+    tiny: Callable[[str], str], tmp_path: Path
+) -> None:
     data = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
     data.setup("fit")
     epoch(data)

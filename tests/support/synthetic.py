@@ -84,17 +84,3 @@ class Rows(ActivationData, L.LightningDataModule):
 
     def val_dataloader(self):
         return DataLoader(self.val or [], batch_size=None)
-
-
-def trainer(tmp_path, **settings) -> L.Trainer:
-    """A quiet CPU trainer."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-    return L.Trainer(
-        **{
-            "accelerator": "cpu",
-            "default_root_dir": tmp_path,
-            "enable_checkpointing": False,
-            **quiet,
-            **settings,
-        }
-    )

@@ -38,7 +38,7 @@ def test_the_hash_is_that_of_blake2b_and_the_same_everywhere() -> None:
     assert document_hash("a\ud800") != document_hash("a")  # a lone surrogate is a text, too
 
 
-def test_the_held_out_share_is_what_was_asked_for_and_grows_with_it() -> None:
+def test_the_held_out_share_equals_val_fraction_and_grows_with_it() -> None:
     hashes = [document_hash(f"text {i}") for i in range(20_000)]
     shares = [sum(is_heldout(h, f) for h in hashes) / len(hashes) for f in (0.0, 0.05, 0.5, 1.0)]
     assert shares[0] == 0
@@ -62,7 +62,7 @@ def test_ranks_get_nearly_equal_numbers_of_characters() -> None:
     assert max(loads) / min(loads) < 1.02
 
 
-def test_the_order_is_another_every_epoch_and_the_same_every_time() -> None:
+def test_the_order_differs_between_epochs_and_repeats_between_runs() -> None:
     orders = [[d.index for d in read(ids([1] * 100), "train", epoch=epoch)] for epoch in (0, 0, 1)]
     assert orders[0] == orders[1]
     assert orders[0] != orders[2]
@@ -114,7 +114,7 @@ def test_after_a_change_of_ranks_all_and_only_unfinished_documents_are_dealt(
     assert set(again) == everything - finished
 
 
-def test_a_dealing_survives_its_state() -> None:
+def test_a_dealing_is_the_same_after_saving_and_loading_its_state() -> None:
     earlier = Dealing(ranks=2, by_shards=True, frontiers=[(0, 1, 2), (3, 4, 5)])
     dealing = Dealing(ranks=3, by_shards=False, earlier=earlier)
     for i in range(10):

@@ -1,4 +1,4 @@
-"""Packing keeps segments whole, loses no token, and makes a chunk again from where it began."""
+"""Packing keeps segments whole, loses no token, and can make a chunk again from its start."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_segments_stay_whole_and_positions_restart_at_each(packing: Packing, len
 
 @given(packings, lengths_strategy, st.data())
 @settings(max_examples=100, deadline=None)
-def test_a_chunk_comes_again_from_its_start(
+def test_a_chunk_can_be_made_again_from_its_start(
     packing: Packing, lengths: list[int], data: st.DataObject
 ) -> None:
     docs = documents(lengths)

@@ -1,4 +1,4 @@
-"""Documents by whatever the user calls them, read in a seeded order and entered anywhere."""
+"""Documents from every kind of source, in a seeded order, read from any position."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import datasets
 import pytest
 
 from deeplens_lightning.text.sources import IndexedSource, Source, StreamedSource, open_source
-from tests.support.tiny import paragraphs
+from tests.support.texts import texts
 
-TEXTS = paragraphs(30)
+TEXTS = texts(30)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_local_files_one_document_a_txt_file(files: Path) -> None:
 
 
 @pytest.mark.parametrize("sharded", [True, False])
-def test_streams_are_entered_anywhere(files: Path, sharded: bool) -> None:
+def test_reading_a_stream_can_start_at_any_document(files: Path, sharded: bool) -> None:
     name = [str(files / f"part-{i}.jsonl") for i in range(3)] if sharded else str(files / "all.parquet")
     dataset = datasets.load_dataset(
         "json" if sharded else "parquet", data_files=name, split="train", streaming=True
@@ -60,7 +60,7 @@ def test_streams_are_entered_anywhere(files: Path, sharded: bool) -> None:
             assert [(t.at, t.index, t.row) for t in rest] == [(t.at, t.index, t.row) for t in whole[number:]]
 
 
-def test_a_stream_is_entered_by_its_own_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_a_stream_can_start_at_a_saved_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StreamedSource, "STRIDE", 8)
     dataset = datasets.Dataset.from_list([{"text": f"t{i}"} for i in range(100)]).to_iterable_dataset()
     source = open_source(dataset)
@@ -129,7 +129,7 @@ def test_a_missing_column_names_the_columns_there_are(files: Path) -> None:
         open_source(str(files / "all.parquet"), text_column="content")
 
 
-def test_a_hub_dataset_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_dataset_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match="neither a local path nor found on the hub"):

@@ -1,4 +1,4 @@
-"""Token ids are those of the tokenizer itself, and special tokens are found where it puts them."""
+"""Token ids are those of the tokenizer itself, and special tokens are found where the tokenizer puts them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from deeplens_lightning.text.tokens import special_affixes, tokenize
-from tests.support.tiny import paragraphs
+from tests.support.texts import texts
 
 
 def test_tokenizing_in_groups_gives_what_the_tokenizer_gives(tiny: object) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))  # type: ignore[operator]
-    texts = paragraphs(20)
-    got = tokenize(texts, tokenizer)
-    for text, tokens in zip(texts, got, strict=True):
+    documents = texts(20)
+    got = tokenize(documents, tokenizer)
+    for text, tokens in zip(documents, got, strict=True):
         wanted = tokenizer(text, add_special_tokens=False)["input_ids"] if text.strip() else []
         assert tokens.tolist() == wanted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,12 +79,21 @@ def read_back(where: str | Path) -> tuple[dict[str, Tensor], Tensor]:
     )
 
 
-def write_here(folder: str, rows: int, file_limit: int | None = None) -> None:
-    """Start or continue a cache of `make_rows(rows)`; `file_limit` is the largest file that may be written."""
+def write_here(folder: str, rows: int, file_limit: int | None = None, stop: int | None = None) -> None:
+    """Start or continue a cache of `make_rows(rows)`.
+
+    Args:
+        folder: where it is.
+        rows: all rows of the finished cache.
+        file_limit: the size in bytes of the largest file that may be written.
+        stop: the row at which the process blocks until it is killed.
+    """
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
     with ShardWriter(folder, manifest(), shard_bytes=500 * manifest().row_bytes) as writer:
-        feed(writer, *make_rows(rows), batch=50)
+        feed(writer, *make_rows(rows), batch=50, stop=stop)
+        if stop is not None:
+            time.sleep(3600)
         writer.finish()
 
 
