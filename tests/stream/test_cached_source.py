@@ -42,7 +42,7 @@ def test_widths_are_read_from_the_manifest_before_anything_is_opened(cache):
 def test_one_of_several_hook_points_is_read_alone(cache):
     cached = opened(cache, hook=NARROW, val_fraction=0.0)
     stream = cached.stream(100, cached.measure(), None)
-    batch = next(stream.batches(None, 0))
+    batch = next(stream.batches(stream.start(), 0))
     assert list(batch.rows) == [NARROW]
     rows, _ = make_rows(N)
     index = batch.provenance[:, 1] * 37 + batch.provenance[:, 2]
@@ -60,7 +60,7 @@ def test_validation_rows_are_dealt_to_the_ranks_and_never_trained_on(cache, rank
         assert len(rows[WIDE]) == len(rows[NARROW]) == len(provenance)
         parts.append(provenance)
         stream = cached.stream(64, cached.measure(), None)
-        batches = list(stream.batches(None, 0))
+        batches = list(stream.batches(stream.start(), 0))
         assert len(batches) == cached.known_batches(64)
         trained += [batch.provenance[:, 0] for batch in batches]
     together = torch.cat(parts)

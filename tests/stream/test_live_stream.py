@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from deeplens_lightning.options import BufferOptions, ModelOptions
 from deeplens_lightning.types import Provenance
 from tests.stream.small_stream import TEXTS, small_stream
 from tests.support.models import FAMILIES, save_model
+from tests.support.ranks import ROOT
 
 Tiny = Callable[[str], str]
 
@@ -236,8 +237,8 @@ def test_bfloat16_models_keep_a_bfloat16_buffer_and_serve_float32(tiny: Tiny) ->
 
 
 MEMORY = """
-import json, resource, sys, threading, time
-import psutil, torch
+import json, sys
+import psutil
 from tests.support.texts import texts
 from deeplens_lightning.datamodule import ActivationDataModule
 data = ActivationDataModule(sys.argv[1], 1, "mlp_out", texts(900, 900), seq_length=64, inference_batch_size=8,
@@ -252,6 +253,9 @@ stream = data.serving.loader.stream
 print(json.dumps({"growth": peak - before, "buffer": stream.buffer_bytes, "d_in": data.d_in}))
 """
 
+ONE_HEAP = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Settings of glibc with which freed memory goes back to the system, whatever the number of cores."""
+
 
 def test_memory_is_the_buffer_and_little_else(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = str(save_model(tmp_path_factory.mktemp("wide"), "llama", width=512))
@@ -259,8 +263,13 @@ def test_memory_is_the_buffer_and_little_else(tmp_path_factory: pytest.TempPathF
     for rows in (4096, 65_536):
         out = subprocess.run(
             [sys.executable, "-c", MEMORY, folder, str(rows)],
-            capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2], timeout=600,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+            env=os.environ | ONE_HEAP,
+            timeout=600,
+        )
         found = json.loads(out.stdout.splitlines()[-1])
         assert found["buffer"] == rows * 512 * 4
         growth[rows] = found["growth"] - found["buffer"]

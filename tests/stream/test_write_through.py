@@ -28,7 +28,11 @@ def epoch(data: ActivationDataModule, limit: int | None = None) -> tuple[list[Te
 
 def cached(folder: Path) -> list[tuple[int, int]]:
     stream = ShardStream(str(folder), batch_size=64, split="train", val_fraction=0.2, shuffle="none")
-    return [(int(row[1]), int(row[2])) for served in stream.batches(None, 0) for row in served.provenance]
+    return [
+        (int(row[1]), int(row[2]))
+        for served in stream.batches(stream.start(), 0)
+        for row in served.provenance
+    ]
 
 
 def test_the_first_epoch_is_the_live_one_and_the_second_reads_all_of_it(
