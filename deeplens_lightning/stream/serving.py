@@ -77,6 +77,7 @@ class Serving:
         if self.opened is not None:
             if replace(self.opened.placement, progress=placement.progress) == placement:
                 return
+            self._close_loader()
             self.opened.close()
         else:
             self._state = None

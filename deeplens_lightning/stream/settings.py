@@ -100,13 +100,11 @@ class DataSettings:
         _check_sizes(self)
         if unused := _unused(self):
             reason = (
-                "they describe how rows are computed, and those of shards= were written before"
+                "with shards=, rows are used as they were written: leave this at its default"
                 if self.shards is not None
-                else "they describe how a cache is read: give shards= or write_shards= too"
+                else "it is for reading a cache: give shards= or write_shards= too, or leave it at its default"
             )
-            raise ValueError(
-                f"{', '.join(unused)} would have no effect: {reason}. Leave them at their defaults"
-            )
+            raise ValueError(f"{', '.join(unused)} would have no effect: {reason}")
 
 
 def _unused(settings: DataSettings) -> list[str]:

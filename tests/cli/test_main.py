@@ -20,6 +20,10 @@ from tests.support.tiny import paragraphs
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))  # those of configs/cluster: test_cluster_configs.py
 Tiny = Callable[[str], str]
+LIVE_ONLY = tuple(
+    f"--data.{name}="
+    for name in ("hf_model", "dataset_name", "seq_length", "inference_batch_size", "buffer_size")
+)
 
 
 @pytest.fixture
@@ -54,7 +58,8 @@ def test_every_shipped_config_parses(config: Path) -> None:
     for part in ("data", "model"):
         assert settings[part]["class_path"] == text[part]["class_path"]
         for name, value in text[part]["init_args"].items():
-            assert settings[part]["init_args"][name] == value
+            found = settings[part]["init_args"][name]
+            assert (found if not isinstance(value, dict) else {key: found[key] for key in value}) == value
 
 
 def test_every_line_of_the_quickstart_that_sets_something_says_what() -> None:
@@ -109,7 +114,7 @@ def test_extract_then_train_without_a_model(
             "fit",
             "--config",
             str(ROOT / "configs" / "cached.yaml"),
-            *small[4:],
+            *(word for word in small if not word.startswith(LIVE_ONLY)),
             f"--data.shards={out}",
             "--data.hf_model=/nowhere",
         ]
@@ -195,7 +200,7 @@ def test_inspect_and_report(
         (["--data.normalize=unit"], "normalize"),
         (["--model.d_in=7"], "d_in is taken from the data"),
         (["--data.buffer_sise=1024"], "buffer_sise"),
-        (["--data.shards=/no/such/cache"], "/no/such/cache"),
+        (["--data.shards=/no/such/cache"], "would have no effect: with shards="),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,11 @@ def epoch(data: ActivationDataModule, limit: int | None = None) -> tuple[list[Te
 
 def cached(folder: Path) -> list[tuple[int, int]]:
     stream = ShardStream(str(folder), batch_size=64, split="train", val_fraction=0.2, shuffle="none")
-    return [(int(row[1]), int(row[2])) for served in stream.batches(None, 0) for row in served.provenance]
+    return [
+        (int(row[1]), int(row[2]))
+        for served in stream.batches(stream.start(0), 0)
+        for row in served.provenance
+    ]
 
 
 def test_the_first_epoch_is_the_live_one_and_the_second_reads_all_of_it(
@@ -59,7 +64,9 @@ def test_the_first_epoch_is_the_live_one_and_the_second_reads_all_of_it(
     later.setup("fit")
     assert sorted(epoch(later)[1]) == sorted(keys)
     later.teardown("fit")
-    alone = small_stream("/no/model", shards=str(tmp_path / "cache"))
+    alone = ActivationDataModule(
+        "/no/model", shards=str(tmp_path / "cache"), batch_size=64, val_fraction=0.2, val_rows=200
+    )
     alone.setup("fit")
     found = torch.cat(list(alone.val_dataloader()))
     assert sorted(found.norm(dim=1).tolist()) == pytest.approx(sorted(validation.norm(dim=1).tolist()))
@@ -106,7 +113,13 @@ def test_reading_resumes_too(tiny: Callable[[str], str], tmp_path: Path) -> None
     rest, _ = epoch(again)
     assert len(third) + len(rest) == len(whole)
     again.teardown("fit")
-    cache = small_stream("/no/model", shards=str(tmp_path / "cache"))
+    settings: dict[str, Any] = {
+        "shards": str(tmp_path / "cache"),
+        "batch_size": 64,
+        "val_fraction": 0.2,
+        "val_rows": 200,
+    }
+    cache = ActivationDataModule("/no/model", **settings)
     cache.setup("fit")
     full, _ = epoch(cache)
     cache.setup("fit")
@@ -115,7 +128,7 @@ def test_reading_resumes_too(tiny: Callable[[str], str], tmp_path: Path) -> None
     got, _ = epoch(cache, limit=5)
     state = cache.state_dict()
     cache.teardown("fit")
-    resumed = small_stream("/no/model", shards=str(tmp_path / "cache"))
+    resumed = ActivationDataModule("/no/model", **settings)
     resumed.setup("fit")
     resumed.load_state_dict(state)
     rest, _ = epoch(resumed)
