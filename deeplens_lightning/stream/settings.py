@@ -108,9 +108,7 @@ class DataSettings:
                 if self.shards is not None
                 else "this describes how a cache is read, and there is neither shards= nor write_shards="
             )
-            raise ValueError(
-                f"{', '.join(unused)} would have no effect: {reason}. Leave it out"
-            )
+            raise ValueError(f"{', '.join(unused)} would have no effect: {reason}. Leave it out")
 
 
 def _unused(settings: DataSettings) -> list[str]:
