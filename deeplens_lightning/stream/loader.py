@@ -264,7 +264,7 @@ class ActivationLoader:
         self._stop()
         dropped = sum(gather(max(0, self.stream.dropped(position, self.epoch_batches))))
         self.rows_dropped += dropped
-        self._warn(f"one rank has no more rows in this epoch: {dropped} rows of the other ranks are dropped")
+        self._warn(f"a rank has no more rows: {dropped} rows of this epoch are dropped")
 
     def _begin_epoch(self) -> None:
         self._stop()
