@@ -1,6 +1,7 @@
-"""What SAEs and callbacks may ask of a data module.
+"""`ActivationData`: the properties of a data module that SAEs and callbacks read.
 
-In: the data module of a Trainer. Out: `ActivationData`, which a data module inherits to say what its batches are.
+In: the data module of a Trainer. Out: its model, hook points, widths, scaling, text and provenance, as far as it has
+them.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ from deeplens_lightning.types import Batch, Provenance
 
 
 class ActivationData:
-    """What SAEs and callbacks may ask of a data module; nothing is known unless a subclass says so.
+    """Base class that describes the batches of a data module; every property is empty unless a subclass overrides it.
 
-    `ActivationDataModule` is one. A data module of your own may inherit from this class beside
-    `LightningDataModule` and set what it knows.
+    `ActivationDataModule` is a subclass. A data module of your own can inherit from both `ActivationData` and
+    `LightningDataModule`, and override the properties that apply to it.
 
     Attributes:
-        model_kwargs: for `from_pretrained` of that model.
-        batch_size: rows a batch.
-        max_tokens: rows that one Trainer epoch takes, over all ranks.
-        val_rows: rows wanted for the validation set.
+        model_kwargs: keyword arguments for `from_pretrained` of `hf_model`.
+        batch_size: rows per batch.
+        max_tokens: rows per Trainer epoch, the sum over all ranks.
+        val_rows: the requested number of rows in the validation set.
     """
 
     model_kwargs: Mapping[str, Any] | None = None
@@ -34,42 +35,48 @@ class ActivationData:
 
     @property
     def hf_model(self) -> Any:
-        """The model that the rows were computed with, or its name."""
+        """The language model that the rows were computed with, or its name."""
         return None
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Canonical names of the hook points that batches hold."""
+        """Canonical names of the hook points in a batch, for example `("layers.6.mlp_out",)`."""
         return ()
 
     @property
     def d_in(self) -> int | dict[str, int] | None:
-        """Width of the rows; by hook point if there are several."""
+        """Width of the rows; a dict by hook point if there are several hook points."""
         return None
 
     @property
     def scaling(self) -> Scaling | dict[str, Scaling] | None:
-        """The normalisation of served batches; by hook point if there are several. All ranks must ask together."""
+        """The normalisation applied to batches; a dict by hook point if there are several hook points.
+
+        A collective operation: all ranks must read it at the same time.
+        """
         return None
 
     @property
     def model(self) -> Any:
-        """The `model.frozen.FrozenModel` that computes the rows, while there is one."""
+        """The `model.frozen.FrozenModel` that computes the rows; None if no model is loaded."""
         return None
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer of the rows' tokens."""
+        """The tokenizer that the token ids in the provenance belong to."""
         return None
 
     @property
     def prepend_bos(self) -> bool | None:
-        """Whether segments begin with a BOS; None for what the tokenizer does."""
+        """Whether segments begin with a BOS token; None for the tokenizer's own behaviour."""
         return None
 
     @property
     def documents(self) -> Any:
-        """The documents that provenance counts, as a `text.sources.IndexedSource` where they can be read again."""
+        """The documents as a `text.sources.IndexedSource`, indexed by `Provenance.document_index`.
+
+        None if a document cannot be read by its index, as in a streamed dataset.
+        """
         return None
 
     @property
@@ -78,15 +85,15 @@ class ActivationData:
         return None
 
     def provenance(self, batch: Batch) -> Provenance | None:  # noqa: ARG002
-        """Where the rows of a batch came from."""
+        """The provenance of a batch: document, position and token id of each row; None if unknown."""
         return None
 
     def heldout_blocks(self, rows: int) -> Iterator[Any] | None:  # noqa: ARG002
-        """Held-out text as `text.packing.Blocks` with at least `rows` rows, where there is text."""
+        """Held-out text as `text.packing.Blocks` with at least `rows` rows; None if the data module has no text."""
         return None
 
 
 def activation_data(trainer: Trainer) -> ActivationData:
-    """The Trainer's data module, or an `ActivationData` that knows nothing in place of another kind."""
+    """The Trainer's data module if it is an `ActivationData`, otherwise an empty `ActivationData`."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data if isinstance(data, ActivationData) else ActivationData()

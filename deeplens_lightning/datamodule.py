@@ -1,4 +1,7 @@
-"""`ActivationDataModule`: Lightning's hooks around a source of activations."""
+"""`ActivationDataModule`: a LightningDataModule whose batches are a language model's activations.
+
+In: the settings of `stream.settings.DataSettings`. Out: Lightning's hooks and data loaders.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,11 @@ T = TypeVar("T")
 
 
 class ActivationDataModule(ActivationData, LightningDataModule):
-    """Batches of a language model's activations, for any LightningModule.
+    """Serve batches of a language model's activations to any LightningModule.
 
-    A batch is a Tensor `(batch_size, d_in)`, or for several hook points a dict of them by canonical name, on the
-    device of the LightningModule. `help(ActivationDataModule.__init__)` describes the arguments.
+    A batch is a Tensor `(batch_size, d_in)`, float32 unless `buffer_options.dtype` says otherwise, on the device of the
+    LightningModule. With several hook points a batch is a dict of such tensors by canonical name. The arguments are the
+    fields of `stream.settings.DataSettings`; `help(ActivationDataModule.__init__)` prints them.
     """
 
     @takes(DataSettings)
@@ -46,11 +50,11 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         name = self.hf_model if isinstance(self.hf_model, str) else type(self.hf_model).__name__
         return f"{type(self).__name__}(hf_model={name!r}, batch_size={self.batch_size})"
 
-    # ---- what it serves
+    # ---- description of the batches
 
     @property
     def hf_model(self) -> str | PreTrainedModel | None:
-        """The model, or its name; None where a cache does not say what it was computed with."""
+        """The language model, or its name; None if a cache does not record which model it was computed with."""
         return self.serving.source.hf_model
 
     @property
@@ -60,12 +64,18 @@ class ActivationDataModule(ActivationData, LightningDataModule):
 
     @property
     def d_in(self) -> int | dict[str, int]:
-        """Width of the rows; by hook point if there are several. Known before any weight is loaded."""
+        """Width of the rows; a dict by hook point if there are several. Known before any weight is loaded."""
         return _one(self.serving.source.widths)
 
     @property
     def scaling(self) -> Scaling | dict[str, Scaling]:
-        """The normalisation of served batches; by hook point if there are several. All ranks must ask together."""
+        """The normalisation applied to batches; a dict by hook point if there are several hook points.
+
+        It is measured at the first access. A collective operation: all ranks must read it at the same time.
+
+        Raises:
+            RuntimeError: `setup` was not called.
+        """
         return _one(self.serving.measured().scalings)
 
     @property
@@ -81,17 +91,17 @@ class ActivationDataModule(ActivationData, LightningDataModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer, after `setup`; None for token ids without one, and with shards."""
+        """The tokenizer, after `setup`; None with shards, and if documents are token ids and there is no tokenizer."""
         return self.live.tokenizer if self.live else None
 
     @property
     def prepend_bos(self) -> bool | None:
-        """Whether segments begin with a BOS; None for what the tokenizer does."""
+        """Whether segments begin with a BOS token; None for the tokenizer's own behaviour."""
         return self.settings.text_options.prepend_bos
 
     @property
     def documents(self) -> IndexedSource | None:
-        """The documents that provenance counts, where they can be read again."""
+        """The documents, indexed by `Provenance.document_index`; None with shards and for a streamed dataset."""
         return self.live.documents if self.live else None
 
     @property
@@ -100,54 +110,64 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         return self.live.packing if self.live else None
 
     def provenance(self, batch: Batch) -> Provenance | None:
-        """Where the rows of a batch came from, for a batch that a step was given and that is still alive."""
+        """The document, position and token id of each row of a batch.
+
+        Args:
+            batch: the batch object that a training or validation step received, not a copy of it.
+
+        Returns:
+            int64 `(batch,)` for each field; None if this data module did not serve the batch.
+        """
         return self.serving.seen.provenance(batch)
 
     def heldout_blocks(self, rows: int) -> Iterator[Blocks] | None:
-        """Held-out text as the model sees it: chunks of blocks with at least `rows` rows, if there are that many.
+        """Held-out text in the model's input form: chunks of blocks that hold at least `rows` rows in all.
 
-        None with shards, which hold no text.
+        There are fewer rows if the held-out text has fewer. None with shards, which contain no text.
+
+        Raises:
+            RuntimeError: `setup` was not called.
         """
         return self.serving.activations.heldout_blocks(rows)
 
     # ---- Lightning's hooks
 
     def prepare_data(self) -> None:
-        """Find mistakes, and download what is not on this node."""
+        """Check the settings, and download a hub model that is not on this node yet."""
         self.serving.source.prepare()
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
-        """Load text, tokenizer and model once. Training begins at the beginning, or at a checkpoint."""
+        """Load text, tokenizer and model, or list the shards; nothing is loaded twice."""
         self.serving.open(self._placement())
 
     def train_dataloader(self) -> ActivationLoader:
-        """Training batches, which continue where they stopped."""
+        """The training batches. Iterating again continues after the last batch that was trained on."""
         name = type(self).__qualname__
         return self.serving.training(self.trainer, self.batch_size, self.max_tokens, name)
 
     def val_dataloader(self) -> RowsLoader | list[Any]:
-        """The validation set; nothing where no document is held out."""
+        """The validation set; an empty list if `val_fraction` or `val_rows` is 0."""
         if not self.settings.val_fraction or not self.val_rows:
             return []
         return self.serving.validation(self.batch_size)
 
     def test_dataloader(self) -> RowsLoader | list[Any]:
-        """The validation set again: nothing else is held out."""
+        """The validation set: there is no separate test set."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> RowsLoader | list[Any]:
-        """The validation set again."""
+        """The validation set."""
         return self.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ARG002
-        """Keep the provenance of a batch that the precision plugin has cast."""
+        """Record the provenance of a batch again, because the precision plugin may have cast it to a new tensor."""
         loader = self.serving.loader
         if loader is not None and self.trainer is not None and self.trainer.training:
             loader.recognise(batch)
         return batch
 
     def on_exception(self, exception: BaseException) -> None:  # noqa: ARG002
-        """Free everything: `teardown` does not come after an exception."""
+        """Free model, buffer, thread and rows, because Lightning does not call `teardown` after an exception."""
         self.serving.close(self.batch_size)
 
     def teardown(self, stage: str | None = None) -> None:  # noqa: ARG002
@@ -155,15 +175,16 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         self.serving.close(self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch trained on, and what must be the same to continue from it."""
+        """The position in the data after the last batch trained on, the fingerprint of the data and the scaling."""
         state = self.serving.state(self.batch_size)
         return state.to_state() if state is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the normalisation from a checkpoint and, for training, the position in the data.
+        """Restore the normalisation from a checkpoint and, for training, the position in the data.
 
         Raises:
-            ValueError: the checkpoint was taken on other data, which is named, or by another version.
+            ValueError: the checkpoint was taken on other data (the message lists the differences), or by a release
+                with another version of the state.
         """
         if state_dict:
             self.serving.resume(state_dict, self.trainer, self.batch_size)

@@ -1,6 +1,6 @@
-"""The classes that DeepLens users import from `deeplens.extractor`.
+"""Export the classes that DeepLens has in `deeplens.extractor` under the same names.
 
-`from deeplens.extractor import FromHuggingFace` becomes `from deeplens_lightning.extractor import FromHuggingFace`.
+Replace `from deeplens.extractor import FromHuggingFace` by `from deeplens_lightning.extractor import FromHuggingFace`.
 """
 
 from deeplens_lightning.callbacks.single_sample import ExtractSingleSample

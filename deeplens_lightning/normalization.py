@@ -1,7 +1,7 @@
 """Estimate and apply the normalisation of activations, an affine map with an inverse.
 
-In: rows `(n, d_in)` of one hook point. Out: a `Scaling`, which is applied to every batch as `(x - shift) * scale`, and
-whose inverse gives the raw activations again.
+In: rows `(n, d_in)` of one hook point. Out: a `Scaling`, which is applied to every batch as `(x - shift) * scale`. Its
+inverse returns the raw activations.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from torch import Tensor
 Normalize = Literal["none", "mean_norm", "center", "standardize", "zscore"]
 """How rows are normalised.
 
-- `none`: not at all.
+- `none`: rows stay raw.
 - `mean_norm`: multiply by one factor, so that the mean row norm is sqrt(d_in) (Anthropic, April 2024 update).
 - `center`: subtract the mean row.
 - `standardize`: subtract the mean row and multiply by one factor, so that the mean squared row norm is d_in.
-- `zscore`: subtract the mean row and divide each dimension by its standard deviation; constant dimensions are not
-  divided.
+- `zscore`: subtract the mean row and divide each dimension by its standard deviation, except constant dimensions.
 """
 
 
@@ -31,7 +30,7 @@ class Scaling:
 
     Attributes:
         shift: float32 `(d_in,)`, subtracted from a row.
-        scale: float32 `(d_in,)`, nonzero factors for the result.
+        scale: float32 `(d_in,)`, nonzero, multiplied with the shifted row.
     """
 
     shift: Tensor
@@ -48,20 +47,20 @@ class Scaling:
         return bool((self.shift == 0).all() and (self.scale == 1).all())
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Normalised rows `(..., d_in)`, computed in float32, in the dtype and on the device of `rows`."""
+        """Normalise rows `(..., d_in)`: computed in float32, returned in the dtype and on the device of `rows`."""
         return ((rows.float() - self.shift.to(rows.device)) * self.scale.to(rows.device)).to(rows.dtype)
 
     def undo(self, rows: Tensor) -> Tensor:
-        """Raw activations `(..., d_in)` of normalised rows, in the dtype and on the device of `rows`."""
+        """Turn normalised rows `(..., d_in)` back into raw activations, in the dtype and on the device of `rows`."""
         return (rows.float() / self.scale.to(rows.device) + self.shift.to(rows.device)).to(rows.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`shift` and `scale` on the CPU; tensors only, so that a checkpoint loads with `weights_only=True`."""
+        """`shift` and `scale` on the CPU, tensors only, so that a checkpoint loads with `weights_only=True`."""
         return {"shift": self.shift.cpu(), "scale": self.scale.cpu()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Scaling:
-        """The map with this `state_dict`."""
+        """Make a `Scaling` from its `state_dict`."""
         return cls(state["shift"], state["scale"])
 
 
@@ -69,7 +68,7 @@ class Scaling:
 class Moments:
     """Running float64 sums over rows, from which their normalisation is computed.
 
-    Add the `sums` of several ranks to get those of all their rows.
+    Adding the `sums` of several ranks gives the sums over the rows of all these ranks.
 
     Attributes:
         d_in: width of a row.
@@ -98,10 +97,10 @@ class Moments:
         self.sums[3 + self.d_in :] += x.square().sum(0)
 
     def scaling(self, normalize: Normalize) -> Scaling:
-        """The normalisation of the rows that were added.
+        """Compute the normalisation from the rows that were added.
 
         Args:
-            normalize: the kind of normalisation.
+            normalize: the kind of normalisation, one of `Normalize`.
 
         Raises:
             ValueError: `normalize` is unknown, no row was added, or the rows are all zero or all equal.
@@ -130,7 +129,11 @@ class Moments:
 
 
 def check_normalize(normalize: str) -> None:
-    """Raise a ValueError if `normalize` is no kind of normalisation."""
+    """Check the name of a normalisation.
+
+    Raises:
+        ValueError: `normalize` is not one of `Normalize`.
+    """
     if normalize not in get_args(Normalize):
         raise ValueError(
             f"normalize={normalize!r} is unknown; choose one of {', '.join(get_args(Normalize))}"

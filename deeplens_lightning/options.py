@@ -1,6 +1,6 @@
 """The grouped settings of `ActivationDataModule`: text, model, buffer and cache, as frozen dataclasses.
 
-Plain data that imports nothing else of the package. On the command line and in YAML they are nested keys:
+Plain data, with no imports from the package. On the command line and in YAML they are nested keys:
 `--data.text_options.drop_first_n 1`.
 """
 
@@ -12,19 +12,21 @@ from inspect import Parameter, Signature, signature
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 
 Isolation = Literal["packed", "padded", "equal", "none"]
-"""How the segments of a model batch are kept apart, and what `FrozenModel.activations` is then given.
+"""How the segments in a model batch are kept from attending to each other, and the inputs that the model then gets.
 
-- `packed`: several segments in a row; `position_ids` restart at each, pads count as one more; no mask.
-- `padded`: one segment a row, padded on the right; `attention_mask` 1 at tokens, 0 at pads; no positions.
-- `equal`: one segment a row, all of one length; neither.
-- `none`: they are not kept apart: plain causal attention over the row; neither.
+- `packed`: several segments per sequence. `position_ids` restart at each segment, and pads count as one more segment.
+  No attention mask.
+- `padded`: one segment per sequence, padded on the right. `attention_mask` is 1 at tokens and 0 at pads. No position
+  ids.
+- `equal`: one segment per sequence, all of the same length. No attention mask, no position ids.
+- `none`: segments attend to each other: plain causal attention over the sequence. No attention mask, no position ids.
 """
 
 Shuffle = Literal["auto", "global", "window", "none"]
-"""How cached rows are shuffled: all at once, within windows of some random shards, or not at all."""
+"""How cached rows are shuffled: over the whole cache, within windows of a few random shards, or not at all."""
 
 CACHE_BYTES = 10 * 2**30
-"""Default bound on local copies of remote shards, in bytes."""
+"""Default limit for the local copies of remote shards, in bytes."""
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -36,10 +38,10 @@ class TextOptions:
     """How the dataset is opened, and which tokens become rows.
 
     Args:
-        dataset_kwargs: for `datasets.load_dataset` (`name=`, `revision=`, `streaming=`, …).
-        prepend_bos: True puts a BOS before every segment, False puts no special tokens around it; default what the
-            tokenizer itself does.
-        drop_first_n: tokens at the start of every segment that do not become rows.
+        dataset_kwargs: keyword arguments for `datasets.load_dataset` (`name=`, `revision=`, `streaming=`, …).
+        prepend_bos: True puts a BOS token before every segment, False puts no special tokens around it, None (the
+            default) puts the special tokens that the tokenizer itself adds.
+        drop_first_n: number of tokens at the start of every segment that do not become rows.
     """
 
     dataset_kwargs: dict[str, Any] | None = None
@@ -52,11 +54,13 @@ class ModelOptions:
     """How the language model is loaded and run.
 
     Args:
-        kwargs: for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation, revision, …
-        compile: `torch.compile` the parts of the model between hook points.
-        isolation: how the segments of a model batch are kept apart. `auto` probes the model; `packed` puts several
-            in a row with position ids that restart, `padded` one in a row with an attention mask, `equal` one in a
-            row and only equal lengths in a batch; `none` lets the segments of a block see each other.
+        kwargs: keyword arguments for `from_pretrained`: dtype, device_map, quantization_config, attn_implementation,
+            revision, …
+        compile: run `torch.compile` on the parts of the model between hook points.
+        isolation: how segments in a model batch are kept from attending to each other. `auto` tests the model and
+            chooses; `packed` puts several segments in a sequence with position ids that restart; `padded` puts one in a
+            sequence with an attention mask; `equal` puts one in a sequence and only equal lengths in a batch; `none`
+            lets the segments of a block attend to each other.
     """
 
     kwargs: dict[str, Any] | None = None
@@ -66,13 +70,14 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BufferOptions:
-    """Where rows are mixed, and what is served.
+    """Where rows are shuffled, which rows are dropped, and the dtype of batches.
 
     Args:
-        device: where the buffer and the batches are; default the device of the LightningModule.
-        shuffle_blocks: shuffle blocks of tokens before the model, too.
-        dtype: of served batches; `auto` leaves the activation dtype.
-        max_norm_ratio: drop rows whose norm is above this multiple of the median norm (attention sinks).
+        device: device of the buffer and the batches; default the device of the LightningModule.
+        shuffle_blocks: also shuffle the blocks of tokens before the model runs on them.
+        dtype: dtype of batches; `auto` keeps the dtype of the activations.
+        max_norm_ratio: drop rows whose norm is above this multiple of the median norm (attention sinks); None keeps
+            all rows.
     """
 
     device: str | None = None
@@ -86,11 +91,11 @@ class CacheOptions:
     """How cached rows are read.
 
     Args:
-        shuffle: `global` (all rows at once), `window` (some random shards at a time, for caches larger than
-            memory), `none`, or `auto` by the size of the cache.
-        checksums: check every shard when it is first read.
-        dir: for copies of remote shards; default a temporary folder.
-        bytes: bound on those copies.
+        shuffle: `global` (over all rows), `window` (over a few random shards at a time, for caches larger than
+            memory), `none`, or `auto` (`global` if the cache fits in memory, otherwise `window`).
+        checksums: compare every shard with its checksum when it is first read.
+        dir: folder for local copies of remote shards; default a temporary folder.
+        bytes: largest total size of those copies, in bytes.
     """
 
     shuffle: Shuffle = "auto"
@@ -100,7 +105,12 @@ class CacheOptions:
 
 
 def changed(settings: Any, usual: Any) -> dict[str, Any]:
-    """The fields of a dataclass that differ from `usual` (another one of its kind, or its class), by name."""
+    """The fields of a dataclass whose values differ from those of `usual`: field name to value.
+
+    Args:
+        settings: an instance of a dataclass.
+        usual: an instance of the same class, or the class itself, whose class attributes are the defaults.
+    """
     found = {}
     for field in fields(settings):
         value, default = getattr(settings, field.name), getattr(usual, field.name)
@@ -110,10 +120,13 @@ def changed(settings: Any, usual: Any) -> dict[str, Any]:
 
 
 def takes(kind: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callable[Concatenate[S, P], None]]:
-    """Let an `__init__(self, settings)` be called with the arguments of `kind`, a dataclass of settings.
+    """Decorate an `__init__(self, settings)` so that it takes the fields of a settings dataclass as arguments.
 
-    Signature, annotations and docstring are those of `kind`, for people, type checkers and LightningCLI alike, so
-    that each setting is written down in one place.
+    The decorated `__init__` has the signature, annotations and docstring of `kind`, which help(), type checkers and
+    LightningCLI read. Each setting is therefore defined in one place.
+
+    Args:
+        kind: the dataclass of settings.
     """
     hints = get_type_hints(kind.__init__)
     given = [p.replace(annotation=hints[p.name]) for p in signature(kind).parameters.values()]

@@ -1,13 +1,13 @@
 """A seeded pseudo-random permutation of `range(n)` in constant memory.
 
-In: `n` and a NumPy `SeedSequence`. Out: an object that is indexed with one position or an array of positions. Nothing
-of size `n` is built, so that 10**12 rows take no more memory than 10 documents.
+In: `n` and a NumPy `SeedSequence`. Out: an object that is indexed with one position or an array of positions. No array
+of size `n` is allocated: 10**12 positions take no more memory than 10.
 
 The construction is a Feistel network on a grid: position `x` is written as `(left, right)` with `left < a`,
 `right < b` and `a * b` at or just above `n`. Every round adds a keyed hash of one half to the other half, modulo the
 size of that half. A round can be inverted, so it is a permutation (Black & Rogaway, "Ciphers with arbitrary finite
 domains", 2002). A result from `n` to `a * b - 1` goes through the network again until it is below `n`. All arithmetic
-is in uint64, so that every machine and NumPy version gives the same order.
+is in uint64, so the order is the same on every machine and NumPy version.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ROUNDS = 8
 _SMALL, _SMALL_ROUNDS = (
     1024,
     32,
-)  # a round mixes little on a small grid; with more rounds all orders are as likely
-_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd multipliers: the golden ratio, and splitmix64's
+)  # a round mixes little on a small grid; with more rounds all orders are equally likely
+_MIX = np.uint64(0x9E3779B97F4A7C15)  # odd multipliers of splitmix64; this one is 2**64 / golden ratio
 _REMIX = np.uint64(0xBF58476D1CE4E5B9)
 _HALF = np.uint64(32)
 

@@ -1,6 +1,6 @@
-"""What is handed from room to room: batches and their provenance, places in the data, ranks and devices.
+"""Data types that the folders of the package share: batches, provenance, positions in the data, ranks and devices.
 
-Plain data. Nothing here imports another module of the package.
+Plain data. This module imports no other module of the package.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from torch import Tensor
 from typing_extensions import Self
 
 STATE_VERSION = 1
-"""Version of every state below and of the data module's part of a checkpoint."""
+"""Version of the states below (`to_state`) and of the data module's part of a checkpoint."""
 
 PROVENANCE = ("document_hash", "document_index", "position", "token_id")
-"""The columns of a provenance tensor."""
+"""The columns of a provenance tensor, int64 `(batch, 4)`."""
 
 Batch: TypeAlias = Tensor | dict[str, Tensor]
-"""Rows as the SAE sees them: `(batch, d_in)`, or by canonical name for several hook points."""
+"""Rows as the SAE gets them: `(batch, d_in)`, or for several hook points a dict of such tensors by canonical name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where the rows of a batch came from: int64 `(batch,)` each, -1 where unknown.
+    """The document, position and token of each row of a batch: int64 `(batch,)` each, -1 where unknown.
 
     Attributes:
         document_hash: 64-bit hash of the document's text.
-        document_index: the document's number in its source.
-        position: the token's position in the document.
-        token_id: the token.
+        document_index: index of the document in its dataset.
+        position: position of the token in the document.
+        token_id: id of the token.
     """
 
     document_hash: Tensor
@@ -40,7 +40,7 @@ class Provenance:
     token_id: Tensor
 
     def stacked(self) -> Tensor:
-        """int64 `(batch, 4)`, columns in the order of `PROVENANCE`."""
+        """Stack the fields into one tensor, int64 `(batch, 4)`, columns in the order of `PROVENANCE`."""
         return torch.stack([self.document_hash, self.document_index, self.position, self.token_id], 1)
 
 
@@ -49,10 +49,10 @@ class Placement:
     """Rank, world size and devices of this process.
 
     Attributes:
-        rank: of this process among the data-parallel ranks, from 0.
+        rank: number of this process among the data-parallel ranks, from 0.
         ranks: number of data-parallel ranks.
-        device: where a model that is loaded here goes, with an index unless it is the CPU or MPS.
-        batch_device: where the buffer and the batches are, likewise.
+        device: device that the language model is loaded to; a CUDA device has an index.
+        batch_device: device of the buffer and the batches; a CUDA device has an index.
         progress: whether this process shows progress bars.
     """
 
@@ -64,7 +64,7 @@ class Placement:
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """A device by name, with its index: "auto" is CUDA, else MPS, else the CPU; "cuda" is the current one."""
+    """Turn a name into a device: "auto" is CUDA, else MPS, else the CPU; "cuda" is the current CUDA device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = torch.device(name)
@@ -75,15 +75,15 @@ def device_of(name: str | torch.device) -> torch.device:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Base of all places: a frozen dataclass of numbers, strings and other places."""
+    """Base class of all positions in the data: a frozen dataclass of numbers, strings and other positions."""
 
     def to_state(self) -> dict[str, Any]:
-        """The fields as JSON-like values; `from_state` is the inverse."""
+        """Convert to JSON-like values, for a checkpoint; `from_state` is the inverse."""
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The inverse of `to_state`."""
+        """Restore from JSON-like values: the inverse of `to_state`."""
         return cls(**state)
 
 
@@ -93,15 +93,15 @@ def _plain(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DealingState(Place):
-    """Which rank gets which document, up to some place in the text; see `text.documents.Dealing`.
+    """How documents were assigned to ranks up to a position in the text: the frozen state of `text.dealing.Dealing`.
 
     Attributes:
-        ranks: number of ranks that documents are dealt to.
-        by_shards: whole parts of the dataset go round the ranks.
-        loads: characters dealt to each rank so far.
-        frontiers: part, number and segment of the first document that each rank had not finished; empty while
-            documents are dealt to the present ranks.
-        earlier: the dealing before the number of ranks changed.
+        ranks: number of ranks that documents are assigned to.
+        by_shards: whether part `n` of the dataset goes to rank `n % ranks` as a whole.
+        loads: number of characters assigned to each rank so far.
+        frontiers: part, number and segment of the first document that each rank had not finished when the number
+            of ranks changed; empty if this state has the present number of ranks.
+        earlier: the state before the number of ranks changed.
     """
 
     ranks: int
@@ -124,14 +124,14 @@ class DealingState(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class TextPosition(Place):
-    """A place in the text: a document of the epoch's order, and a segment of it.
+    """A position in the text: a document in the epoch's order, and a segment in the document.
 
     Attributes:
-        at: part of the dataset, counted in the epoch's order, and the number of documents of it before this one.
-        reader: a state from which the dataset can be read again and the place that this is, `(state, at)`; None
-            where it is read from the start of the part.
-        dealing: which rank got what before this document.
-        segment: the first segment of the document that counts.
+        at: number of the part of the dataset in the epoch's order, and number of the document in that part.
+        reader: a state of the dataset to start reading from, and the `at` which that state belongs to; None to read
+            from the start of the part.
+        dealing: how documents before this one were assigned to ranks.
+        segment: number of the first segment of the document that is read.
     """
 
     at: tuple[int, int]
@@ -158,14 +158,14 @@ class TextPosition(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPosition(Place):
-    """A place among the shuffled blocks: a window of the pool, and what was taken of it.
+    """A position in the stream of shuffled blocks: a window of the block shuffle, and a number of groups in it.
 
     Attributes:
-        start: where the window's first segment comes from; None is the start of the epoch.
-        kept: rows of the epoch in the blocks before the window.
+        start: position in the text of the window's first segment; None for the start of the epoch.
+        kept: number of rows of the epoch in the blocks before the window.
         window: number of the window.
-        skip: groups of blocks of the window that were taken.
-        since: rows served from the documents at and after `start`.
+        skip: number of groups of blocks of the window that were already taken.
+        since: number of rows already produced from the documents at and after `start`.
     """
 
     start: TextPosition | None = None
@@ -183,14 +183,14 @@ class BlockPosition(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class RowPosition(Place):
-    """A place among the model's rows: a model batch of a group of blocks, and a row of it.
+    """A position in the stream of rows that the model computes: a model batch in a group of blocks, and a row in it.
 
     Attributes:
-        blocks: the group of blocks.
+        blocks: position of the group of blocks.
         batch: number of the model batch in the group.
-        row: rows of the model batch before the place.
-        outliers: rows of the epoch dropped for their norm before the model batch.
-        made: rows of the epoch before the model batch.
+        row: number of the row in the model batch.
+        outliers: number of rows of the epoch that were dropped for their norm before this model batch.
+        made: number of rows of the epoch before this model batch.
     """
 
     blocks: BlockPosition
@@ -207,12 +207,12 @@ class RowPosition(Place):
 
 @dataclass(frozen=True, kw_only=True)
 class LivePosition(Place):
-    """A place in a live stream: a window of the buffer of rows.
+    """A position in a live stream: the start of a window of the row shuffle.
 
     Attributes:
         epoch: number of the data epoch.
         window: number of the window.
-        rows: where the window's first row comes from; None is the start of the epoch.
+        rows: position of the window's first row; None for the start of the epoch.
     """
 
     epoch: int
@@ -221,22 +221,22 @@ class LivePosition(Place):
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The inverse of `to_state`; the start of an epoch may be its number alone."""
+        """The inverse of `to_state`; for the start of an epoch, `{"epoch": n}` is enough."""
         rows = state.get("rows")
         return cls(**{**state, "rows": RowPosition.from_state(rows) if rows else None})
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardPosition(Place):
-    """A place in a cache: how many rows of an epoch's order were served, and how the rest is ordered and dealt.
+    """A position in a cache: a row in the epoch's order, and the settings that determine that order.
 
     Attributes:
         epoch: number of the data epoch.
-        start: rows of the epoch, of all ranks, before the place.
-        world_size: number of ranks that take turns.
-        batch_size: rows a batch of each rank.
+        start: number of rows of the epoch before this position, the sum over all ranks.
+        world_size: number of ranks; batches of the epoch's order go to them in turn.
+        batch_size: rows per batch of each rank.
         shuffle: kind of order: "global", "window" or "none".
-        window_bytes: size of a window of shards.
+        window_bytes: size of a window of shards in bytes.
     """
 
     epoch: int
@@ -248,11 +248,11 @@ class ShardPosition(Place):
 
 
 StreamPosition: TypeAlias = LivePosition | ShardPosition
-"""A place in a stream: what `Served` carries and a checkpoint keeps."""
+"""A position in a stream of batches: a field of `Served`, saved in checkpoints."""
 
 
 def stream_position(state: Mapping[str, Any]) -> StreamPosition:
-    """The position of either kind whose `to_state` this is."""
+    """Restore a `LivePosition` or a `ShardPosition` from its `to_state`."""
     return ShardPosition.from_state(state) if "shuffle" in state else LivePosition.from_state(state)
 
 
@@ -263,15 +263,15 @@ def _pair(values: Sequence[int]) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """One batch, with where its rows came from and how to get back here.
+    """One batch of a stream, its provenance, and the position to compute it again from.
 
     Attributes:
         rows: `(batch, d_in)` by canonical hook name, raw (unscaled), in the activation dtype.
         provenance: int64 `(batch, 4)`, columns as in `PROVENANCE`; -1 where unknown.
-        certain: batches that are certain to follow in this epoch, this one included.
-        certain_rows: rows in those batches: only the last of an epoch may be short.
-        position: a place in the source from which this batch can be computed again.
-        step: batches served since `position`, this one included.
+        certain: number of batches guaranteed to come in this epoch, this one included.
+        certain_rows: number of rows in those batches; only the last batch of an epoch may be short.
+        position: the position from which the stream can compute this batch again.
+        step: number of batches since `position`, this one included.
     """
 
     rows: dict[str, Tensor]
@@ -284,12 +284,12 @@ class Served:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankProgress:
-    """How far one rank has come.
+    """How far one rank has come in its stream.
 
     Attributes:
-        position: a position of its stream.
-        step: batches served since.
-        rows: rows in those batches.
+        position: a position in its stream.
+        step: number of batches served since `position`.
+        rows: number of rows in those batches.
     """
 
     position: StreamPosition
@@ -298,50 +298,50 @@ class RankProgress:
 
 
 class Stream(Protocol):
-    """Batches of one rank, live or from a cache.
+    """The protocol of a stream of batches for one rank, computed live or read from a cache.
 
-    `batches(position, step)` yields what followed the `Served` that carried this position and step, bit for bit.
+    For a `Served` with a position and a step, `batches(position, step)` yields the batches after it, bit for bit.
     """
 
     @property
     def buffer_rows(self) -> int | None:
-        """Rows being mixed; None where there is no buffer."""
+        """Number of slots of the shuffle buffer; None if there is no buffer."""
         ...
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """What was read and dropped in this epoch, by name; empty where nothing is counted."""
+        """Numbers of documents, tokens and rows read or dropped in this epoch, by name; empty if not counted."""
         ...
 
     def start(self, epoch: int) -> StreamPosition:
-        """The position at which an epoch begins."""
+        """The position of the first batch of an epoch."""
         ...
 
     def batches(self, position: StreamPosition, skip: int) -> Iterator[Served]:
-        """Batches after the first `skip` ones that follow `position`, to the end of the epoch."""
+        """Iterate over the batches from `position` to the end of the epoch, without the first `skip` ones."""
         ...
 
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[StreamPosition, int]:
-        """Continue with another number of ranks.
+        """Find where to continue with another number of ranks.
 
         Args:
-            table: the progress of every old rank.
+            table: the progress of every rank that was training before.
 
         Returns:
-            A position for every new rank, and the number of rows that are served again.
+            A position, the same for every present rank, and the number of rows that will be served a second time.
         """
         ...
 
     def dropped(self, position: StreamPosition, epoch_batches: int) -> int:
-        """Rows of this epoch that this rank has beyond its first `epoch_batches` batches."""
+        """Number of rows of this epoch that this rank has after its first `epoch_batches` batches."""
         ...
 
     def row_age(self, position: StreamPosition, step: int) -> float | None:
-        """Rows served between the computing of a row and its batch, on average; None where none is computed."""
+        """Mean number of rows served between computing a row and serving it; None if rows are read from a cache."""
         ...
 
     def sync(self) -> None:
-        """Make what was written so far durable: a checkpoint is about to say that it was served."""
+        """Flush written rows to disk; called before a checkpoint that counts these rows as served is saved."""
         ...
 
     def close(self) -> None:

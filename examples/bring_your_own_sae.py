@@ -1,4 +1,4 @@
-"""A sparse autoencoder of your own: any LightningModule trains on the data module's batches.
+"""Train a sparse autoencoder of your own: the batches of the data module work with any LightningModule.
 
 python examples/bring_your_own_sae.py
 """

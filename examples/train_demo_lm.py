@@ -1,9 +1,9 @@
-"""Train `demo:lm`, the GPT-2-shaped model that the package ships, on the docstrings of installed packages.
+"""Train `demo:lm`, the small GPT-2 model that is part of the package, on docstrings of installed packages.
 
     python examples/train_demo_lm.py --out deeplens_lightning/demo/lm
 
-The documents of the package's own held-out split are kept from training; the script ends with the next-token
-loss on them, the unigram entropy of the same text, and the ratio of the two.
+The model is not trained on the documents that the data module holds out. At the end the script prints the next-token
+loss on these documents, the unigram entropy of the same text, and the ratio of the two.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def train_tokenizer(documents: list[str], vocab_size: int, context: int) -> PreT
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[str], end: int) -> Tensor:
-    """All documents one after another, an end token behind each: `(tokens,)` int64."""
+    """Concatenate the tokens of all documents, with an end token after each: int64 `(tokens,)`."""
     encoded = tokenizer(documents, add_special_tokens=False, return_attention_mask=False)["input_ids"]
     return torch.from_numpy(np.concatenate([[*ids, end] for ids in encoded]).astype(np.int64))
 
 
 def optimizers(model: GPT2LMHeadModel, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    """Make the optimizers: Muon for the weight matrices inside the transformer blocks, AdamW for all other weights."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".h." in name)]
     return [
@@ -65,7 +65,7 @@ def mean_loss(model: GPT2LMHeadModel, stream: Tensor, context: int) -> float:
 
 
 def unigram_entropy(stream: Tensor, vocab_size: int) -> float:
-    """Entropy in nats of the token frequencies of this very text."""
+    """Entropy in nats of the token frequencies in a text, given as token ids `(tokens,)`."""
     p = torch.bincount(stream, minlength=vocab_size).double()
     p = p[p > 0] / p.sum()
     return float(-(p * p.log()).sum())
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=16, help="windows of `context` tokens a step")
+    parser.add_argument("--batch", type=int, default=16, help="windows of `context` tokens per step")
     parser.add_argument("--lr", type=float, default=4e-3)
     arguments = parser.parse_args()
 
@@ -114,7 +114,7 @@ def main() -> None:
     steps = int(arguments.tokens / (arguments.batch * arguments.context))
     optimizer_list = optimizers(model, arguments.lr)
     rng = np.random.default_rng(0)
-    starts = np.concatenate(  # whole passes over the text, each cut into windows from another offset
+    starts = np.concatenate(  # each pass over the text cuts it into windows from another random offset
         [
             rng.permutation(
                 np.arange(rng.integers(arguments.context), len(stream) - arguments.context, arguments.context)
@@ -144,9 +144,9 @@ def main() -> None:
             progress.set_postfix(loss=f"{loss.item():.3f}", of_entropy=f"{loss.item() / entropy:.1%}")
         if step % 500 == 499 or step == steps - 1:
             model.save_pretrained(arguments.out)
-    model = GPT2LMHeadModel.from_pretrained(arguments.out)  # no more than what half precision keeps
-    model.half().save_pretrained(arguments.out)
-    model.config.dtype = torch.float32  # stored in half precision, computed in single
+    model = GPT2LMHeadModel.from_pretrained(arguments.out)
+    model.half().save_pretrained(arguments.out)  # weights are stored in half precision to keep the file small
+    model.config.dtype = torch.float32  # and computed with in single precision
     model.config.save_pretrained(arguments.out)
     shipped = GPT2LMHeadModel.from_pretrained(arguments.out)
     assert shipped.dtype == torch.float32

@@ -245,7 +245,7 @@ def test_a_checkpoint_without_our_state_is_refused(tiny: Any, tmp_path: Path) ->
     renamed = Renamed(
         tiny("gpt2"), layer=1, dataset_name=texts(60), batch_size=16, buffer_size=96, seq_length=32
     )
-    with pytest.raises(ValueError, match=r"holds no state of .*Renamed, so the data would begin anew"):
+    with pytest.raises(ValueError, match=r"holds no state of .*Renamed, so the data would start from the"):
         trainer(tmp_path, max_steps=10).fit(sae(dm), renamed, ckpt_path=str(tmp_path / "a.ckpt"))
 
 

@@ -77,7 +77,7 @@ def find_sae(
     Args:
         module: the LightningModule that trains.
         names: canonical names of the hook points that batches hold; empty where unknown.
-        hook: the hook point to use for a module that does not say itself which one it reads.
+        hook: the hook point that the module reads, if neither the module nor the batches determine it.
         sae: name of one SAE of a module that trains several (`dictionaries`); default the first.
 
     Raises:

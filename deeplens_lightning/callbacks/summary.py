@@ -40,7 +40,7 @@ class Summary:
         steps: optimizer steps, those before a resume included.
         hooks: canonical names of the hook points that batches hold.
         metrics: last value of every logged metric.
-        val_rows: held-out rows that the data module was asked for; None where it has no such setting.
+        val_rows: the data module's setting `val_rows`, the requested number of held-out rows; None if it has none.
         written: files and folders written by checkpointing and by callbacks, the run's folder first.
     """
 

@@ -38,8 +38,8 @@ class TopRow:
 class TopRows:
     """For each of `n` latents, the `keep` rows with its largest activations up to now.
 
-    The raw rows are kept too (`n * keep` of them), so that `refresh` can compute the activations again with the SAE as
-    it is then. Rows that were strong for the SAE early in training can so be replaced later.
+    The raw rows are kept too (`n * keep` of them), so that `refresh` can compute their activations again with the
+    present weights of the SAE. Rows with large activations early in training can then be replaced by later ones.
 
     Args:
         latents: numbers of the latents, int64 `(n,)`.

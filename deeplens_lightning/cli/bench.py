@@ -38,11 +38,11 @@ class _Stop(BaseException):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Tokens per second of the stream and of the bare model, one value a pair.
+    """Tokens per second of the stream and of the bare model, one value per pair.
 
     Attributes:
-        bare: of the model, stopped at the deepest hook point, activations discarded.
-        stream: of the training loader, over the same model batches.
+        bare: rates of the bare model, which stops at the deepest hook point and discards the activations.
+        stream: rates of the training loader, over the same model batches.
     """
 
     bare: list[float]
@@ -100,9 +100,9 @@ def bench(
     """Print a comparison as a table, and write it as JSON.
 
     Args:
-        data: as for `compare`.
-        pairs: as for `compare`.
-        model_batches: as for `compare`.
+        data: a data module that computes activations, without a Trainer.
+        pairs: number of measurements of each.
+        model_batches: number of model batches in a measurement, a multiple of 32.
         out: JSON file to write the figures to; default none.
     """
     result = compare(data, pairs, model_batches)

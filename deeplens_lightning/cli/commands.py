@@ -74,17 +74,17 @@ def extract(
     """Write activations to shards; the same command, run again, continues where it was stopped.
 
     Args:
-        data: the data module, whose model runs on whose text.
+        data: the data module, which defines the model, the hook points and the text.
         out: folder of the cache, a path or an fsspec URL.
         max_rows: number of rows to write; default all.
         shard_bytes: size of a shard on disk, in bytes.
-        storage: exact, or int8 (8 bits a value and a scale a row).
+        storage: exact, or int8 (8 bits per value and one scale per row).
         nonfinite: refuse or drop rows that hold NaN or infinity.
         plan: print the estimated rows, bytes and time, and write nothing.
-        accelerator: the Trainer's.
-        devices: the Trainer's.
-        num_nodes: the Trainer's.
-        strategy: the Trainer's; every rank writes its own shards.
+        accelerator: accelerator of the Trainer.
+        devices: devices of the Trainer.
+        num_nodes: number of nodes of the Trainer.
+        strategy: strategy of the Trainer; every rank writes its own shards.
     """
     from deeplens_lightning.extraction.predict import estimate, run
 

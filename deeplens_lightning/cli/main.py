@@ -1,6 +1,6 @@
 """The command line: Lightning's subcommands, and the commands of this package.
 
-Experiments are YAML files; `deeplens-lightning fit --config configs/quickstart.yaml` runs the first one. An error
+Experiments are YAML files, such as `deeplens-lightning fit --config configs/quickstart.yaml`. An error
 that the user can correct is one sentence; `--traceback` before the command shows where it arose.
 """
 
@@ -125,7 +125,7 @@ def _program_arguments(words: Sequence[str]) -> Iterator[None]:
 
 
 def _refuse_d_in(words: Sequence[str]) -> None:
-    """Refuse a `d_in` for the model: the parser would replace it by the data's without a word."""
+    """Refuse a `d_in` for the model: the parser would replace it by the data's without a warning."""
     from omegaconf import OmegaConf
 
     given = [word for word in words if re.match(r"--model(\.init_args)?\.d_in\b", word)]

@@ -47,7 +47,7 @@ def with_newest(words: Sequence[str]) -> list[str]:
     """Replace `--ckpt_path newest:FOLDER` by the checkpoint found.
 
     Args:
-        words: of the command line.
+        words: words of the command line.
 
     Returns:
         The words with the path in place of `newest:FOLDER`; without the option if there is no checkpoint yet.

@@ -26,7 +26,7 @@ from deeplens_lightning.types import DealingState, TextPosition, device_of
 
 
 class FromHuggingFace:
-    """Extract the activations of the first `num_samples` texts of a dataset, one row a token.
+    """Extract the activations of the first `num_samples` texts of a dataset, one row per token.
 
     The model sees each text alone, up to `seq_length` tokens. Special tokens that the tokenizer adds give rows, padding
     does not.

@@ -39,7 +39,7 @@ class ExtractionDataModule(ExtractionData):
             )
 
     def prepare_data(self) -> None:
-        """Check names and download the model, once a node."""
+        """Check the settings and download the model, once per node."""
         self.data.prepare_data()
 
     def setup(self, stage: str) -> None:  # noqa: ARG002
@@ -53,7 +53,7 @@ class ExtractionDataModule(ExtractionData):
         self.extraction = extraction
 
     def predict_dataloader(self) -> Extraction:
-        """This rank's rows, one model batch an item.
+        """This rank's rows, one model batch per item.
 
         Raises:
             RuntimeError: `setup` was not called.
@@ -112,12 +112,12 @@ def run(
         out: folder of the cache, a path or an fsspec URL.
         max_rows: number of rows to extract, over all ranks; default all.
         shard_bytes: size of a shard on disk, in bytes.
-        storage: `exact`, or `int8` (8 bits a value and one scale a row).
+        storage: `exact`, or `int8` (8 bits per value and one scale per row).
         nonfinite: `refuse` or `drop` rows that hold NaN or infinity.
-        accelerator: of the Trainer.
-        devices: of the Trainer.
-        num_nodes: of the Trainer.
-        strategy: of the Trainer; every rank writes its own shards.
+        accelerator: accelerator of the Trainer.
+        devices: devices of the Trainer.
+        num_nodes: number of nodes of the Trainer.
+        strategy: strategy of the Trainer; every rank writes its own shards.
 
     Raises:
         OtherConfigError: the folder holds a cache of other settings.

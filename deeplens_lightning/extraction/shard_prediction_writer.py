@@ -51,9 +51,9 @@ class ShardPredictionWriter(Callback):
         """Choose the folder and the format.
 
         Args:
-            folder: of the cache, a path or an fsspec URL.
+            folder: folder of the cache, a path or an fsspec URL.
             shard_bytes: size of a shard on disk, in bytes.
-            storage: `exact`, or `int8` (8 bits a value and one scale a row; `shards.codec` documents its error).
+            storage: `exact`, or `int8` (8 bits per value and one scale per row; `shards.codec` documents its error).
             nonfinite: `refuse` or `drop` rows that hold NaN or infinity.
             show_progress: show a bar with rows, tokens/s, bytes written and, if the end is known, the time left.
         """

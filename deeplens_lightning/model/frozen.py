@@ -34,7 +34,7 @@ _LONGEST_DEFAULT_PROBE = 1024
 class FrozenModel:
     """A language model that returns activations. Use `FrozenModel.load` to make one.
 
-    It is no `nn.Module`, so that an SAE that holds it neither trains, saves nor moves its weights.
+    It is not an `nn.Module`, so that an SAE with it as an attribute does not train, save or move its weights.
 
     Args:
         forward: the forward pass.

@@ -160,7 +160,7 @@ def render(inspection: Inspection) -> Group:
     costs.add_row(
         "parameters loaded", f"{inspection.parameters_loaded:,} of {inspection.parameters:,} ({share:.0%})"
     )
-    costs.add_row("buffer", f"{inspection.bytes_per_row:,} bytes a row ({inspection.dtype})")
+    costs.add_row("buffer", f"{inspection.bytes_per_row:,} bytes per row ({inspection.dtype})")
     return Group(offers, chosen, costs)
 
 

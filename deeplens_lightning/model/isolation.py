@@ -1,8 +1,8 @@
 """Choose how segments share a model batch, so that each row equals that of its segment alone.
 
 In: a function that runs the model. Out: the cheapest kind of model batch ("packed", "padded" or "equal") in which
-random segments give the same rows as alone. Rows are compared, because a test of whether one segment influences
-another is not enough: with RoPE scaling by length none does, and the rows differ.
+random segments give the same rows as alone. The rows themselves are compared. A test of whether one segment influences
+another would not be enough: with RoPE scaling by length the rows change although no segment influences another.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under a temporary name and rename it, so that nobody reads half a file.
+    """Write a JSON file under a temporary name and rename it, so that no reader gets half a file.
 
     Numbers that are not finite become null.
     """

@@ -49,7 +49,7 @@ class Dictionary(nn.Module):
         initialized: bool scalar, whether units and biases are set (from a first batch, or by an import).
         settings: the constructor's arguments as numbers, strings and containers of them.
         trained_on: `model_name` and `hook_name` of the training data, where known; exports contain them.
-        planned_tokens: rows that training will take, all ranks together; None where unknown.
+        planned_tokens: number of rows that training will use, the sum over all ranks; None if unknown.
     """
 
     nonfinite_rows: Tensor
@@ -80,7 +80,7 @@ class Dictionary(nn.Module):
         Args:
             d_in: width of the rows; a dict by hook point if the data module serves several.
             d_sae: number of latents; default `expansion_factor` times the width that is read.
-            expansion_factor: see `d_sae`.
+            expansion_factor: number of latents per dimension of the rows; used if `d_sae` is not given.
             k: number of active latents per row, for the top-k family.
             architecture: "topk", "batch_topk", "matryoshka", "relu", "jumprelu" or "gated", or a dict with
                 that `name` and settings of the class in `activations.py`.
@@ -218,7 +218,7 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def initialize_from(self, batch: Batch) -> None:
-        """Set units and the decoder's bias from the first batch, alike on all ranks; later calls do nothing.
+        """Set units and the decoder's bias from the first batch, the same on all ranks; later calls do nothing.
 
         The bias is the geometric median (Bricken et al. 2023; Gao et al. 2024). For architectures in which
         half of all latents are active at first, the encoder is scaled so that reconstructions have the norm

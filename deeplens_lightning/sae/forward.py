@@ -196,7 +196,7 @@ def _row_top_k(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Tensor,
 
 
 def _batch_top_k(x: Tensor, w: Weights, activation: TopK) -> tuple[Tensor, Tensor, Tensor]:
-    """The k x batch largest, exactly: among the entries above a floor that is estimated from a few rows."""
+    """The k x batch largest entries; only those above a floor, estimated from a few rows, are searched."""
     wanted = activation.k * len(x)
     probe = F.linear(x[:32], w.encoder, w.encoder_bias).flatten()
     guess = (

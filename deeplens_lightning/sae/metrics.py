@@ -25,7 +25,7 @@ def fvu(error: Tensor, deviation: Tensor, energy: Tensor) -> Tensor:
 class HeldOutMetrics(Metric):
     """Reconstruction quality and sparsity over held-out rows, summed over ranks by `compute`.
 
-    Nothing of it enters a state dict.
+    It is not part of any state dict.
 
     Args:
         d_sae: number of latents.

@@ -73,6 +73,9 @@ class PortableDictionary(Dictionary):
     def from_dictionary_learning(cls, folder: str | Path) -> Self:
         """Read a folder of saprmarks/dictionary_learning: `ae.pt` and `config.json`.
 
+        Args:
+            folder: the folder.
+
         Raises:
             FileNotFoundError: a file is missing.
             ValueError: an unknown class of dictionary.

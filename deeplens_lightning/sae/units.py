@@ -102,7 +102,7 @@ class RowUnits(nn.Module):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Tensor:
-        """Set `unit` from a served batch, alike on all ranks.
+        """Set `unit` from a served batch, the same on all ranks.
 
         Returns:
             The geometric median of the rows `(width,)`, in own units, averaged over ranks.

@@ -42,7 +42,7 @@ class Shard:
     """One file of rows.
 
     Attributes:
-        folder: that the file is in.
+        folder: the folder that the file is in.
         file: its name.
         rows: number of rows in it.
         nbytes: its size in bytes.

@@ -155,8 +155,8 @@ def chosen_hook_points(catalog: Catalog, only: Sequence[str] | None) -> dict[str
     """`Rows` of some hook points of a catalog.
 
     Args:
-        catalog: that has the hook points.
-        only: their canonical names, in the order wanted; None or empty for all.
+        catalog: the catalog with the hook points.
+        only: canonical names of the hook points to choose, in this order; None or empty for all.
 
     Returns:
         `Rows` by canonical hook name.
@@ -177,8 +177,8 @@ def check_sum(shard: Shard, path: Path) -> None:
     """Compare a shard with its checksum; a bare tensor has none and passes.
 
     Args:
-        shard: that has the checksum.
-        path: of the local file to compare.
+        shard: the shard with the checksum.
+        path: path of the local file to compare.
 
     Raises:
         DamagedShardError: the checksum differs.

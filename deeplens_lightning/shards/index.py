@@ -84,7 +84,7 @@ def is_whole(folder: Folder, sizes: Mapping[str, int]) -> bool:
     """Whether every shard of the index exists with the size in the index, and has a sidecar.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
         sizes: bytes by file name, as `folder.sizes()` returns them.
     """
     return all(

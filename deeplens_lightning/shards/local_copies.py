@@ -51,9 +51,9 @@ class LocalCopies:
         """Start to fetch a file in a background thread, unless there is a copy or one is being fetched.
 
         Args:
-            folder: that has the file.
-            name: of the file.
-            size: of the file in bytes. Older copies are deleted until this one fits.
+            folder: the folder with the file.
+            name: name of the file.
+            size: size of the file in bytes. Older copies are deleted until this one fits.
             sha256: checksum of the file; None for a file that has none.
 
         Raises:
@@ -109,7 +109,7 @@ def local_path(folder: Folder, file: str, size: int, sha256: str | None, copies:
     """A local path to a file of a folder: the file itself, or a copy of a remote one.
 
     Args:
-        folder: that has the file.
+        folder: the folder with the file.
         file: its name.
         size: its size in bytes.
         sha256: its checksum; None for a file that has none.
@@ -122,7 +122,7 @@ def local_path(folder: Folder, file: str, size: int, sha256: str | None, copies:
     if isinstance(folder, LocalFolder):
         return folder.path / file
     if copies is None:
-        raise ShardError(f"{folder.where} is remote and there is no place for local copies: give copies=")
+        raise ShardError(f"{folder.where} is remote and needs local copies: give copies=LocalCopies(...)")
     return copies.get(folder, file, size, sha256)
 
 

@@ -1,8 +1,8 @@
 """The order in which rows are served in an epoch: global shuffle, shuffle in windows of shards, or no shuffle.
 
 In: places in an epoch's order (0 is the row served first). Out: ordinals, that is, numbers of rows within the split.
-Each order is a formula and no list of rows is kept, so it can be computed from any place on without cost for the places
-before it. Resuming relies on this.
+Each order is a formula and no list of rows is kept, so the order can be computed from any place without computing the
+places before it. Resuming relies on this.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GlobalOrder:
 
     Args:
         rows: number of rows in the split.
-        seed: of the run.
+        seed: seed of the run.
         epoch: number of the epoch.
     """
 
@@ -57,7 +57,7 @@ class WindowOrder:
         sizes: size of each shard in bytes, int64 `(shards,)`.
         window_bytes: largest size of a window's shards together; a window has at least one shard. None: no shuffle,
             each shard is a window.
-        seed: of the run.
+        seed: seed of the run.
         epoch: number of the epoch.
     """
 

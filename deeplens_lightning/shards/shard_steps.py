@@ -57,11 +57,11 @@ class ShardSteps(Dataset[Served]):
 
     Args:
         position: step 0 is the batch that follows it.
-        plan: of the batches after `position`.
-        order: of the rows in the epoch.
-        rows: of the split.
+        plan: sizes of the batches after `position`.
+        order: order of the rows in the epoch.
+        rows: rows of the split.
         gatherer: reads rows from the shards.
-        rank: whose batches these are, below `plan.world_size`.
+        rank: number of the rank that gets the batches, below `plan.world_size`.
     """
 
     def __init__(

@@ -44,9 +44,9 @@ class ShardStream(Stream):
     Args:
         paths: folders that `extract` wrote, bare `.pt` tensors, globs; local or fsspec URLs; or a `Catalog` of them.
         batch_size: rows in a batch of each rank.
-        seed: of the shuffle. Every epoch has another order.
-        rank: whose batches these are, below `world_size`. All ranks follow one common order and take turns at its
-            batches, so their batches are disjoint and their epochs end at the same step.
+        seed: seed of the shuffle. Every epoch has another order.
+        rank: number of the rank that gets the batches, below `world_size`. All ranks follow one common order, whose
+            batches go to them in turn, so their batches are disjoint and their epochs end at the same step.
         world_size: number of ranks that take turns.
         shuffle: `global` (all rows at once), `window` (some random shards at a time, for caches larger than memory),
             `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and at most

@@ -73,10 +73,10 @@ def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: 
     """Memory-map a shard of a cache and check that it holds what its manifest and sidecar say.
 
     Args:
-        path: of the shard.
-        hook_points: `Rows` by canonical hook name, of the manifest.
-        storage: `exact` or `int8`, of the manifest.
-        rows: number of rows, of the sidecar.
+        path: path of the shard.
+        hook_points: `Rows` by canonical hook name, from the manifest.
+        storage: `exact` or `int8`, from the manifest.
+        rows: number of rows, from the sidecar.
 
     Raises:
         DamagedShardError: it holds something else, cannot be read, or holds Python objects other than tensors.

@@ -45,7 +45,7 @@ class ShardWriter:
     Args:
         where: the cache's folder, a path or an fsspec URL.
         manifest: hook points, storage and configuration of the cache.
-        rank: of this writer, below `manifest.world_size`.
+        rank: number of the rank of this writer, below `manifest.world_size`.
         shard_bytes: size of a shard in bytes.
         nonfinite: what to do with rows that hold NaN or infinity: `refuse` raises an error, `drop` leaves them out.
         expected_rows: number of rows that the rank will write, to check the free space first; None if not known.

@@ -1,1 +1,1 @@
-"""Activations in, batches out: shuffle rows live or from a cache, serve them to a Trainer, keep the position."""
+"""Turn activations into batches: shuffle rows, live or from a cache, serve them to a Trainer, track the position."""

@@ -1,6 +1,6 @@
-"""What the two shuffles of a live stream mix: blocks of the text, and rows of the model.
+"""Fill the buffers of the two shuffles of a live stream: one with blocks of text, one with rows from the model.
 
-In: packed chunks, groups of shuffled blocks. Out: tensors written into the slots that a shuffle frees.
+In: packed chunks, and groups of shuffled blocks. Out: tensors written into the slots that a shuffle has freed.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ from deeplens_lightning.types import PROVENANCE, BlockPosition, RowPosition
 
 
 class RowWriter(Protocol):
-    """Takes the rows of every model batch in the order in which the model makes them."""
+    """The protocol of an object that receives the rows of every model batch, in the order in which they are computed."""
 
     def write(self, rows: Mapping[str, Tensor], provenance: Tensor, number: int) -> None:
-        """Take the rows of one model batch.
+        """Receive the rows of one model batch.
 
         Args:
             rows: `(n, d_in)` by hook point, on the model's device.
-            provenance: int64 `(n, 4)`.
-            number: of the first of them in the epoch.
+            provenance: int64 `(n, 4)`, columns as in `types.PROVENANCE`.
+            number: number of the first of these rows in the epoch.
         """
         ...
 
     def end(self) -> None:
-        """The epoch has no more rows."""
+        """Called once when the epoch has no more rows."""
         ...
 
 
 class BlockArrivals:
-    """Chunks of an epoch's documents, written into the pool of blocks.
+    """Write the blocks of an epoch into the pool, the buffer of the block shuffle.
 
     Args:
-        chunks: of the epoch, from `start` on.
-        start: where the first window of the pool begins.
+        chunks: chunks of the epoch, beginning at `start`.
+        start: position of the first window of the pool.
 
     Attributes:
-        pool: tensors of blocks that `fill` writes to.
-        documents: documents that began in the chunks read so far.
-        empty: documents without a token that were read so far.
+        pool: the tensors that `fill` writes to, in the order of the fields of `Blocks`.
+        documents: number of documents that begin in the chunks read so far.
+        empty: number of documents without a token read so far.
     """
 
     def __init__(self, chunks: Iterator[Chunk], start: BlockPosition) -> None:
@@ -61,11 +61,11 @@ class BlockArrivals:
         self._next()
 
     def position(self) -> BlockPosition:
-        """The start of the next chunk: windows of the pool begin with one."""
+        """The position of the next chunk. A window of the pool always begins with a chunk."""
         return BlockPosition(start=self._start if self._chunk is None else self._chunk.start, kept=self._kept)
 
     def fill(self, slots: Tensor) -> int:
-        """Write the next blocks to these slots of the pool, int64 `(n,)`; the number of them that there were."""
+        """Write the next blocks into these slots of the pool, int64 `(n,)`; returns the number of blocks written."""
         filled = 0
         while filled < len(slots) and self._chunk is not None:
             blocks = self._chunk.blocks
@@ -79,7 +79,7 @@ class BlockArrivals:
         return filled
 
     def count_all(self) -> int:
-        """Rows of the whole epoch; reads its text to the end."""
+        """Count the rows of the whole epoch; reads the text to the end of the epoch."""
         while self._chunk is not None:
             self._kept += int(self._chunk.blocks.keep.sum())
             self._next()
@@ -93,22 +93,23 @@ class BlockArrivals:
 
 
 class RowArrivals:
-    """The model's rows, batch after batch, written into the buffer.
+    """Run the model on shuffled blocks and write its rows into the buffer of the row shuffle.
 
     Args:
-        model: run on every model batch.
-        blocks: the text, for its counts.
-        groups: groups of shuffled blocks, from `start` on.
-        size: blocks a model batch.
-        buffers: tensors of rows that `fill` writes to, one for each hook point and one for provenance.
-        max_norms: rows with a larger norm at a hook point of this name are dropped.
-        writer: gets the rows of every model batch.
-        start: where the first window of the buffer begins.
-        enter: run the model batch of `start` at once, because the window begins inside it.
+        model: the frozen model.
+        blocks: the source of blocks, for its counts.
+        groups: groups of shuffled blocks, beginning at `start`.
+        size: blocks per model batch.
+        buffers: the tensors that `fill` writes to: one `(slots, d_in)` for each hook point, and provenance
+            `(slots, 4)` last.
+        max_norms: by hook point, the largest norm of a row; rows above it are dropped.
+        writer: receives the rows of every model batch; None for no writer.
+        start: position of the first window of the buffer.
+        enter: run the model batch of `start` in the constructor, because the window begins inside that batch.
 
     Attributes:
-        tokens: tokens that the model has read.
-        outliers: rows of the epoch dropped for their norm.
+        tokens: number of tokens that the model has read.
+        outliers: number of rows of the epoch dropped for their norm.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class RowArrivals:
             self._since = start.blocks.since
 
     def position(self) -> RowPosition:
-        """The place of the next row."""
+        """The position of the next row."""
         if self._batch < 0:
             self._advance()
         return RowPosition(
@@ -160,7 +161,7 @@ class RowArrivals:
         )
 
     def fill(self, slots: Tensor) -> int:
-        """Write the next rows to these slots of the buffers, int64 `(n,)`; the number of them that there were."""
+        """Write the next rows into these slots of the buffers, int64 `(n,)`; returns the number of rows written."""
         filled = 0
         while filled < len(slots):
             kept = self._out.kept
@@ -178,11 +179,11 @@ class RowArrivals:
         return filled
 
     def count_all(self) -> int:
-        """Rows of the whole epoch, but for outliers in text that the model has not read."""
+        """Count the rows of the whole epoch, including any outliers in the text that the model has not read yet."""
         return self.blocks.count_all() - self.outliers
 
     def drain(self) -> None:
-        """Run the rest of the epoch."""
+        """Run the model on the rest of the epoch, so that `writer` receives all rows."""
         while self._advance():
             pass
 

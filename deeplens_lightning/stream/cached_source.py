@@ -1,7 +1,7 @@
-"""Activations read from shards: what `live_source` does with a model and text, from files written before.
+"""Read activations from shards that were written before; no model and no text are loaded.
 
-In: `DataSettings` with folders, globs, files or URLs of shards. Out: `CachedActivations` with streams, held-out
-rows, statistics and a fingerprint. No model and no text are loaded.
+In: `DataSettings` with folders, globs, files or URLs of shards. Out: `CachedActivations` with streams, held-out rows,
+statistics and a fingerprint: the same interface as that of `live_source`.
 """
 
 from __future__ import annotations
@@ -34,22 +34,26 @@ from deeplens_lightning.types import PROVENANCE, Placement
 
 log = logging.getLogger(__name__)
 _READ = 4096
-"""Rows read at once for statistics and validation."""
+"""Batch size in rows for reading statistics and the validation set."""
 
 
 @dataclass(frozen=True)
 class CachedSettings:
-    """Which shards are read, and which hook points of them.
+    """Find the shards and hook points to read, without reading rows.
 
     Attributes:
-        given: what the user said.
+        given: the settings of the data module, with `shards`.
     """
 
     given: DataSettings
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The shards, listed, with their sizes checked."""
+        """The list of shards, with their sizes checked.
+
+        Raises:
+            ShardError: nothing is there, a shard is damaged, or the shards do not belong together.
+        """
         copies = LocalCopies(max_bytes=self.given.cache_options.bytes)
         try:
             return open_catalog(self._shards, self.bare_hook, copies)
@@ -58,7 +62,7 @@ class CachedSettings:
 
     @property
     def hf_model(self) -> str | PreTrainedModel | None:
-        """The model that the rows were computed with: as given, or as the cache says; None where neither does."""
+        """The model that the rows were computed with, from the settings or else from the cache; None if in neither."""
         if self.given.hf_model is not None:
             return self.given.hf_model
         models = [manifest.config.get("model", {}) for manifest in self.catalog.manifests.values()]
@@ -66,12 +70,12 @@ class CachedSettings:
 
     @property
     def _shards(self) -> str | list[str]:
-        assert self.given.shards is not None  # what makes these settings cached
+        assert self.given.shards is not None  # this class is used only with shards=
         return self.given.shards
 
     @property
     def bare_hook(self) -> str | None:
-        """The name that `layer` and `hook` give to bare tensors; None for what their file names say."""
+        """The canonical name of the rows in bare tensor files, from `layer` and `hook`; None to use the file names."""
         names = [self.given.hook] if isinstance(self.given.hook, str) else list(self.given.hook or [])
         layers = [self.given.layer] if isinstance(self.given.layer, int) else list(self.given.layer or [])
         if len(names) != 1:
@@ -83,10 +87,10 @@ class CachedSettings:
 
     @cached_property
     def only(self) -> tuple[str, ...] | None:
-        """Canonical names of the chosen hook points; None for all in the cache, in its order.
+        """Canonical names of the chosen hook points; None for all hook points of the cache, in the cache's order.
 
         Raises:
-            ShardError: the cache holds none that `layer` and `hook` name.
+            ShardError: `layer` and `hook` name a hook point that is not in the cache.
         """
         if not self.catalog.manifests or (self.given.layer is None and self.given.hook is None):
             return None
@@ -94,34 +98,39 @@ class CachedSettings:
 
     @property
     def widths(self) -> dict[str, int]:
-        """d_in by hook point."""
+        """Width of the rows, `d_in`, by canonical name of the hook point."""
         return {name: rows.d_in for name, rows in chosen_hook_points(self.catalog, self.only).items()}
 
     def prepare(self) -> None:
-        """Find mistakes; there is nothing to download."""
+        """Check the settings; there is nothing to download."""
         self.check()
 
     def check(self) -> None:
-        """Find mistakes without reading a shard.
+        """Check the settings without reading rows.
 
         Raises:
-            ShardError: nothing is there, or it is damaged, does not belong together, or lacks a hook point.
+            ShardError: no shard was found, a shard is damaged, the shards do not belong together, or they lack a hook
+                point that was asked for.
         """
         _ = self.widths
 
     def open(self, placement: Placement) -> CachedActivations:
-        """List the shards; none is read yet."""
+        """List the shards without reading rows.
+
+        Args:
+            placement: rank and devices of this process.
+        """
         self.check()
         return CachedActivations(settings=self, placement=placement)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedActivations:
-    """Opened shards, and everything that a data module serves of them.
+    """Streams, validation rows and statistics from shards.
 
     Attributes:
-        settings: what was opened.
-        placement: rank and devices.
+        settings: the settings that were opened.
+        placement: rank and devices of this process.
     """
 
     settings: CachedSettings
@@ -129,11 +138,15 @@ class CachedActivations:
 
     @cached_property
     def heldout(self) -> HeldOutRows:
-        """This rank's share of the validation set; read once."""
+        """This rank's share of the validation set, read once and kept; empty if the cache has too few held-out rows."""
         given, catalog = self.settings.given, self.settings.catalog
         points = chosen_hook_points(catalog, self.settings.only)
         if self._heldout_count() < self.placement.ranks:
-            log.warning("the shards hold no held-out documents at val_fraction=%s", given.val_fraction)
+            log.warning(
+                "the shards hold no held-out documents at val_fraction=%s: there is no validation set; raise "
+                "val_fraction, or set it to 0",
+                given.val_fraction,
+            )
             rows = {
                 name: torch.empty(0, kind.d_in, dtype=DTYPES[kind.dtype]) for name, kind in points.items()
             }
@@ -147,12 +160,18 @@ class CachedActivations:
         )
 
     def stream(self, batch_size: int, statistics: Statistics, buffer_rows: int | None) -> ShardStream:
-        """This rank's training batches; shards need no buffer, and no norm is limited."""
+        """Open the stream of this rank's training batches.
+
+        Args:
+            batch_size: rows per batch.
+            statistics: not used: rows are not filtered by their norm.
+            buffer_rows: not used: there is no shuffle buffer.
+        """
         del statistics, buffer_rows
         return self._stream("train", batch_size)
 
     def measure(self) -> Statistics:
-        """Measure the normalisation on a sample of training rows, the same on every rank."""
+        """Measure the normalisation on a sample of training rows, which is the same on every rank."""
         normalize, widths = self.settings.given.normalize, self.settings.widths
         if normalize == "none":
             identities = {name: Scaling.identity(d_in) for name, d_in in widths.items()}
@@ -171,11 +190,11 @@ class CachedActivations:
         return Statistics(scalings=scalings, max_norms={})
 
     def heldout_blocks(self, rows: int) -> None:  # noqa: ARG002
-        """None: shards hold rows, not text."""
+        """None, because shards contain rows and no text."""
         return
 
     def known_batches(self, batch_size: int) -> int:
-        """Batches of an epoch, on every rank."""
+        """Number of batches of an epoch, the same on every rank."""
         stream = self._stream("train", batch_size)
         try:
             return stream.steps()
@@ -183,7 +202,7 @@ class CachedActivations:
             stream.close()
 
     def fingerprint(self) -> dict[str, str]:
-        """What must not change when a run goes on, by name."""
+        """What must be the same when a run continues from a checkpoint: name to value."""
         stream = self._stream("train", 1)
         shards = stream.identity["shards"]
         stream.close()
@@ -197,7 +216,7 @@ class CachedActivations:
         }
 
     def close(self) -> None:
-        """Nothing: streams close themselves."""
+        """Do nothing: each stream is closed by its user."""
 
     def _heldout_count(self) -> int:
         fraction = self.settings.given.val_fraction
@@ -236,7 +255,7 @@ class CachedActivations:
 
 
 def canonical(hook: str) -> str:
-    """Our name of a hook point that may be written in TransformerLens's words."""
+    """Translate TransformerLens's name of a hook point to the canonical one; other names are returned unchanged."""
     if hook in ("ln_final", "ln_final.hook_out"):
         return "final_norm"
     written = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
@@ -248,15 +267,18 @@ def canonical(hook: str) -> str:
 def chosen(
     names: Sequence[str], layer: int | Sequence[int] | None, hook: str | Sequence[str] | None
 ) -> tuple[str, ...]:
-    """The hook points of a cache that `layer` and `hook` name.
+    """Find the hook points of a cache that match `layer` and `hook`.
 
     Args:
-        names: canonical names of those that the cache holds.
-        layer: one or several; None for any.
-        hook: kinds or full names, one or several; None for any.
+        names: canonical names of the hook points in the cache.
+        layer: one layer number or several; None for all layers.
+        hook: one kind or full name or several; None for all kinds.
+
+    Returns:
+        Canonical names, in the order of `layer` and `hook`.
 
     Raises:
-        ShardError: one of them names nothing in the cache; the message lists what there is.
+        ShardError: a layer or hook matches nothing in the cache; the message lists what the cache has.
     """
     layers = [layer] if isinstance(layer, int) else list(layer or [])
     hooks = [hook] if isinstance(hook, str) else list(hook or [])
@@ -271,7 +293,8 @@ def chosen(
             if not matches:
                 asked = f"layer={layer!r}, hook={hook!r}"
                 raise ShardError(
-                    f"{asked}: the shards hold {', '.join(names)}; choose among those, or extract again"
+                    f"{asked} is not in the shards, which hold {', '.join(names)}; choose layer= and hook= among those, "
+                    "or extract again"
                 )
             found += [name for name in matches if name not in found]
     return tuple(found)

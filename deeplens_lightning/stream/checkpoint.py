@@ -1,6 +1,6 @@
-"""The data module's part of a checkpoint: its shape, and whether a run may continue from it.
+"""The data module's part of a checkpoint: write it, read it, and check whether a run can continue from it.
 
-Primitives and tensors only, so that it loads with `weights_only=True`.
+It contains only numbers, strings, lists, dicts and tensors, so that it loads with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from deeplens_lightning.types import STATE_VERSION, RankProgress, stream_positio
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderPosition:
-    """How far training has come in the data: the same on every rank.
+    """How far training has come in the data; the same object on every rank.
+
+    Now and then the ranks agree on a number of batches that each of them can serve (`ActivationLoader`).
 
     Attributes:
-        ranks: of every rank, a position, the batches served from there up to the last agreement of the ranks, and
-            the rows in the batches that were certain then.
-        since: batches trained on since that agreement.
-        batch_size: rows a batch of each rank.
-        epoch_batches: batches of the data epoch that were trained on.
-        in_epoch: batches of the Trainer's epoch that were trained on.
-        rows_dropped: rows that earlier epochs could not serve, over all ranks.
+        ranks: for every rank, a position in its stream, the number of batches from there to the last agreement, and
+            the number of rows in the batches that the rank could guarantee at that agreement.
+        since: number of batches trained on since that agreement.
+        batch_size: rows per batch of each rank.
+        epoch_batches: number of batches of the data epoch trained on.
+        in_epoch: number of batches of the Trainer's epoch trained on.
+        rows_dropped: number of rows that earlier epochs could not serve, the sum over all ranks.
     """
 
     ranks: tuple[RankProgress, ...]
@@ -38,7 +40,7 @@ class LoaderPosition:
     rows_dropped: int
 
     def table(self) -> list[RankProgress]:
-        """The progress of each rank when the checkpoint was taken."""
+        """The progress of each rank at the time of the checkpoint."""
         return [
             RankProgress(
                 position=rank.position,
@@ -49,7 +51,7 @@ class LoaderPosition:
         ]
 
     def to_state(self) -> dict[str, Any]:
-        """As JSON-like values."""
+        """Convert to JSON-like values, for a checkpoint."""
         return {
             "ranks": [
                 {"position": rank.position.to_state(), "step": rank.step, "rows": rank.rows}
@@ -74,13 +76,13 @@ class LoaderPosition:
 
 @dataclass(frozen=True, kw_only=True)
 class DataState:
-    """Everything that a checkpoint keeps of a data module.
+    """Everything that a checkpoint stores for a data module.
 
     Attributes:
-        fingerprint: what must not change when the run continues, by name.
+        fingerprint: what must be the same when the run continues: name to value.
         position: how far training has come; None before the first batch.
-        buffer_rows: rows being mixed; None without a buffer.
-        statistics: normalisation and norm limits; None where they were not measured.
+        buffer_rows: number of slots of the shuffle buffer; None without a buffer.
+        statistics: normalisation and norm limits; None if they were not measured.
     """
 
     fingerprint: Mapping[str, str]
@@ -89,7 +91,7 @@ class DataState:
     statistics: Statistics | None
 
     def to_state(self) -> dict[str, Any]:
-        """As JSON-like values and tensors."""
+        """Convert to JSON-like values and tensors, for a checkpoint."""
         measured = self.statistics
         return {
             "version": STATE_VERSION,
@@ -105,12 +107,13 @@ class DataState:
         """The inverse of `to_state`.
 
         Raises:
-            ValueError: the state has a version that is not known here; with what to do.
+            ValueError: the state was written with another version of the format.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(
-                f"the checkpoint's data state has version {state.get('version')}, this release reads {STATE_VERSION}: "
-                "continue with the release that wrote it, or start again with SparseAutoencoder.load_from_checkpoint"
+                f"the checkpoint's data state has version {state.get('version')}, this release reads version "
+                f"{STATE_VERSION}: continue with the release that wrote it, or load only the SAE with "
+                "SparseAutoencoder.load_from_checkpoint and start a new run"
             )
         scalings = {name: Scaling.from_state_dict(x) for name, x in state["scalings"].items()}
         max_norms = dict(state["max_norms"])
@@ -123,7 +126,7 @@ class DataState:
 
 
 def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What is not the same, one sentence each."""
+    """List the names whose values differ, each as a line of text."""
     return [
         f"{key}: {saved.get(key, '(nothing)')} in the checkpoint, {now.get(key, '(nothing)')} now"
         for key in sorted(saved.keys() | now.keys())
@@ -132,32 +135,36 @@ def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 
 
 def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str], unused: Collection[str] = ()) -> None:
-    """Refuse to continue with other data than before.
+    """Check that a run has the same data as a checkpoint.
 
     Args:
-        saved: of the checkpoint.
-        now: of this run.
+        saved: fingerprint in the checkpoint.
+        now: fingerprint of this run.
         unused: names that may differ.
 
     Raises:
-        ValueError: naming each difference.
+        ValueError: the fingerprints differ; the message lists every difference.
     """
     found = differences(
         *({key: value for key, value in each.items() if key not in unused} for each in (saved, now))
     )
     if found:
         raise ValueError(
-            "this checkpoint was taken on other data; going on would not continue it.\n  "
+            "this checkpoint was taken on other data, so the run cannot be resumed exactly:\n  "
             + "\n  ".join(found)
-            + "\nUse the same configuration, or give resume_anyway=True to go on at the same place of the new data"
+            + "\nUse the configuration of the checkpoint, or give resume_anyway=True to continue at the same position "
+            "in the new data"
         )
 
 
 def lost_in_accumulation(trainer: Trainer) -> str | None:
-    """What Lightning itself does not restore from a checkpoint inside gradient accumulation, as a sentence.
+    """A warning if the checkpoint was taken in the middle of a gradient accumulation, which Lightning cannot restore.
 
     Args:
-        trainer: whose loops were restored and have not run.
+        trainer: a Trainer whose loops were restored from a checkpoint and have not run yet.
+
+    Returns:
+        The text of the warning; None if nothing is lost.
     """
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     every = trainer.accumulate_grad_batches
@@ -167,12 +174,13 @@ def lost_in_accumulation(trainer: Trainer) -> str | None:
     if not progress.is_last_batch:
         return (
             f"this checkpoint was taken {inside} batch(es) into an accumulation of {every}: Lightning saves no "
-            "gradients, so theirs are lost. The data go on exactly; save where global_step changes to lose nothing"
+            "gradients, so those of these batches are lost. The data continue exactly. To lose nothing, save a "
+            "checkpoint only after an optimizer step, when global_step changes"
         )
     if trainer.fit_loop.max_batches == float("inf"):
         return (
             f"this checkpoint was taken on the last batch of an epoch of unknown length, {inside} batch(es) into "
-            f"an accumulation of {every}: Lightning goes on counting from there, so accumulations of the next epoch "
-            "begin elsewhere. The data go on exactly; give max_tokens to make epochs of a known length"
+            f"an accumulation of {every}: Lightning continues to count from there, so accumulations of the next epoch "
+            "begin at other batches. The data continue exactly. Give max_tokens to make epochs of a known length"
         )
     return None

@@ -1,7 +1,7 @@
-"""Extraction: one rank's rows in the order of the documents, each with the place to compute it again from.
+"""Compute one rank's rows in the order of its documents, for extraction to a cache.
 
-In: a frozen model and a rank's text. Out: model batches of rows, numbered, for a `ShardWriter`. There is no buffer
-and no shuffle: readers of the cache shuffle.
+In: a frozen model and a rank's text. Out: numbered model batches of rows for a `ShardWriter`, each with the position to
+compute it again from. Rows are not shuffled here: the reader of the cache shuffles them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class ModelRows(NamedTuple):  # Lightning moves named tuples, and no other class
 
     Attributes:
         rows: `(n, d_in)` by canonical hook name, on the model's device.
-        provenance: int64 `(n, 4)`.
-        source: JSON-able place from which they come again.
-        first_row: number of the first of them among this rank's rows.
-        tokens: number of tokens that the model read for them.
+        provenance: int64 `(n, 4)`, columns as in `types.PROVENANCE`.
+        source: position to compute these rows again from, as JSON-like values.
+        first_row: number of the first of these rows among all rows of this rank.
+        tokens: number of tokens that the model read to compute these rows.
     """
 
     rows: dict[str, Tensor]
@@ -50,10 +50,10 @@ class Plan:
     """Size, time and memory of an extraction, estimated from a sample of its documents.
 
     Attributes:
-        rows: of all ranks; None where the number of documents is unknown.
-        row_bytes: on disk.
-        rows_per_second: of this rank.
-        memory: bytes on this rank beside the model: two shards, and one model batch.
+        rows: number of rows over all ranks; None if the number of documents is unknown.
+        row_bytes: bytes per row on disk.
+        rows_per_second: rows per second on this rank.
+        memory: bytes of memory that this rank needs besides the model: two shards and one model batch.
         ranks: number of ranks that share the work.
     """
 
@@ -72,23 +72,23 @@ class Plan:
         return (
             f"{per}: {rows:,} rows, {rows * self.row_bytes:,} bytes on disk, {duration} on {self.ranks} "
             f"rank(s) ({self.rows_per_second:,.0f} rows/s each); {self.memory:,} bytes of memory "
-            "beside the model"
+            "besides the model"
         )
 
 
 @dataclass(kw_only=True)
 class Extraction:
-    """Rows of a model on documents, in the documents' order. Iterating begins at `resume`.
+    """Iterate over the rows of all documents of a rank, in the order of the documents.
 
     Attributes:
-        model: run up to the deepest hook point.
-        text: what this rank reads: every document, held out or not (`val_fraction=0`), so that the cache can be
-            split by the same hashes as the text.
-        inference_batch_size: blocks a model batch.
-        config: JSON-able description of what decides the rows beside model, dataset and packing.
-        max_rows: number of rows of this rank to stop after.
-        resume: where to begin, from a `ShardWriter`; None when there is nothing left to do.
-        exhausted: whether the last iteration came to the end.
+        model: the frozen model.
+        text: the text of this rank. It includes the held-out documents (`val_fraction=0`), so that a reader of the
+            cache can split it by the same hashes as the text.
+        inference_batch_size: blocks per model batch.
+        config: JSON-like settings that determine the rows, in addition to model, dataset and packing.
+        max_rows: stop after this number of rows of this rank; None for all rows.
+        resume: where to begin, as returned by a `ShardWriter`; None if all rows were written before.
+        exhausted: whether the last iteration came to its end.
     """
 
     model: FrozenModel
@@ -101,7 +101,7 @@ class Extraction:
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """Number of this rank."""
         return self.text.documents.rank
 
     @property
@@ -110,7 +110,12 @@ class Extraction:
         return self.text.documents.ranks
 
     def manifest(self, storage: str = "exact", extra: Mapping[str, Any] | None = None) -> Manifest:
-        """The description of a cache of these rows."""
+        """Make the manifest of a cache of these rows.
+
+        Args:
+            storage: how rows are stored: `exact`, or `int8`.
+            extra: further entries of the manifest, as JSON-like values.
+        """
         names = {dtype: name for name, dtype in DTYPES.items()}
         how, documents = self.text.packing, self.text.documents
         packing = {
@@ -168,7 +173,13 @@ class Extraction:
                     return
 
     def plan(self, storage: str = "exact", shard_bytes: int = SHARD_BYTES, batches: int = 4) -> Plan:
-        """Estimate rows, bytes, time and memory from a few hundred documents and a few model batches."""
+        """Estimate rows, bytes, time and memory from a few hundred documents and a few model batches.
+
+        Args:
+            storage: how rows are stored: `exact`, or `int8`.
+            shard_bytes: size of a shard in bytes.
+            batches: number of model batches that are timed.
+        """
         manifest = self.manifest(storage)
         documents = self.text.documents
         full = (document for document in self.text.tokenized(0) if len(document.tokens))

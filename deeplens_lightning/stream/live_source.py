@@ -1,7 +1,7 @@
-"""Activations computed while training: from the names that a user gave to an opened model and text.
+"""Open the model and the text that activations are computed from while training.
 
-In: `DataSettings`. Out: `LiveActivations` with streams, held-out rows, statistics and a fingerprint. Mistakes are
-found in the order of their cost: names, configuration, dataset, tokenizer, weights.
+In: `DataSettings`. Out: `LiveActivations` with streams, held-out rows, statistics and a fingerprint. Cheap checks come
+first: names, configuration, dataset, tokenizer, then weights.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ MAX_BUFFER_ROWS = 262_144
 MAX_BUFFER_BYTES = 10**9
 BUFFER_SHARE_OF_CUDA = 0.1
 TEXT_THREADS = 1
-"""Threads that tokenise beside a model on an accelerator; on a CPU they would compete with it."""
+"""Threads that tokenise while the model runs on an accelerator; on a CPU they would slow the model down."""
 
 
 @dataclass(frozen=True)
 class LiveSettings:
-    """Which model is read where, on which text; nothing is opened yet.
+    """Resolve the model, hook points and text from the settings, before anything is loaded.
 
     Attributes:
-        given: what the user said.
+        given: the settings of the data module, without `shards`.
     """
 
     given: DataSettings
 
     @property
     def hf_model(self) -> str | PreTrainedModel:
-        """The model, or its name."""
+        """The language model, or its name."""
         return self.given.hf_model if self.given.hf_model is not None else DEMO_LM
 
     @cached_property
@@ -64,25 +64,25 @@ class LiveSettings:
 
     @cached_property
     def hook_points(self) -> tuple[HookPoint, ...]:
-        """The places that the user named, found without weights."""
+        """The hook points that `layer` and `hook` name, found without loading weights."""
         model = self.config if isinstance(self.hf_model, str) else self.hf_model
         layer = DEFAULT_LAYER if self.given.layer is None else self.given.layer
         return resolve(model, layer, self.given.hook or DEFAULT_HOOK)
 
     @property
     def widths(self) -> dict[str, int]:
-        """d_in by hook point."""
+        """Width of the rows, `d_in`, by canonical name of the hook point."""
         return {point.name: point.d_in for point in self.hook_points}
 
     def prepare(self) -> None:
-        """Find mistakes, and download a model of the hub to this node's cache."""
+        """Check the settings, and download a hub model to this node's cache."""
         self.check()
         kwargs = self.given.model_options.kwargs
         if isinstance(self.hf_model, str) and not Path(locate(self.hf_model, kwargs)[0]).exists():
             FrozenModel.load(self.hf_model, self.hook_points, device="cpu", model_kwargs=kwargs).close()
 
     def check(self) -> None:
-        """Find mistakes without loading weights or text.
+        """Check the settings without loading weights or text.
 
         Raises:
             ValueError: an unknown hook point, a layer out of range, or a `seq_length` above the model's positions.
@@ -96,7 +96,15 @@ class LiveSettings:
         _ = self.hook_points
 
     def open(self, placement: Placement) -> LiveActivations:
-        """Load text, tokenizer and weights."""
+        """Load text, tokenizer and weights.
+
+        Args:
+            placement: rank and devices of this process.
+
+        Raises:
+            ValueError: the settings do not fit the model or the dataset.
+            FileNotFoundError: the model or the dataset does not exist.
+        """
         self.check()
         given, options = self.given, self.given.model_options
         source = open_source(
@@ -149,15 +157,15 @@ class LiveSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LiveActivations:
-    """An opened model and text, and everything that a data module serves of them.
+    """Streams, validation rows and statistics from a loaded model and text.
 
     Attributes:
-        settings: what was opened.
-        placement: rank and devices.
-        source: all documents.
-        tokenizer: None for token ids without one.
+        settings: the settings that were opened.
+        placement: rank and devices of this process.
+        source: the dataset with all documents.
+        tokenizer: None if documents are token ids and there is no tokenizer.
         model: the frozen model.
-        packing: how segments become blocks.
+        packing: the settings of packing.
     """
 
     settings: LiveSettings
@@ -169,12 +177,12 @@ class LiveActivations:
 
     @property
     def documents(self) -> IndexedSource | None:
-        """The documents that provenance counts, where they can be read again."""
+        """The documents, indexed by `Provenance.document_index`; None for a streamed dataset."""
         return self.source if isinstance(self.source, IndexedSource) else None
 
     @cached_property
     def heldout(self) -> HeldOutRows:
-        """This rank's share of the validation set; computed once."""
+        """This rank's share of the validation set, computed once and kept."""
         return self._validation(self.settings.given.val_rows).compute(
             self.model, self.settings.given.inference_batch_size, self.placement
         )
@@ -182,12 +190,12 @@ class LiveActivations:
     def stream(
         self, batch_size: int, statistics: Statistics, buffer_rows: int | None
     ) -> LiveStream | WriteThroughStream:
-        """This rank's training batches.
+        """Open the stream of this rank's training batches.
 
         Args:
-            batch_size: rows a batch.
-            statistics: measured before; its norm limits filter rows.
-            buffer_rows: rows being mixed, where a checkpoint says it; None for what the settings say.
+            batch_size: rows per batch.
+            statistics: measured normalisation and norm limits; rows above a norm limit are dropped.
+            buffer_rows: number of slots of the shuffle buffer, from a checkpoint; None to use the settings.
         """
         given = self.settings.given
         live = LiveStream(
@@ -219,7 +227,7 @@ class LiveActivations:
         )
 
     def measure(self) -> Statistics:
-        """Measure normalisation and norm limits; the model is not run where neither is wanted."""
+        """Measure normalisation and norm limits; the model does not run if the settings have neither."""
         given = self.settings.given
         if given.normalize == "none" and given.buffer_options.max_norm_ratio is None:
             scalings = {name: Scaling.identity(d_in) for name, d_in in self.settings.widths.items()}
@@ -234,7 +242,12 @@ class LiveActivations:
         )
 
     def extraction(self, max_rows: int | None, config: Mapping[str, Any] | None = None) -> Extraction:
-        """This rank's rows in the order of the documents, held out or not, for a cache."""
+        """This rank's rows in the order of the documents, held-out ones included, for a cache.
+
+        Args:
+            max_rows: stop after this number of rows of this rank; None for all rows.
+            config: further JSON-like settings that determine the rows.
+        """
         text = self.text("train")
         given = self.settings.given
         return Extraction(
@@ -246,15 +259,15 @@ class LiveActivations:
         )
 
     def heldout_blocks(self, rows: int) -> Iterator[Blocks]:
-        """Chunks of blocks with at least `rows` held-out rows, if there are that many."""
+        """Iterate over chunks of held-out blocks until they hold `rows` rows, or until the held-out text ends."""
         return self._validation(rows).blocks()
 
     def known_batches(self, batch_size: int) -> int | None:  # noqa: ARG002
-        """Batches of an epoch: not known before the text was read."""
+        """None: the number of batches of an epoch is not known before the text was read."""
         return None
 
     def buffer_rows(self, batch_size: int) -> int:
-        """Slots of the buffer: a multiple of `batch_size`."""
+        """Number of slots of the shuffle buffer, a multiple of `batch_size`."""
         wanted = self.settings.given.buffer_size
         if wanted != "auto":
             return wanted // batch_size * batch_size
@@ -267,7 +280,7 @@ class LiveActivations:
         return max(rows // batch_size, 4) * batch_size
 
     def fingerprint(self) -> dict[str, str]:
-        """What must not change when a run goes on, by name."""
+        """What must be the same when a run continues from a checkpoint: name to value."""
         given, packing = self.settings.given, self.packing
         return {
             **{f"model {key}": value for key, value in self.model.identity.items()},
@@ -286,7 +299,7 @@ class LiveActivations:
         }
 
     def text(self, split: Split) -> TextStage:
-        """The text of a split: this rank's share of the training text, or all of the held-out text."""
+        """The text of a split: for `train` this rank's share, for `heldout` all of it on every rank."""
         given, heldout = self.settings.given, split == "heldout"
         documents = Documents(
             source=self.source,

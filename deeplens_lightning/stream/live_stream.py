@@ -1,9 +1,10 @@
-"""Text to batches: composes the text stage, the frozen model and two rotating shuffles.
+"""Compute batches of activations live: the text stage, a shuffle of blocks, the frozen model, a shuffle of rows.
 
-    documents -> chunks of blocks -> mixed blocks -> model batches -> rows -> mixed rows -> batches
+    documents -> chunks of blocks -> shuffled blocks -> model batches -> rows -> shuffled rows -> batches
 
-The two shuffles nest: the row shuffle reads the model, which reads the block shuffle, which reads the text. So do
-positions: a window of rows began at a row of a model batch, inside a window of blocks, which began at a document.
+Each stage pulls from the one before it: the row shuffle runs the model, which takes blocks from the block shuffle, which
+reads the text. Positions are nested in the same way: a window of the row shuffle starts at a row of a model batch. The
+model batch is in a window of the block shuffle, and this window starts at a document.
 """
 
 from __future__ import annotations
@@ -32,28 +33,29 @@ from deeplens_lightning.types import (
 )
 
 GROUPED = 32
-"""Model batches whose blocks are sorted before they run, so that blocks that run fast together share one."""
+"""Number of model batches in a group. The blocks of a group are sorted so that blocks which run fast together share one
+batch."""
 POOL_BLOCKS, POOL_TOKENS = 4096, 2**19
 FIRST_WINDOW = 4
-"""Batches of the first window: what must be computed before the first batch is served."""
+"""Number of batches in the first window, which is computed before the first batch is served."""
 
 
 @dataclass(kw_only=True)
 class LiveStream:
-    """One rank's batches of activations, computed while they are served. Implements `types.Stream`.
+    """Compute one rank's batches of activations while they are served. Implements `types.Stream`.
 
     Attributes:
-        model: run up to the deepest hook point.
-        text: what this rank reads; chunks of its packing are `GROUPED` model batches.
-        batch_size: rows a batch.
-        buffer_rows: slots of the buffer, a multiple of `batch_size`.
-        buffer_device: where the buffer and so the batches are.
-        inference_batch_size: blocks a model batch.
-        seed: of both shuffles.
-        pool: whether blocks are shuffled before the model.
-        max_norms: rows with a larger norm at a hook point of this name are dropped.
-        show_progress: show a bar while rows are computed again.
-        writer: gets the rows of every model batch, for a cache.
+        model: the frozen model.
+        text: the text of this rank; a chunk of its packing is `GROUPED` model batches.
+        batch_size: rows per batch.
+        buffer_rows: number of slots of the buffer, a multiple of `batch_size`.
+        buffer_device: device of the buffer and of the batches.
+        inference_batch_size: blocks per model batch.
+        seed: seed of both shuffles.
+        pool: whether blocks are shuffled before the model runs on them.
+        max_norms: by hook point, the largest norm of a row; rows above it are dropped.
+        show_progress: whether to show a bar while rows are computed again after resuming.
+        writer: receives the rows of every model batch, for a cache; None for no writer.
     """
 
     model: FrozenModel
@@ -72,20 +74,20 @@ class LiveStream:
 
     @property
     def rank(self) -> int:
-        """This rank."""
+        """Number of this rank."""
         return self.text.documents.rank
 
     @property
     def buffer_bytes(self) -> int:
-        """Size of the buffer of activations."""
+        """Size of the shuffle buffer in bytes."""
         row = sum(point.d_in * self.model.dtypes[point.name].itemsize for point in self.model.hook_points)
         return self.buffer_rows * row
 
     def batches(self, position: StreamPosition, skip: int) -> Iterator[Served]:
-        """Batches after the first `skip` ones that follow `position`, to the end of the epoch.
+        """Iterate over the batches from `position` to the end of the epoch, without the first `skip` ones.
 
         Raises:
-            ValueError: the position was taken in a cache.
+            ValueError: the position is one in a cache.
         """
         at = live(position)
         self._rows = self._arrivals(at)
@@ -103,22 +105,23 @@ class LiveStream:
                 yield self._served(mixed, at.epoch)
 
     def start(self, epoch: int) -> LivePosition:
-        """The position at which an epoch begins."""
+        """The position of the first batch of an epoch."""
         return LivePosition(epoch=epoch)
 
     def dropped(self, position: StreamPosition, epoch_batches: int) -> int:  # noqa: ARG002
-        """Rows of this epoch that this rank has beyond its first `epoch_batches` batches; reads the rest of its text."""
+        """Count the rows of this epoch after this rank's first `epoch_batches` batches; reads the rest of the text."""
         return self._rows.count_all() - epoch_batches * self.batch_size if self._rows is not None else 0
 
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[LivePosition, int]:
-        """Continue with another number of ranks.
+        """Find where to continue with another number of ranks.
 
         Args:
-            table: the progress of every old rank.
+            table: the progress of every rank that was training before.
 
         Returns:
-            A position for every new rank, and the number of rows that are served again: a document is, when it
-            lies at or beyond the frontier of the rank that had it.
+            A position, the same for every present rank, and the number of rows that will be served a second time. These
+            are the rows that an earlier rank had already served from its frontier on: the first segment in its current
+            window.
         """
         fronts = [_frontier(live(progress.position)) for progress in table]
         again = sum(front.since + progress.rows for front, progress in zip(fronts, table, strict=True))
@@ -137,9 +140,9 @@ class LiveStream:
         return LivePosition(epoch=table[0].position.epoch, rows=rows), again
 
     def row_age(self, position: StreamPosition, step: int) -> float:
-        """Rows served between the computing of a row and its own batch: the mean over the batch `step` of a window.
+        """Mean number of rows served between computing a row and serving it, for batch `step` of a window.
 
-        Rows of a window arrive evenly while the one before it is served, and are served in random order.
+        Rows of a window are computed evenly while the window before it is served, and are served in random order.
         """
         at = live(position)
         before = self._row_shuffle(at.epoch).window_size(at.window - 1) if at.window else 0
@@ -147,7 +150,7 @@ class LiveStream:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counts of this epoch since the stream was entered: `documents`, `tokens`, `outliers`, `empty`."""
+        """Counts of this epoch since `batches` was called: `documents`, `tokens`, `outliers`, `empty` documents."""
         rows = self._rows
         return {
             "documents": rows.blocks.documents if rows else 0,
@@ -157,12 +160,12 @@ class LiveStream:
         }
 
     def drain(self) -> None:
-        """Run the rest of the epoch for `writer` alone."""
+        """Run the model on the rest of the epoch without serving batches, so that `writer` receives all rows."""
         if self._rows is not None:
             self._rows.drain()
 
     def sync(self) -> None:
-        """Nothing: the stream itself writes no file."""
+        """Do nothing: this stream writes no file."""
 
     def close(self) -> None:
         """Free the buffer."""
@@ -241,16 +244,19 @@ class LiveStream:
 
 
 def live(position: StreamPosition) -> LivePosition:
-    """The position of a live stream.
+    """Check that a position is one in a live stream, and return it.
 
     Raises:
-        ValueError: it was taken in a cache.
+        ValueError: it is a position in a cache.
     """
     if isinstance(position, LivePosition):
         return position
-    raise ValueError("this position was taken in a cache: continue with the same shards= as before")
+    raise ValueError(
+        "the checkpoint has a position in a cache, but this run computes activations live: give the same shards= or "
+        "write_shards= as before"
+    )
 
 
 def _frontier(position: LivePosition) -> BlockPosition:
-    """The block position whose `start` is the first document that was not served whole when the window began."""
+    """The block position whose `start` is the frontier: all segments before it were served when the window began."""
     return position.rows.blocks if position.rows is not None else BlockPosition()

@@ -1,8 +1,8 @@
-"""The loader that a Trainer iterates: batches of a stream, epoch after epoch, and the position in them.
+"""The training data loader: serves the batches of a stream, epoch after epoch, and tracks the position in the data.
 
-In: a `types.Stream`. Out: a Tensor `(batch, d_in)` a step, or a dict of them. Lightning's habits are handled here:
-it makes iterators that it never uses, reads a batch ahead, throws it away and asks again, and saves a checkpoint at
-any step.
+In: a `types.Stream`. Out: for each step a Tensor `(batch, d_in)`, or a dict of them. This module handles what a Trainer
+does with loaders: it makes iterators that it never uses, fetches a batch ahead, drops it and iterates again, and saves
+checkpoints at any step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deeplens_lightning.types import Batch, RankProgress, Served, Stream, Stream
 
 
 class Item(NamedTuple):
-    """A batch and its provenance, int64 `(batch, 4)`."""
+    """A batch and its provenance, int64 `(batch, 4)`, columns as in `types.PROVENANCE`."""
 
     batch: Batch
     provenance: Tensor
@@ -33,7 +33,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Certain:
-    """What a rank can promise: it will serve this number of batches from its position on."""
+    """The number of batches that one rank is able to serve from its position on."""
 
     batches: int
     progress: RankProgress
@@ -41,13 +41,13 @@ class Certain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What the ranks agreed on: a number of batches that every rank will serve.
+    """The state at one agreement of the ranks on a number of batches that every rank is able to serve.
 
     Attributes:
-        at: batches this loader had served.
-        epoch_batches: batches of the data epoch that were served.
-        rows_dropped: rows that earlier epochs could not serve.
-        table: the progress of every rank; `rows` are those in its certain batches.
+        at: number of batches that this loader had served.
+        epoch_batches: number of batches of the data epoch that were served.
+        rows_dropped: number of rows that earlier epochs could not serve, the sum over all ranks.
+        table: the progress of every rank; `rows` is the number of rows in its guaranteed batches.
     """
 
     at: int
@@ -57,25 +57,26 @@ class Grant:
 
 
 class ActivationLoader:
-    """Iterates a stream endlessly: each `iter` continues where the last one stopped.
+    """Serve the batches of a stream to a Trainer; each iteration continues after the last batch that was trained on.
 
-    A new data epoch begins only where an iteration would otherwise be empty (or end short of
-    `batches_per_epoch`), so it does not matter which epoch the Trainer believes it is in.
+    A new data epoch begins only if the current one has no batch left and the iteration needs one. The epoch number of
+    the Trainer has no influence.
 
     Args:
-        stream: this rank's.
-        scalings: applied to every batch, by hook point.
-        dtype: of served batches; None leaves the activation dtype.
-        batch_size: rows a batch of this rank.
-        batches_per_epoch: end an iteration after this number, whatever the data; gives the loader a length.
-        known_length: batches of a data epoch where that is known without reading it.
-        prefetch: batches computed ahead in a thread; 0 for none.
-        device: where batches are.
-        unprocessed: gives the number of batches, of those served last, that have not been trained on.
-        seen: called with every batch and its provenance `(batch, 4)`.
-        warn: called with messages for the user, shown on one rank.
-        endless: says whether the Trainer counts the batches of an iteration itself and must always get one more.
-        overfit: begin every iteration with the very same batches.
+        stream: the stream of this rank.
+        scalings: normalisation by hook point, applied to every batch.
+        dtype: dtype of batches; None keeps the dtype of the activations.
+        batch_size: rows per batch of this rank.
+        batches_per_epoch: end each iteration after this number of batches; None to end it with the data epoch.
+        known_length: number of batches of a data epoch; None if not known before reading it.
+        prefetch: number of batches computed ahead in a thread; 0 for no thread.
+        device: device of the batches.
+        unprocessed: returns the number of served batches that were not trained on, counted from the last one.
+        seen: called with every batch and its provenance, int64 `(batch, 4)`.
+        warn: called with each message for the user, which it shows on one rank.
+        endless: returns whether the Trainer itself ends an iteration after a number of batches, so that the loader
+            must never end it.
+        overfit: begin every iteration with the same batches, for `Trainer(overfit_batches=...)`.
     """
 
     def __init__(
@@ -120,9 +121,7 @@ class ActivationLoader:
     def __len__(self) -> int:
         length = self.batches_per_epoch or self.known_length
         if length is None:
-            raise TypeError(
-                "the number of batches is not known: give max_tokens to make epochs of a known length"
-            )
+            raise TypeError("the number of batches in an epoch is not known: give max_tokens, which sets it")
         return length
 
     def __iter__(self) -> Iterator[Batch]:
@@ -147,7 +146,7 @@ class ActivationLoader:
                 self._begin_epoch()
                 if (item := self._next()) is None:
                     raise ValueError(
-                        "no rows to train on: every document is empty, held out, or made of excluded tokens alone, or "
+                        "no rows to train on: every document is empty, held out, or consists of excluded tokens, or "
                         "there are fewer documents than ranks; check dataset_name, val_fraction and drop_first_n"
                     )
             served = True
@@ -155,22 +154,22 @@ class ActivationLoader:
             yield item
 
     def recognise(self, batch: Batch) -> None:
-        """Call `seen` with the batch that a step is about to get, which may have been cast since it was served."""
+        """Call `seen` with the batch for the next step, which may have been cast to a new tensor since it was served."""
         waiting = self._unprocessed()
         if 0 < waiting <= len(self._recent):
             self._seen(batch, self._recent[-waiting].provenance)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty, because the data module keeps the state; Lightning warns about loaders without this method."""
+        """Empty: the data module saves the state, but Lightning warns about loaders without this method."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Does nothing: see `state_dict`."""
+        """Do nothing: the data module restores the state."""
 
     def position(self) -> LoaderPosition | None:
-        """The position after the last batch that was trained on, the same on every rank; not a collective.
+        """The position after the last batch that was trained on; None before the first batch.
 
-        None before the ranks have agreed on a first batch.
+        It is the same on every rank, and no communication is needed to compute it.
         """
         completed = self.served - self._unprocessed()
         grant = next((grant for grant in reversed(self._grants) if grant.at <= completed), None)
@@ -187,7 +186,13 @@ class ActivationLoader:
         )
 
     def go_to(self, position: StreamPosition, skip: int, counters: LoaderPosition) -> None:
-        """Continue at a position of the stream, with the counters of an earlier loader."""
+        """Continue at a position in the stream, with the counters of an earlier loader.
+
+        Args:
+            position: a position in the stream.
+            skip: number of batches to leave out from there.
+            counters: numbers of batches and dropped rows to continue counting from.
+        """
         self.close()
         self._grants.clear()
         self._position, self._skip, self._ended = position, skip, False
@@ -195,11 +200,11 @@ class ActivationLoader:
         self.rows_dropped = counters.rows_dropped
 
     def row_age(self) -> float | None:
-        """Rows served between the computing of a row of the batch taken last and that batch, on average."""
+        """Mean number of rows served between computing a row and serving it, in the last batch; None with shards."""
         return self.stream.row_age(self._position, self._skip)
 
     def close(self) -> None:
-        """End the thread and free the batches; the next `iter` continues after the last one trained on."""
+        """End the thread and free the batches; the next iteration continues from the position."""
         self._stop()
         self._granted = 0
         self._recent.clear()
@@ -229,7 +234,7 @@ class ActivationLoader:
         return item.batch
 
     def _agree(self) -> int:
-        """The number of batches from here on that are certain on every rank. A collective, the only regular one."""
+        """Agree with all ranks on the number of next batches that every rank is able to serve. A collective."""
         head = self._peek()
         here = RankProgress(position=self._position, step=self._skip, rows=0)
         if head is not None:
@@ -254,12 +259,12 @@ class ActivationLoader:
         return granted
 
     def _end_unevenly(self) -> None:
-        """Another rank has no rows left: count what this one cannot serve."""
+        """End the epoch because another rank has no rows left, and count the rows that cannot be served."""
         position = self._head.position if self._head else self._position
         self._stop()
         dropped = sum(gather(max(0, self.stream.dropped(position, self.epoch_batches))))
         self.rows_dropped += dropped
-        self._warn(f"the ranks ran out of rows unevenly: {dropped} rows of this epoch are dropped")
+        self._warn(f"a rank has no more rows: {dropped} rows of this epoch are dropped")
 
     def _begin_epoch(self) -> None:
         self._stop()
@@ -289,7 +294,7 @@ class ActivationLoader:
         self._live, self._head = None, None
 
     def _take_back(self, count: int) -> None:
-        """Serve again what was fetched and thrown away."""
+        """Put back the last `count` batches, which the Trainer fetched and dropped, to serve them again."""
         for _ in range(count):
             with suppress(IndexError):
                 self._again.appendleft(self._recent.pop())
@@ -301,12 +306,18 @@ class ActivationLoader:
 
 
 def finish(rows: Mapping[str, Tensor], scalings: Mapping[str, Scaling], dtype: torch.dtype | None) -> Batch:
-    """A batch as a LightningModule gets it: cast, normalised, and a Tensor where there is one hook point."""
+    """Cast and normalise the rows of a batch; returns a Tensor for one hook point and a dict for several.
+
+    Args:
+        rows: `(batch, d_in)` by hook point.
+        scalings: normalisation by hook point.
+        dtype: dtype of the result; None keeps the dtype of `rows`.
+    """
     cast = {name: x.to(dtype) if dtype is not None else x for name, x in rows.items()}
     done = {name: x if scalings[name].is_identity else scalings[name].apply(x) for name, x in cast.items()}
     return done if len(done) > 1 else next(iter(done.values()))
 
 
 def key_of(batch: Batch) -> Tensor:
-    """The tensor that a batch is recognised by: the batch itself, or the first of its dict."""
+    """The tensor that identifies a batch: the batch itself, or the first value of a dict."""
     return batch if isinstance(batch, Tensor) else next(iter(batch.values()))

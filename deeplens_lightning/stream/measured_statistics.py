@@ -1,7 +1,7 @@
-"""Constants measured on activations before the first step: the normalisation, and the limit on norms.
+"""Measure the normalisation and the norm limits of activations on a sample, before the first training step.
 
-In: training documents and the frozen model. Out: a `Scaling` and a norm limit for each hook point, the same on
-all ranks; they are kept in checkpoints and never estimated again.
+In: training documents and the frozen model. Out: a `Scaling` and a norm limit for each hook point, the same on all
+ranks. They are saved in checkpoints, so a resumed run does not measure them again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from deeplens_lightning.text.packing import model_batches
 from deeplens_lightning.text.pipeline import TextStage
 
 ROWS = 32_768
-"""Rows measured, over all ranks."""
+"""Number of rows in the sample, over all ranks."""
 SAMPLE_EPOCH = 2**20
-"""Number of the epoch whose order the sample is taken from: no epoch of training has it."""
+"""Epoch number for the order of documents in the sample, larger than any epoch number of training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """The measured constants, by hook point.
+    """Normalisation and norm limits, by hook point.
 
     Attributes:
         scalings: the normalisation.
-        max_norms: rows with a larger norm are dropped; empty without an outlier filter.
+        max_norms: the largest norm of a row, rows above it are dropped; empty without an outlier filter.
     """
 
     scalings: dict[str, Scaling]
@@ -49,18 +49,20 @@ def measure(
     max_norm_ratio: float | None,
     progress: bool,
 ) -> Statistics:
-    """Measure rows of documents from all over the training split. All ranks must call it together.
+    """Measure normalisation and norm limits on about `ROWS` rows from random documents of the training split.
+
+    A collective operation: all ranks must call it at the same time.
 
     Args:
-        model: as in training.
+        model: the frozen model.
         text: this rank's training text.
-        size: blocks a model batch.
-        normalize: the property that the scalings give to rows.
+        size: blocks per model batch.
+        normalize: the kind of normalisation.
         max_norm_ratio: drop rows whose norm is above this multiple of the median norm; None for no filter.
-        progress: show a bar.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: there are no rows, or none that vary.
+        ValueError: there are no rows, or all rows are equal.
     """
     sampled = [
         {name: x.cpu() for name, x in rows.items()}
@@ -75,7 +77,10 @@ def measure(
             )
             norms = torch.cat(gather(here))
             if len(norms) == 0:
-                raise ValueError("no rows to take activation norms from: the training text is empty")
+                raise ValueError(
+                    "max_norm_ratio needs rows to measure norms on, but the training text is empty; give a dataset with "
+                    "text, or leave max_norm_ratio out"
+                )
             max_norms[name] = max_norm_ratio * float(norms.median())
     scalings: dict[str, Scaling] = {}
     for point in model.hook_points:

@@ -1,7 +1,7 @@
-"""Prefetch items in one background thread: started late, bounded, always joined.
+"""Prefetch the items of an iterator in one background thread, through a queue of limited size.
 
-In: an iterator. Out: the same items, in order, a bounded number of them computed before they are needed. An error
-inside the thread is raised where its item would have come, with the thread's own traceback.
+In: an iterator. Out: the same items, in the same order. The thread starts at the first `next`. An error in the thread
+is raised by the `next` that would have returned the item, with the thread's traceback.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """Iterates `make()` in a background thread.
+    """Iterate over `make()` in a background thread.
 
     Args:
-        make: called in the thread; its iterator is closed there too.
-        depth: finished items that may wait in the queue; one more is being made.
-        device: the device whose current stream uses the items. On CUDA the thread works on a stream of its own, and
-            the current stream waits for an item before it uses it.
+        make: returns the iterator; called in the thread, where the iterator is also closed.
+        depth: largest number of finished items in the queue; the thread computes one more item meanwhile.
+        device: the device of the items. On CUDA the thread uses its own CUDA stream, and the consumer's current stream
+            waits until an item is finished.
     """
 
     def __init__(self, make: Callable[[], Iterator[T]], depth: int, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class Prefetch(Generic[T]):
         return made  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """End the thread and wait for it; unused items are dropped."""
+        """End the thread and wait for it; items left in the queue are dropped."""
         self._ended = True
         self._stop.set()
         while self._started and self._thread.is_alive():
@@ -90,7 +90,7 @@ class Prefetch(Generic[T]):
                     if self._stop.is_set():
                         return
             self._put(None, StopIteration())
-        except BaseException as error:  # noqa: BLE001  raised again where the item is asked for
+        except BaseException as error:  # noqa: BLE001  raised again by `__next__`
             self._put(None, error)
 
     def _put(self, item: Any, error: BaseException | None) -> None:
@@ -103,7 +103,7 @@ class Prefetch(Generic[T]):
 
 
 def _used_here(value: Any, stream: torch.cuda.Stream) -> None:
-    """Tell CUDA's allocator that tensors made on another stream are used on this one."""
+    """Mark tensors made on another CUDA stream as used on this one, so that their memory is not reused too early."""
     if isinstance(value, torch.Tensor):
         if value.is_cuda:
             value.record_stream(stream)

@@ -1,13 +1,13 @@
-"""The rotating shuffle: mix a stream of rows in one preallocated buffer, without pauses or copies.
+"""Shuffle a stream of rows in one preallocated buffer, without copies and without waiting for a refill.
 
-Pure: tensors in, tensors out. The buffer has N slots, N a multiple of the batch size m. Window w is a run of
-consecutive rows; the order in which its slots are served is drawn from (entropy, w). Serving a batch frees m
-slots, and the next rows, of window w + 1, move into them. When the order is used up, every row of window w was
-served exactly once and window w + 1 is already in place. Windows grow from a few batches to N, so that the
-first batch does not wait for a full buffer.
+In: rows that arrive in order. Out: batches of shuffled rows. The buffer has N slots; N is a multiple of the batch size m.
+Window w is a run of consecutive rows, and a random order of its slots is drawn from the seed (entropy, w). Batches are
+served in that order. Serving a batch frees m slots, and the next rows, which belong to window w + 1, are written into
+them. At the end of the order every row of window w was served exactly once, and window w + 1 is complete in the buffer.
+Windows grow from a few batches to N rows, so that the first batch does not have to wait for a full buffer.
 
-A position is the number of a window and where its first row came from: the same rows arriving again from there
-give the same batches again, bit for bit.
+A position is the number of a window and the place of its first row in the stream. If the same rows arrive again from
+there, the same batches are served again, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Slots = NDArray[np.int64]
 
 
 class Arrivals(Protocol[P_co]):
-    """Rows in their order, written into the buffers on request."""
+    """The protocol of a source of rows, which writes its next rows into the buffers when called."""
 
     def position(self) -> P_co:
-        """The place of the next row, from which the same rows can be made to arrive again."""
+        """The position of the next row; a source that starts there writes the same rows again."""
 
     def fill(self, slots: Tensor) -> int:
         """Write the next `len(slots)` rows into these slots of the buffers, in order.
@@ -39,36 +39,40 @@ class Arrivals(Protocol[P_co]):
             slots: int64 `(n,)`, on the CPU.
 
         Returns:
-            The number of rows written: fewer than `n` only when no more will ever come.
+            The number of rows written: fewer than `n` only if the source has no more rows.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixed(Generic[P]):
-    """One served batch."""
+    """One batch of shuffled rows, and its place in the stream."""
 
     tensors: tuple[Tensor, ...]
-    """The batch's rows of every buffer, `(m, ...)` each; the last batch of all may be shorter."""
+    """The rows of the batch, one tensor `(m, ...)` for each buffer; the last batch of the stream may be shorter."""
     certain: int
-    """Batches that are sure to be served from here on, this one included."""
+    """Number of batches that are guaranteed to be served, this one included."""
     certain_rows: int
-    """Rows in those batches: only the very last batch may be short."""
+    """Number of rows in those batches; only the last batch of the stream may be short."""
     window: int
+    """Number of the window."""
     start: P
-    """Position of the first row of `window`."""
+    """Position of the first row of the window."""
     step: int
-    """Batches served since `start`, this one not included."""
+    """Number of batches of the window served before this one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RotatingShuffle:
-    """Constants of a shuffle, and the generator of its batches.
+    """Shuffle rows in fixed buffers, window by window.
 
     Attributes:
-        batch_size: m, rows a batch.
-        capacity: N, slots of every buffer; a multiple of m.
-        first_window: rows of window 0; a multiple of m, at most N.
-        entropy: seed of the order of every window, together with the window's number.
+        batch_size: m, rows per batch.
+        capacity: N, number of slots of every buffer; a multiple of m.
+        first_window: number of rows of window 0; a multiple of m, at most N.
+        entropy: seed; with the number of a window it gives the order of that window.
+
+    Raises:
+        ValueError: the sizes are not multiples of `batch_size`, or not in ascending order.
     """
 
     batch_size: int
@@ -78,12 +82,17 @@ class RotatingShuffle:
 
     def __post_init__(self) -> None:
         if self.capacity % self.batch_size or self.first_window % self.batch_size:
-            raise ValueError("capacity and first_window must be multiples of batch_size")
+            raise ValueError(
+                f"capacity={self.capacity} and first_window={self.first_window} must be multiples of "
+                f"batch_size={self.batch_size}"
+            )
         if not self.batch_size <= self.first_window <= self.capacity:
-            raise ValueError("batch_size <= first_window <= capacity must hold")
+            raise ValueError(
+                f"batch_size={self.batch_size} <= first_window={self.first_window} <= capacity={self.capacity} must hold"
+            )
 
     def window_size(self, window: int) -> int:
-        """Rows of a window: doubling from `first_window` until the buffer is full."""
+        """Number of rows of a window: `first_window`, doubled for each later window up to `capacity`."""
         return min(self.capacity, self.first_window << min(window, 40))
 
     def serve(
@@ -95,14 +104,14 @@ class RotatingShuffle:
         skip: int = 0,
         progress: Callable[[int], object] | None = None,
     ) -> Iterator[Mixed[P]]:
-        """Serve batches, each row exactly once, until no more rows come.
+        """Iterate over shuffled batches until the source has no more rows; each row is served exactly once.
 
         Args:
-            buffers: tensors `(capacity, ...)`, what `arrivals` writes into.
-            arrivals: the rows, beginning with the first one of `window`.
+            buffers: tensors `(capacity, ...)` that `arrivals` writes into.
+            arrivals: the source of rows, beginning with the first row of `window`.
             window: number of the window to begin with.
-            skip: batches of it (and beyond) to leave out: their rows arrive, but are not gathered.
-            progress: called with a number of rows as they arrive, until the first wanted batch.
+            skip: number of batches to leave out at the start; their rows are written to the buffers but not gathered.
+            progress: called with a number of rows whenever rows have arrived, until the first batch is served.
         """
         step = 0
         order = self._arrival_slots(window)
@@ -145,7 +154,7 @@ class RotatingShuffle:
             yield self._mixed(buffers, index, len(left) - first, window, start, step + number)
 
     def rows_to_replay(self, window: int, skip: int) -> int:
-        """Rows that arrive before the batch `skip` of `window` can be served: at most two windows."""
+        """Number of rows that must arrive before batch `skip` of `window` can be served: at most two windows."""
         size = self.window_size(window)
         return size + min(skip * self.batch_size, size) * self.window_size(window + 1) // size
 
@@ -185,10 +194,15 @@ class RotatingShuffle:
 
 
 def _next_slots(order: Slots, size: int, next_size: int) -> tuple[Slots, Slots]:
-    """Slots for the rows of the next window while this one is served, and the rows served before each arrives.
+    """For each row of the next window, its slot, and the number of rows of this window served before it arrives.
 
-    Arrivals take the freed slots in the order of serving, and, spread evenly among them, the
-    `next_size - size` slots by which the window grows.
+    Arriving rows go into freed slots, in the order in which these were served. The `next_size - size` slots by which
+    the window grows are filled evenly in between.
+
+    Args:
+        order: order in which this window's slots are served, int64 `(size,)`.
+        size: number of rows of this window.
+        next_size: number of rows of the next window.
     """
     j = np.arange(next_size)
     grown = next_size - size

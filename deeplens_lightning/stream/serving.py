@@ -1,6 +1,6 @@
-"""Everything that a run changes: the opened source, measured statistics, the training loader and its position.
+"""The mutable state of a data module: the opened source, measured statistics, the training loader and its position.
 
-In: settings, and a Trainer where there is one. Out: loaders, and the state that a checkpoint keeps.
+In: settings, and a Trainer if there is one. Out: data loaders, and the state for a checkpoint.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Serving:
-    """Serves one data module's batches.
+    """Open a source of activations, make its data loaders, and save and restore the position in the data.
 
     Args:
-        settings: what the user said.
+        settings: the settings of the data module.
 
     Attributes:
-        source: where activations come from, not opened.
-        opened: the same, between `open` and `close`.
-        seen: the provenance of batches that are alive.
+        source: the settings of the source of activations, live or cached.
+        opened: the opened source; None before `open` and after `close`.
+        seen: the provenance of the batches that are in memory.
     """
 
     def __init__(self, settings: DataSettings) -> None:
@@ -61,7 +61,7 @@ class Serving:
         """The opened source.
 
         Raises:
-            RuntimeError: it is not open.
+            RuntimeError: `open` was not called.
         """
         if self.opened is None:
             raise RuntimeError('nothing is loaded yet: call setup("fit") on the data module first')
@@ -69,14 +69,19 @@ class Serving:
 
     @property
     def loader(self) -> ActivationLoader | None:
-        """The training loader, once there is one."""
+        """The training loader; None before `training` was called."""
         return self._loader
 
     def open(self, placement: Placement) -> None:
-        """Load text, tokenizer and model, or list the shards; again only where rank or devices have changed."""
+        """Load text, tokenizer and model, or list the shards; does nothing if they are open for the same placement.
+
+        Args:
+            placement: rank and devices of this process.
+        """
         if self.opened is not None:
             if replace(self.opened.placement, progress=placement.progress) == placement:
                 return
+            self._close_loader()
             self.opened.close()
         else:
             self._state = None
@@ -85,7 +90,11 @@ class Serving:
         self.opened = self.source.open(placement)
 
     def measured(self) -> Statistics:
-        """Normalisation and norm limits, measured once. All ranks must ask together."""
+        """Normalisation and norm limits, measured at the first call. All ranks must call it at the same time.
+
+        Raises:
+            RuntimeError: they are not measured yet and `open` was not called.
+        """
         if self._statistics is None:
             self._statistics = self.activations.measure()
         return self._statistics
@@ -93,16 +102,16 @@ class Serving:
     def training(
         self, trainer: Trainer | None, batch_size: int, max_tokens: int | None, name: str
     ) -> ActivationLoader:
-        """Training batches, which continue where they stopped.
+        """The training loader, which continues after the last batch that was trained on.
 
         Args:
-            trainer: the one that fits, if any.
-            batch_size: rows a batch.
-            max_tokens: rows that one Trainer epoch takes, over all ranks; None for a data epoch.
-            name: of the data module's class, for messages.
+            trainer: the Trainer; None without one.
+            batch_size: rows per batch.
+            max_tokens: rows per Trainer epoch, the sum over all ranks; None for whole data epochs.
+            name: name of the data module's class, for messages.
 
         Raises:
-            ValueError: the Trainer continues from a checkpoint that holds no state of this data module.
+            ValueError: the Trainer resumes from a checkpoint that has no state of this data module.
         """
         self._trainer = trainer
         if self._loader is not None:
@@ -136,11 +145,15 @@ class Serving:
         return self._loader
 
     def validation(self, batch_size: int) -> RowsLoader:
-        """The validation set."""
+        """The loader of the validation set.
+
+        Args:
+            batch_size: rows per batch.
+        """
         return RowsLoader(lambda: self.activations.heldout, batch_size, self._finish, self.seen.remember)
 
     def state(self, batch_size: int) -> DataState | None:
-        """What a checkpoint keeps: the position after the last batch trained on, and what it is a position in."""
+        """The state for a checkpoint: the position after the last batch trained on, and the fingerprint of the data."""
         position = self._loader.position() if self._loader is not None else None
         if self._loader is not None:
             self._loader.stream.sync()
@@ -154,15 +167,21 @@ class Serving:
         )
 
     def resume(self, saved: dict[str, Any], trainer: Trainer | None, batch_size: int) -> None:
-        """Take the normalisation from a checkpoint and, for training, the position in the data.
+        """Restore the normalisation from a checkpoint and, for training, the position in the data.
+
+        Args:
+            saved: the state in the checkpoint.
+            trainer: the Trainer; None without one.
+            batch_size: rows per batch of this run.
 
         Raises:
-            ValueError: the checkpoint was taken on other data, which is named, or by another version.
+            ValueError: the checkpoint was taken on other data (the message lists the differences), or by a release
+                with another version of the state.
         """
         state = DataState.from_state(saved)
         fitting = trainer is None or is_fitting(trainer)
         if fitting and not self.settings.resume_anyway:
-            unused = () if state.position else ("batch_size",)  # nothing was served: tuners change it
+            unused = () if state.position else ("batch_size",)  # before the first batch a tuner may change it
             check_fingerprint(state.fingerprint, self._fingerprint(batch_size), unused)
         if state.statistics is not None:
             self._statistics, self._statistics_loaded = state.statistics, True
@@ -171,7 +190,7 @@ class Serving:
             self._close_loader()
 
     def close(self, batch_size: int) -> None:
-        """Free model, buffer, thread and rows; the position is kept."""
+        """Free model, buffer, thread and rows; the position in the data is kept."""
         self._state = self.state(batch_size)
         self._close_loader()
         if self.opened is not None:
@@ -179,7 +198,7 @@ class Serving:
         self.opened = None
 
     def _continue(self, loader: ActivationLoader, state: DataState, trainer: Trainer | None) -> None:
-        """Move a loader to the position of a checkpoint, whatever the number of ranks is now."""
+        """Move a loader to the position of a checkpoint, which may come from another number of ranks."""
         position, placement = state.position, self.activations.placement
         if position is None:
             return
@@ -194,7 +213,7 @@ class Serving:
         in_epoch = position.in_epoch * len(table) // placement.ranks
         loader.go_to(where, 0, replace(position, epoch_batches=0, in_epoch=in_epoch))
         rank_zero_info(
-            f"going on with {placement.ranks} rank(s) where {len(table)} stopped: {again} rows are served again"
+            f"continuing with {placement.ranks} rank(s) a run of {len(table)} rank(s): {again} rows are served again"
         )
 
     def _fingerprint(self, batch_size: int) -> dict[str, str]:
@@ -219,9 +238,10 @@ class Serving:
 
 
 def _refuse_resume(trainer: Trainer | None, name: str) -> None:
-    """Refuse a fit from a checkpoint that held no state of this data module."""
+    """Raise a ValueError if the Trainer resumes from a checkpoint that has no state of this data module."""
     if trainer is not None and is_fitting(trainer) and trainer.ckpt_path:
         raise ValueError(
-            f"{trainer.ckpt_path} holds no state of {name}, so the data would begin anew: was the data module renamed "
-            "or subclassed? Load the model alone with load_from_checkpoint, or give resume_anyway=True"
+            f"{trainer.ckpt_path} holds no state of {name}, so the data would start from the beginning: was the data "
+            "module renamed or subclassed? To continue training with the data from the beginning give "
+            "resume_anyway=True; to load only the model use load_from_checkpoint"
         )

@@ -1,6 +1,6 @@
-"""`DataSettings`: everything that `ActivationDataModule` can be told, checked before anything is loaded.
+"""`DataSettings`: the arguments of `ActivationDataModule`, checked before anything is loaded.
 
-In: what the user typed. Out: one frozen object that the live and the cached source read.
+In: the arguments that a user gave. Out: one frozen object, which the live and the cached source read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ONLY_LIVE = (
     "dataset_name", "text_column", "dataset_split", "write_shards", "tokenizer", "seq_length",
     "inference_batch_size", "buffer_size", "exclude_special_tokens", "text_options",
 )  # fmt: skip
-"""Settings that rows from shards do not use: they are as they were written."""
+"""Settings without effect with `shards`, because they describe how rows are computed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,42 +29,46 @@ class DataSettings:
     """Settings of `ActivationDataModule`.
 
     Args:
-        hf_model: hub id, folder, `.gguf` file, `demo:lm` (embedded, the default), or a loaded model, which is left
-            as it is. With `shards`, what the rows were computed with; default what the cache says.
-        layer: one or several, counted from 0, negative ones from the end; default 3, and with `shards` all in the
-            cache.
-        hook: kind of hook point, canonical name, TransformerLens name or module path, one or several; default
-            `mlp_act`, and with `shards` all in the cache. For bare tensors `layer` and `hook` name what they hold.
-        dataset_name: hub id, path or glob of txt, jsonl or parquet files, a `datasets` object, a list of texts, or
-            `demo:docs` (embedded).
-        shards: folders that `extract` wrote, bare `.pt` tensors as DeepLens saves them, globs, or fsspec URLs.
-            Batches come from there; no model and no text are loaded.
-        write_shards: folder or fsspec URL of a cache that the first epoch writes while it trains; later epochs, and
-            later runs with the same settings, read it.
-        text_column: of texts or token ids.
-        dataset_split: of a dataset on the hub.
-        tokenizer: default the model's own.
-        seq_length: the most tokens of a segment, and the length of a block.
-        inference_batch_size: blocks a model batch.
-        batch_size: rows a batch.
-        buffer_size: rows being mixed; `auto` is at most 262 144 rows and 1 GB, on CUDA a tenth of free memory.
-        prefetch: batches computed ahead in a thread; default 2 on CUDA, else 0.
-        max_tokens: rows that one Trainer epoch takes, over all ranks; the text goes on across epochs.
-        val_fraction: share of documents held out, by the hash of their text.
-        val_rows: held-out rows of the validation set.
-        normalize: scale rows: `none`, `mean_norm` (mean row norm sqrt(d_in)), `center` (mean removed), `standardize`
-            (mean removed, mean squared norm d_in) or `zscore` (each dimension to mean 0 and variance 1).
-        exclude_special_tokens: special tokens are context, but no rows.
-        seed: of the order of documents and of all shuffles.
-        device: of the model where there is no Trainer; `auto` is CUDA, then MPS, then the CPU.
+        hf_model: the language model: hub id, folder, `.gguf` file, `demo:lm` (embedded, the default), or a loaded
+            model, which is not changed. With `shards`, the model that the rows were computed with; default the name
+            that the cache records.
+        layer: one layer or several, counted from 0, negative ones from the end; default 3, with `shards` all layers in
+            the cache.
+        hook: one hook point or several: kind, canonical name, TransformerLens name or module path; default `mlp_act`,
+            with `shards` all in the cache. For bare tensor files, `layer` and `hook` give the name of their rows.
+        dataset_name: the text: hub id, path or glob of txt, jsonl or parquet files, a `datasets` object, a list of
+            texts, or `demo:docs` (embedded).
+        shards: read rows from here instead of running a model on text: folders written by `extract`, bare `.pt` tensors
+            as saved by DeepLens, globs, or fsspec URLs.
+        write_shards: folder or fsspec URL of a cache. The first epoch writes it while training; later epochs, and later
+            runs with the same settings, read it.
+        text_column: column of the dataset with texts or token ids.
+        dataset_split: split of a dataset on the hub.
+        tokenizer: hub id, folder or a loaded tokenizer; default the model's own.
+        seq_length: length of a block, and the largest length of a segment, in tokens.
+        inference_batch_size: blocks per forward pass of the model.
+        batch_size: rows per batch.
+        buffer_size: number of rows in the shuffle buffer; `auto` is at most 262 144 rows and 1 GB, on CUDA a tenth of
+            the free memory.
+        prefetch: number of batches computed ahead in a thread; default 2 on CUDA, otherwise 0.
+        max_tokens: rows per Trainer epoch, the sum over all ranks; the next epoch continues in the text. Default one
+            pass over the text.
+        val_fraction: share of the documents that is held out for validation, by the hash of their text; 0 to below 1.
+        val_rows: number of held-out rows in the validation set.
+        normalize: normalisation of rows: `none`, `mean_norm` (mean row norm sqrt(d_in)), `center` (mean removed),
+            `standardize` (mean removed, mean squared norm d_in) or `zscore` (each dimension to mean 0 and variance 1).
+        exclude_special_tokens: leave special tokens out of the rows; the model still reads them.
+        seed: seed of the order of documents and of all shuffles.
+        device: device of the model if there is no Trainer; `auto` is CUDA, else MPS, else the CPU.
         text_options: how the dataset is opened, and which tokens become rows.
         model_options: how the language model is loaded and run.
-        buffer_options: where rows are mixed, and what is served.
+        buffer_options: where rows are shuffled, which rows are dropped, and the dtype of batches.
         cache_options: how cached rows are read.
-        resume_anyway: go on from a checkpoint although the settings differ.
+        resume_anyway: continue from a checkpoint even if the settings differ.
 
     Raises:
-        ValueError: settings that cannot work together, or that the chosen source of rows does not use.
+        ValueError: a value is out of range, settings contradict each other, or a setting has no effect on the chosen
+            source of rows.
     """
 
     hf_model: str | PreTrainedModel | None = None
@@ -100,13 +104,11 @@ class DataSettings:
         _check_sizes(self)
         if unused := _unused(self):
             reason = (
-                "they describe how rows are computed, and those of shards= were written before"
+                "with shards=, rows are used as they were written: leave this at its default"
                 if self.shards is not None
-                else "they describe how a cache is read: give shards= or write_shards= too"
+                else "it is for reading a cache: give shards= or write_shards= too, or leave it at its default"
             )
-            raise ValueError(
-                f"{', '.join(unused)} would have no effect: {reason}. Leave them at their defaults"
-            )
+            raise ValueError(f"{', '.join(unused)} would have no effect: {reason}")
 
 
 def _unused(settings: DataSettings) -> list[str]:
@@ -114,9 +116,8 @@ def _unused(settings: DataSettings) -> list[str]:
     cache = changed(settings.cache_options, CacheOptions())
     if settings.shards is None:
         return [] if settings.write_shards else [f"cache_options.{name}" for name in cache]
-    model = changed(settings.model_options, ModelOptions()).keys() - {
-        "kwargs"
-    }  # for callbacks that load the model
+    # Callbacks that load the model use its `kwargs`.
+    model = changed(settings.model_options, ModelOptions()).keys() - {"kwargs"}
     buffer = changed(settings.buffer_options, BufferOptions()).keys() - {"device", "dtype"}
     own = changed(settings, DataSettings).keys()
     return [
@@ -141,12 +142,13 @@ def _check_sizes(settings: DataSettings) -> None:
             raise ValueError(f'buffer_size={buffer_size!r} must be a number of rows or "auto"')
     elif buffer_size < batch_size:
         raise ValueError(
-            f"buffer_size={buffer_size} is below batch_size={batch_size}: rows are mixed in the buffer, so give several "
-            f'times the batch, {16 * batch_size} say, or "auto"'
+            f"buffer_size={buffer_size} is below batch_size={batch_size}: rows are shuffled in the buffer, so give a "
+            f'multiple of batch_size, such as {16 * batch_size}, or "auto"'
         )
     if max_tokens is not None and max_tokens < batch_size:
         raise ValueError(
-            f"max_tokens={max_tokens} is below batch_size={batch_size}: an epoch would have no batch"
+            f"max_tokens={max_tokens} is below batch_size={batch_size}: an epoch would have no batch; give at least "
+            f"{batch_size} for each rank"
         )
     if not 0 <= settings.val_fraction < 1:
         raise ValueError(f"val_fraction={settings.val_fraction} must be at least 0 and below 1")

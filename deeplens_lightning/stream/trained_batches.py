@@ -1,6 +1,7 @@
-"""Count what a Trainer has trained on, from its own progress, and recognise the batches that it was given.
+"""Count the batches that a Trainer has trained on, and look up the provenance of a batch.
 
-In: Lightning's loops. Out: the number of served batches that no step has used, and the provenance of a batch.
+In: the progress counters of Lightning's loops. Out: the number of served batches that were not trained on, and the
+provenance of a batch.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from deeplens_lightning.types import Batch, Provenance
 
 
 class TrainedBatches:
-    """Compares the batches that a loader served with those that a Trainer says it has processed."""
+    """Compare the number of batches that a loader served with the number that a Trainer has processed."""
 
     def __init__(self) -> None:
         self._ready_at_start = self._ready_seen = 0
 
     def unprocessed(self, trainer: Trainer | None, served: int) -> int:
-        """Batches that were served and not trained on: read ahead, or thrown away by the Trainer.
+        """Number of served batches that were not trained on: the Trainer fetched them ahead, or dropped them.
 
         Args:
-            trainer: the one that fits, if any.
-            served: batches that the loader has served.
+            trainer: the Trainer; None without one.
+            served: number of batches that the loader has served.
         """
         if trainer is None or not is_fitting(trainer):
             return 0
@@ -40,14 +41,19 @@ class TrainedBatches:
         return served - done
 
     def rewound(self, trainer: Trainer | None, served: int) -> bool:
-        """Whether the Trainer went back to an earlier step, as tuners do after their trials."""
+        """Whether the Trainer went back to an earlier step, as Lightning's tuners do after their trials.
+
+        Args:
+            trainer: the Trainer; None without one.
+            served: number of batches that the loader has served.
+        """
         if trainer is None or not served:
             return False
         return trainer.fit_loop.epoch_loop.batch_progress.total.ready < self._ready_seen
 
 
 class SeenBatches:
-    """The provenance of batches that are still alive; it stays in this process when the data module is pickled."""
+    """Look up the provenance of batches that are still in memory; it is not pickled with the data module."""
 
     def __init__(self) -> None:
         self._tables: Any = WeakIdKeyDictionary()
@@ -56,11 +62,11 @@ class SeenBatches:
         return SeenBatches, ()
 
     def remember(self, batch: Batch, provenance: Tensor) -> None:
-        """Keep the provenance of a batch, int64 `(batch, 4)`, for as long as the batch lives."""
+        """Store the provenance of a batch, int64 `(batch, 4)`, until the batch is freed."""
         self._tables[key_of(batch)] = provenance
 
     def provenance(self, batch: Batch) -> Provenance | None:
-        """Where the rows of a batch came from; None for a batch that is not known."""
+        """The document, position and token id of each row of a batch; None if it was not stored for this batch."""
         table = self._tables.get(key_of(batch))
         return Provenance(*table.unbind(1)) if table is not None else None
 
@@ -71,5 +77,5 @@ def is_fitting(trainer: Trainer | None) -> bool:
 
 
 def trainer_ends_epochs(trainer: Trainer | None) -> bool:
-    """Whether the Trainer has a number of batches for an epoch, and so ends it itself."""
+    """Whether the Trainer is in `fit` and ends each epoch itself, after a fixed number of batches."""
     return trainer is not None and is_fitting(trainer) and trainer.fit_loop.max_batches != float("inf")

@@ -1,6 +1,6 @@
-"""The validation set: a fixed number of held-out rows, the same on every run, from the start on every pass.
+"""The validation set: a fixed number of held-out rows, the same rows in every run and in every pass.
 
-In: held-out documents. Out: rows of those with the smallest hashes, computed once and kept in memory.
+In: held-out documents. Out: the rows of those with the smallest hashes, computed once and kept in memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deeplens_lightning.text.pipeline import TextStage
 from deeplens_lightning.types import PROVENANCE, Batch, Placement
 
 SCANNED = 4
-"""Held-out tokens read for each row wanted: the bound on the scan."""
+"""Number of held-out tokens to read for each requested row; limits how far the dataset is searched."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class HeldOutRows:
     """One rank's share of the validation set.
 
     Attributes:
-        rows: raw `(n, d_in)` by hook point, on the CPU.
+        rows: raw rows `(n, d_in)` by hook point, in the dtype of the activations, on the CPU.
         provenance: int64 `(n, 4)`, columns as in `types.PROVENANCE`.
     """
 
@@ -42,18 +42,18 @@ class HeldOutRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationSet:
-    """The held-out documents that make up the validation set.
+    """Choose the held-out documents of the validation set and compute their rows.
 
     Attributes:
-        text: of the held-out split, all of it, read as rank 0 of 1; packed as in training.
-        rows: number of rows wanted.
+        text: the text of the held-out split, the whole split on every rank (rank 0 of 1), packed as in training.
+        rows: requested number of rows, over all ranks.
     """
 
     text: TextStage
     rows: int
 
     def chosen(self) -> list[TokenizedDocument]:
-        """Documents in the order of their hashes, of the first ones that hold `SCANNED` times the tokens wanted."""
+        """The first held-out documents with `SCANNED * rows` tokens in all, sorted by their hashes."""
         scanned, tokens = [], 0
         for document in self.text.tokenized(0):
             scanned.append(document)
@@ -63,7 +63,7 @@ class ValidationSet:
         return sorted(scanned, key=lambda document: np.uint64(document.hash & (2**64 - 1)))
 
     def blocks(self) -> Iterator[Blocks]:
-        """Chunks of blocks of the chosen documents, until they hold the rows wanted."""
+        """Iterate over chunks of blocks of the chosen documents until they hold the requested number of rows."""
         kept = 0
         for chunk in self.text.packing.chunks(self.chosen()):
             yield chunk.blocks
@@ -72,15 +72,16 @@ class ValidationSet:
                 return
 
     def compute(self, model: FrozenModel, size: int, placement: Placement) -> HeldOutRows:
-        """Run the model over this rank's share: every `ranks`-th block of each model batch.
+        """Compute this rank's rows: the model runs on every `ranks`-th block of each model batch.
 
         Args:
-            model: as in training.
-            size: blocks a model batch.
-            placement: of this rank.
+            model: the frozen model.
+            size: blocks per model batch, over all ranks.
+            placement: rank and devices of this process.
 
         Returns:
-            At most `rows` rows over all ranks, rounded up to a multiple of the ranks.
+            This rank's share. All ranks together have at most `rows` rows, rounded up to a multiple of the number of
+            ranks.
         """
         parts = {
             point.name: [torch.empty(0, point.d_in, dtype=model.dtypes[point.name])]
@@ -116,13 +117,13 @@ class ValidationSet:
 
 
 class RowsLoader:
-    """Batches of rows that are computed when they are first needed; every pass starts again.
+    """Serve fixed rows in batches, the same batches in every pass; the rows are computed when first needed.
 
     Args:
-        rows: computes the rows.
-        batch_size: rows a batch.
+        rows: returns the rows.
+        batch_size: rows per batch.
         finish: scales and casts a batch.
-        seen: called with every batch and its provenance.
+        seen: called with every batch and its provenance, int64 `(batch, 4)`.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class RowsLoader:
         self._length: int | None = None
 
     def __len__(self) -> int:
-        if self._length is None:  # after an exception Lightning reads it again, when the rows are freed
+        if (
+            self._length is None
+        ):  # stored, because after an exception Lightning reads it when the rows are freed
             self._length = max(gather(-(-len(self._rows()) // self._batch_size)))
         return self._length
 

@@ -1,8 +1,8 @@
-"""Write-through: the first epoch trains live and writes a cache, later epochs and later runs read it.
+"""Write a cache while training live in the first epoch; read it in later epochs and later runs.
 
-In: a live stream and a folder. Out: the same batches, bit for bit, while the model runs; afterwards batches of
-shards. Rows are written in the order in which the model makes them, behind this rank's validation rows, and
-numbered, so that a run that was stopped never writes one twice.
+In: a live stream and a folder. Out: in the first epoch the batches of the live stream, bit for bit; afterwards batches
+from the cache. The cache has this rank's validation rows first, then the training rows in the order in which the model
+computes them. Rows are numbered, so that a resumed run never writes a row twice.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class WriteThroughStream:
-    """A stream that is live until its cache is complete. Implements `types.Stream`.
+    """A stream that computes rows and writes a cache, and reads the cache once complete. Implements `types.Stream`.
 
     Attributes:
         live: this rank's live stream.
-        folder: of the cache, a path or an fsspec URL.
-        manifest: what is written.
-        heldout: computes this rank's validation rows.
-        val_fraction: share of documents held out, when the cache is read.
+        folder: path or fsspec URL of the cache.
+        manifest: description of the cache.
+        heldout: returns this rank's validation rows.
+        val_fraction: share of documents held out, for reading the cache.
         options: how the cache is read.
     """
 
@@ -50,16 +50,19 @@ class WriteThroughStream:
 
     @property
     def buffer_rows(self) -> int:
-        """Slots of the live stream's buffer."""
+        """Number of slots of the live stream's buffer."""
         return self.live.buffer_rows
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counts of the live stream."""
+        """Numbers of documents, tokens and rows read or dropped by the live stream, by name."""
         return self.live.counts
 
     def start(self, epoch: int) -> StreamPosition:
-        """The position at which an epoch begins: in the text, until every rank has written all its rows."""
+        """The position of the first batch of an epoch: in the cache if all ranks have completed it, else in the text.
+
+        A collective operation: all ranks must call it at the same time.
+        """
         if epoch > 0 and self._writer is not None and not self._writer.complete:
             self._write_the_rest()
         if all(gather(self._open().complete)):
@@ -67,7 +70,7 @@ class WriteThroughStream:
         return self.live.start(epoch)
 
     def batches(self, position: StreamPosition, skip: int) -> Iterator[Served]:
-        """Live batches, written as they come, or batches of the cache, depending on the position."""
+        """Iterate over live batches and write their rows, or over batches of the cache, depending on the position."""
         if isinstance(position, ShardPosition):
             return self._read().batches(position, skip)
         writer = self._open()
@@ -76,30 +79,36 @@ class WriteThroughStream:
         return self.live.batches(position, skip)
 
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[StreamPosition, int]:
-        """Continue with another number of ranks, which is possible only once the cache is complete.
+        """Find where to continue with another number of ranks, which is possible only if the cache is complete.
+
+        Args:
+            table: the progress of every rank that was training before.
+
+        Returns:
+            A position, the same for every present rank, and the number of rows that will be served a second time.
 
         Raises:
-            ValueError: the cache is being written.
+            ValueError: the cache is not complete.
         """
         if not isinstance(table[0].position, ShardPosition):
             raise ValueError(
-                f"{self.folder} is being written by {len(table)} rank(s), each its own shards: continue with the same "
-                "number of ranks, or without write_shards"
+                f"{self.folder} is being written by {len(table)} rank(s), and each rank writes its own shards: continue "
+                f"with {len(table)} rank(s), or without write_shards"
             )
         return self._read().rescaled(table)
 
     def dropped(self, position: StreamPosition, epoch_batches: int) -> int:
-        """Rows of this epoch that this rank has beyond its first `epoch_batches` batches."""
+        """Number of rows of this epoch that this rank has after its first `epoch_batches` batches."""
         if isinstance(position, ShardPosition):
             return self._read().dropped(position, epoch_batches)
         return self.live.dropped(position, epoch_batches)
 
     def row_age(self, position: StreamPosition, step: int) -> float | None:
-        """That of the live stream; None once rows are read from the cache."""
+        """Mean number of rows served between computing a row and serving it; None if rows are read from the cache."""
         return None if isinstance(position, ShardPosition) else self.live.row_age(position, step)
 
     def sync(self) -> None:
-        """Make every row that the model made durable: a checkpoint is about to say that they were served."""
+        """Flush all computed rows to disk; called before a checkpoint that counts them as served is saved."""
         if self._writer is not None and not (self._writer.complete or self._writer.finished):
             self._writer.sync()
 
@@ -113,10 +122,16 @@ class WriteThroughStream:
             self._shards.close()
         self._writer = self._shards = None
 
-    # ---- `RowWriter`, for the live stream
+    # ---- the `RowWriter` protocol, called by the live stream
 
     def write(self, rows: Mapping[str, Tensor], provenance: Tensor, number: int) -> None:
-        """Append one model batch of the live stream to the cache."""
+        """Append the rows of one model batch to the cache.
+
+        Args:
+            rows: `(n, d_in)` by hook point.
+            provenance: int64 `(n, 4)`, columns as in `types.PROVENANCE`.
+            number: number of the first of these rows in the epoch.
+        """
         first_row = self._heldout_rows + number
         self._open().append(rows, provenance, source={"row": number}, first_row=first_row)
 
@@ -132,7 +147,7 @@ class WriteThroughStream:
             heldout = self.heldout()
             self._heldout_rows = len(heldout)
             if self._writer.complete:
-                logger.info("%s is complete: rows are read, the model does not run", self.folder)
+                logger.info("%s is complete: rows are read from it and the model does not run", self.folder)
             elif not self._writer.finished and len(heldout):
                 self._writer.append(
                     heldout.rows, heldout.provenance, source={"validation": True}, first_row=0
@@ -140,7 +155,7 @@ class WriteThroughStream:
         return self._writer
 
     def _write_the_rest(self) -> None:
-        """Run and write the text that this rank could not serve because another rank ended first."""
+        """Write the rows that this rank did not serve because another rank had no more rows."""
         self.live.drain()
         gather(None)  # the last rank to finish completes the cache
         if self._writer is not None:

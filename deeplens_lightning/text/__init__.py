@@ -1,1 +1,1 @@
-"""Documents in, blocks out: open a dataset, order and deal its documents, tokenise, pack segments into blocks."""
+"""Turn a dataset into blocks of tokens: open it, order its documents, assign them to ranks, tokenise, pack."""

@@ -1,4 +1,4 @@
-"""Deal documents to data-parallel ranks: every rank computes the same answer without communication."""
+"""Assign documents to data-parallel ranks; every rank computes the same assignment without communication."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from dataclasses import dataclass, field
 from deeplens_lightning.types import DealingState
 
 Place = tuple[int, int, int]
-"""Part of the dataset, number in the part, segment: a point in the epoch's order that holds for all ranks."""
+"""Part of the dataset, number of the document in the part, number of the segment: a point in the epoch's order."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Dealing:
-    """Decides which rank gets a document.
+    """Assign the documents of an epoch to ranks, one after another.
 
-    Whole parts of the dataset go round where their number divides by the number of ranks; else each document goes
-    to the rank with the fewest characters so far. After a change of the number of ranks, the documents that the
-    earlier ranks had not finished are dealt again: the earlier dealing decides first, and what lies at or beyond
-    the frontier of the rank that it names is dealt to the present ranks.
+    If the number of parts of the dataset is a multiple of the number of ranks, part `n` goes to rank `n % ranks` as a
+    whole. Otherwise each document goes to the rank with the fewest characters so far.
+
+    After a change of the number of ranks, `earlier` is the assignment before the change. A document that `earlier`
+    assigned to a rank which had already finished it is skipped. All other documents are assigned to the present ranks.
 
     Attributes:
         ranks: number of ranks.
-        by_shards: whole parts of the dataset go round.
-        loads: characters dealt to each rank.
-        frontiers: the first place not finished, per rank; empty while documents are dealt to the present ranks.
-        earlier: the dealing before the number of ranks changed.
+        by_shards: whether whole parts of the dataset are assigned.
+        loads: number of characters assigned to each rank.
+        frontiers: for each rank, the first place that it had not finished when the number of ranks changed; empty if
+            this assignment has the present number of ranks.
+        earlier: the assignment before the number of ranks changed.
     """
 
     ranks: int
@@ -37,14 +39,15 @@ class Dealing:
         self.loads = self.loads or [0] * self.ranks
 
     def deal(self, at: tuple[int, int], size: int) -> tuple[int, int] | None:
-        """Choose a rank for a document; must be called for every document of the split, in order.
+        """Choose a rank for a document. Must be called for every document of the split, in order.
 
         Args:
-            at: part of the dataset and number in the part.
-            size: characters of the document.
+            at: part of the dataset, and number of the document in the part.
+            size: length of the document, in characters of text or in token ids.
 
         Returns:
-            The rank and the first segment that it reads; None where the document was finished before.
+            The rank and the first segment that it reads; None if the document was finished before the number of ranks
+            changed.
         """
         segment = 0
         if self.earlier is not None:
@@ -60,11 +63,11 @@ class Dealing:
         return rank, segment
 
     def skips(self, part: int, rank: int) -> bool:
-        """Whether this rank gets no document of a part, so that the part need not be read."""
+        """Whether a rank gets no document of a part of the dataset, so that it need not read the part."""
         return self.by_shards and self.earlier is None and part % self.ranks != rank
 
     def state(self) -> DealingState:
-        """A frozen copy."""
+        """A frozen copy, for a position in the text."""
         return DealingState(
             ranks=self.ranks,
             by_shards=self.by_shards,
@@ -75,7 +78,7 @@ class Dealing:
 
     @classmethod
     def from_state(cls, state: DealingState) -> Dealing:
-        """The inverse of `state`."""
+        """Restore from a `DealingState`: the inverse of `state`."""
         return cls(
             ranks=state.ranks,
             by_shards=state.by_shards,

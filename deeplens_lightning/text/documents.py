@@ -1,6 +1,6 @@
-"""Documents of a dataset for one rank and one split, in the epoch's order.
+"""Read the documents of one split for one rank, in the epoch's order.
 
-In: a `Source`. Out: `RankDocument`s, each with the position from which reading continues with it.
+In: a `Source`. Out: `RankDocument`s, each with its position in the text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Split = Literal["train", "heldout"]
 
 
 def document_hash(row: Row) -> int:
-    """A document's identity: the first 8 bytes of its BLAKE2b digest, as a signed 64-bit integer."""
+    """Hash a document: the first 8 bytes of its BLAKE2b digest, as a signed 64-bit integer."""
     data = (
         row.encode("utf-8", "surrogatepass")
         if isinstance(row, str)
@@ -30,7 +30,12 @@ def document_hash(row: Row) -> int:
 
 
 def is_heldout(document: int, val_fraction: float) -> bool:
-    """Whether the document with this hash belongs to the held-out split: the same on every run and machine."""
+    """Whether a document belongs to the held-out split; depends on nothing but its hash and `val_fraction`.
+
+    Args:
+        document: the `document_hash` of the document.
+        val_fraction: share of documents held out, 0 to below 1.
+    """
     return (document & 0xFFFF_FFFF_FFFF_FFFF) < int(val_fraction * 2**64)
 
 
@@ -39,9 +44,9 @@ class RankDocument:
     """A document that one rank reads.
 
     Attributes:
-        position: reading from here begins with this document.
-        index: its number in the source.
-        hash: `document_hash` of it.
+        position: position of the document; reading from there begins with this document.
+        index: index of the document in the source.
+        hash: `document_hash` of the document.
         row: the text, or its token ids.
     """
 
@@ -56,11 +61,11 @@ class Documents:
     """The documents of one split that one rank reads.
 
     Attributes:
-        source: all documents.
+        source: the dataset with all documents.
         split: `train`, or `heldout`.
         val_fraction: share of documents held out, by the hash of their text.
-        seed: what the order is drawn from.
-        rank: this one.
+        seed: seed of the order of documents.
+        rank: number of this rank.
         ranks: number of ranks.
     """
 
@@ -72,7 +77,12 @@ class Documents:
     ranks: int = 1
 
     def read(self, epoch: int, start: TextPosition | None = None) -> Iterator[RankDocument]:
-        """This rank's documents of an epoch, from its start or from a position on."""
+        """Iterate over this rank's documents of an epoch, from `start` to the end of the epoch.
+
+        Args:
+            epoch: number of the epoch, which selects the order together with the seed.
+            start: position of the first document; None for the start of the epoch.
+        """
         part, number = start.at if start else (0, 0)
         dealing = Dealing.from_state(start.dealing) if start else self._dealing(self.ranks)
         first_segment = start.segment if start else 0
@@ -93,12 +103,12 @@ class Documents:
                 yield RankDocument(position=position, index=text.index, hash=document, row=text.row)
 
     def dealt_again(self, start: TextPosition | None, frontiers: Sequence[Place], ranks: int) -> DealingState:
-        """A dealing that gives the present ranks what `ranks` earlier ones had not finished.
+        """Assign the documents that an earlier number of ranks had not finished to the present ranks.
 
         Args:
-            start: the first of those documents; None at the very beginning.
-            frontiers: the first place not finished of each earlier rank.
-            ranks: number of earlier ranks.
+            start: position of the first unfinished document; None for the start of the epoch.
+            frontiers: for each earlier rank, the first place that it had not finished.
+            ranks: the earlier number of ranks.
         """
         earlier = Dealing.from_state(start.dealing) if start else self._dealing(ranks)
         earlier.frontiers = list(frontiers)

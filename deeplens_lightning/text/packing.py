@@ -1,8 +1,8 @@
-"""Pack documents into blocks: cut segments, fit them into blocks, batch blocks for the model.
+"""Pack documents into blocks: cut them into segments, fit segments into blocks, sort blocks into model batches.
 
-Pure: no model, no dataset. A segment is at most `seq_length` tokens of one document, cut from the document's own
-start; a block is `seq_length` positions that hold whole segments. Blocks come in chunks of a fixed number of
-blocks, each packed from consecutive segments alone, so that a chunk can be made again from its first segment.
+Uses no model and no dataset. A segment is at most `seq_length` tokens of one document, counted from the document's
+start. A block is `seq_length` positions that hold whole segments. A chunk is a fixed number of blocks, packed from
+consecutive segments, so that the position of its first segment is enough to pack the same chunk again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deeplens_lightning.options import Isolation
 from deeplens_lightning.types import TextPosition
 
 PAD = -1
-"""What `positions` and `documents` hold where a block holds no token."""
+"""Value of `positions`, `documents` and `offsets` at pads: positions of a block without a token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,10 +30,10 @@ class TokenizedDocument:
     """One document as token ids.
 
     Attributes:
-        position: documents read from there begin with this one; segments before its `segment` were served before.
-        index: its number in the source.
-        hash: 64-bit hash of its text, signed.
-        tokens: int64 `(tokens,)`, without special tokens around them; may be empty.
+        position: position of the document in the text; segments before `position.segment` are not read.
+        index: index of the document in the source.
+        hash: signed 64-bit hash of the document's text.
+        tokens: int64 `(tokens,)`, without the special tokens around a segment; may be empty.
     """
 
     position: TextPosition
@@ -44,31 +44,31 @@ class TokenizedDocument:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """`n` blocks. All tensors are `(n, seq_length)`, int64 but for `keep`."""
+    """`n` blocks of tokens. All tensors are `(n, seq_length)`, int64 except `keep`, which is bool."""
 
     tokens: Tensor
-    """Token ids, 0 at pads."""
+    """Token ids; 0 at pads."""
     positions: Tensor
-    """Position inside the segment: it restarts at each. -1 at pads."""
+    """Position of the token in its segment, from 0; -1 at pads."""
     documents: Tensor
-    """Index of the document in the source. -1 at pads."""
+    """Index of the document in the source; -1 at pads."""
     hashes: Tensor
-    """64-bit hash of the document's text. 0 at pads."""
+    """64-bit hash of the document's text; 0 at pads."""
     offsets: Tensor
-    """Position in the document; -1 at pads and at the special tokens that were put around a segment."""
+    """Position of the token in its document; -1 at pads and at the special tokens around a segment."""
     keep: Tensor
-    """bool: the token becomes a row."""
+    """Whether the token becomes a row, bool; False at pads."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The fields in the order of their definition, which is what `Blocks.of` takes."""
+        """The fields as a tuple, in the order of their definition; `Blocks.of` is the inverse."""
         return self.tokens, self.positions, self.documents, self.hashes, self.offsets, self.keep
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Blocks:
-        """The inverse of `tensors`."""
+        """Make `Blocks` from the fields in the order of their definition: the inverse of `tensors`."""
         tokens, positions, documents, hashes, offsets, keep = tensors
         return cls(
             tokens=tokens,
@@ -81,7 +81,7 @@ class Blocks:
 
     @classmethod
     def empty(cls, n: int, seq_length: int) -> Blocks:
-        """`n` blocks of pads."""
+        """Make `n` blocks that hold only pads."""
 
         def filled(value: int) -> Tensor:
             return torch.full((n, seq_length), value, dtype=torch.int64)
@@ -96,22 +96,25 @@ class Blocks:
         )
 
     def select(self, index: Tensor) -> Blocks:
-        """The blocks of an int64 index `(m,)`."""
+        """Select `m` blocks by their numbers, int64 `(m,)`."""
         return Blocks.of([tensor[index] for tensor in self.tensors()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packing:
-    """How documents become blocks.
+    """Pack documents into blocks with fixed settings.
 
     Attributes:
-        seq_length: positions of a block, and the most that a segment may take, its special tokens included.
-        blocks: blocks of a chunk.
-        prefix: token ids put before every segment (a BOS, say).
-        suffix: token ids put behind every segment (BERT's [SEP], say).
+        seq_length: length of a block in tokens, and the largest length of a segment with its special tokens.
+        blocks: number of blocks in a chunk.
+        prefix: token ids put before every segment, for example a BOS token.
+        suffix: token ids put after every segment, for example BERT's [SEP].
         excluded: token ids that never become rows.
-        drop_first_n: tokens at the start of every segment that do not become rows.
-        alone: one segment a block.
+        drop_first_n: number of tokens at the start of every segment that do not become rows.
+        alone: put only one segment in each block.
+
+    Raises:
+        ValueError: `seq_length` leaves no token for text, or `drop_first_n` would drop every token.
     """
 
     seq_length: int
@@ -136,14 +139,14 @@ class Packing:
 
     @property
     def segment_tokens(self) -> int:
-        """Tokens of the document itself that a segment can hold."""
+        """The largest number of tokens of the document in a segment: `seq_length` minus the special tokens."""
         return self.seq_length - len(self.prefix) - len(self.suffix)
 
     def chunks(self, documents: Iterable[TokenizedDocument]) -> Iterator[Chunk]:
-        """Pack documents into chunks, all of `blocks` blocks but the last.
+        """Pack documents into chunks of `blocks` blocks; the last chunk may have fewer.
 
-        A chunk takes as many of the next segments as fit into its blocks, which is nearly all that their lengths
-        allow. A document may end in a later chunk than it began in; its segments stay whole.
+        Each chunk takes the next segments until no more fit into its blocks. A document may continue in the next chunk;
+        a segment is never split.
         """
         waiting: deque[_Segment] = deque()
         room = empty = 0
@@ -161,13 +164,13 @@ class Packing:
             empty = 0
 
     def _chunk(self, waiting: deque[_Segment], empty: int) -> Chunk:
-        """Take the longest run of segments that fits."""
+        """Pack the largest number of next segments that fit into one chunk."""
         rooms = list(_while_sum((s.room for s in waiting), self.blocks * self.seq_length))
         left: list[int] = []
         while (places := best_fit(rooms, self.blocks, self.seq_length)) is None:
             left.append(rooms.pop())
         opened = max(row for row, _ in places) + 1
-        while left and opened < self.blocks:  # rare: one segment less, and a whole block is free
+        while left and opened < self.blocks:  # rare: taking out one segment has freed a whole block
             left.pop()
             places.append((opened, 0))
             opened += 1
@@ -191,13 +194,13 @@ class Packing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """Packed blocks, and the place of their first segment.
+    """Packed blocks, and the position of their first segment.
 
     Attributes:
-        start: the first segment's place in the text.
+        start: position of the first segment in the text.
         blocks: the packed blocks.
-        documents: documents that began in this chunk.
-        empty: documents without a token that were read since the chunk before.
+        documents: number of documents that begin in this chunk.
+        empty: number of documents without a token that were read since the previous chunk.
     """
 
     start: TextPosition
@@ -211,12 +214,12 @@ class _Segment:
     """A segment to be packed.
 
     Attributes:
-        document: the document that it is cut from.
-        number: its number in the document.
-        begin: its first token in the document.
-        text: tokens of the document in it.
-        length: the same with special tokens.
-        room: positions that it takes of a block.
+        document: the document that the segment is cut from.
+        number: number of the segment in the document.
+        begin: position of its first token in the document.
+        text: number of tokens of the document in it.
+        length: number of its tokens, special tokens included.
+        room: number of positions that it occupies in a block.
     """
 
     document: TokenizedDocument
@@ -234,7 +237,7 @@ class _Segment:
         return cls(document, number, begin, text, length, packing.seq_length if packing.alone else length)
 
     def write(self, packing: Packing, arrays: Sequence[NDArray[Any]], row: int, column: int) -> None:
-        """Put it into blocks, given as arrays in the order of their fields."""
+        """Write the segment into block `row` at position `column`; `arrays` are the fields of `Blocks` in order."""
         tokens, positions, documents, hashes, offsets, keep = (array[row] for array in arrays)
         first = column + len(packing.prefix)
         end, last = first + self.text, column + self.length
@@ -249,10 +252,10 @@ class _Segment:
 
 
 def best_fit(lengths: Sequence[int], blocks: int, seq_length: int) -> list[tuple[int, int]] | None:
-    """Best-fit decreasing: the longest first, each where it leaves the least room.
+    """Fit segments into blocks by best-fit decreasing: longest first, each into the fullest block that can hold it.
 
     Returns:
-        The block and the first position of each segment, blocks counted from 0; None if they do not fit.
+        For each of `lengths` the number of its block, from 0, and its first position there; None if they do not fit.
     """
     free: list[tuple[int, int]] = []
     places = [(0, 0)] * len(lengths)
@@ -272,7 +275,7 @@ def best_fit(lengths: Sequence[int], blocks: int, seq_length: int) -> list[tuple
 
 
 def _while_sum(values: Iterable[int], limit: int) -> Iterator[int]:
-    """The first values whose sum stays within a limit."""
+    """The longest run of first values whose sum is at most `limit`."""
     total = 0
     for value in values:
         total += value
@@ -282,14 +285,14 @@ def _while_sum(values: Iterable[int], limit: int) -> Iterator[int]:
 
 
 def model_batches(blocks: Blocks, size: int, isolation: Isolation) -> list[Tensor]:
-    """Split blocks into model batches of blocks that run fast together.
+    """Sort blocks into model batches, so that blocks which run fast together are in the same batch.
 
-    - `packed`, `none`: blocks that hold one full segment first, since they take the plain causal path, which is faster;
-    - `padded`: by length, so that little is padded;
-    - `equal`: by length, and never two lengths in a batch.
+    - `packed`, `none`: blocks with one full segment first, because they need no position ids and run faster;
+    - `padded`: by length, so that there are few pads;
+    - `equal`: by length, and only one length in each batch.
 
     Returns:
-        int64 indices of at most `size` blocks each, together every block once.
+        For each model batch the numbers of its blocks, int64 `(at most size,)`. Every block is in exactly one batch.
     """
     if isolation in ("packed", "none"):
         return list(torch.argsort(is_packed(blocks).long(), stable=True).split(size))
@@ -302,18 +305,18 @@ def model_batches(blocks: Blocks, size: int, isolation: Isolation) -> list[Tenso
 
 
 def is_packed(blocks: Blocks) -> Tensor:
-    """Which blocks are not one full segment: bool `(n,)`."""
+    """Whether each block is anything but one full segment: bool `(n,)`."""
     return blocks.positions[:, -1] != blocks.positions.shape[1] - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInputs:
-    """One model batch as `FrozenModel.activations` takes it.
+    """One model batch: the inputs of `FrozenModel.activations`.
 
     Attributes:
-        tokens: int64 `(n, length)`.
-        position_ids: int64 `(n, length)`, or None.
-        attention_mask: int64 `(n, length)`, 1 at tokens, or None.
+        tokens: token ids, int64 `(n, length)`.
+        position_ids: int64 `(n, length)`; None for the model's default.
+        attention_mask: int64 `(n, length)`, 1 at tokens and 0 at pads; None for no mask.
     """
 
     tokens: Tensor
@@ -322,13 +325,13 @@ class ModelInputs:
 
 
 def model_inputs(blocks: Blocks, isolation: Isolation) -> ModelInputs:
-    """The tokens of one model batch, with the positions or the mask that keep its segments apart.
+    """The inputs of one model batch: token ids, and the position ids or the mask that keep its segments apart.
 
-    - `packed`: `position_ids`, left out where every block is one full segment; they restart at each segment and
-      count the pads as one more segment.
-    - `padded`: `attention_mask`; `length` is that of the longest segment.
-    - `equal`: neither; `length` is that of the segments.
-    - `none`: neither; `length` is `seq_length`.
+    - `packed`: `position_ids` that restart at each segment; pads count as one more segment. None if every block is
+      one full segment.
+    - `padded`: `attention_mask`; `length` is the length of the longest segment.
+    - `equal`: no `position_ids` and no mask; `length` is the length of the segments.
+    - `none`: no `position_ids` and no mask; `length` is `seq_length`.
     """
     if isolation in ("packed", "none"):
         if isolation == "none" or not bool(is_packed(blocks).any()):

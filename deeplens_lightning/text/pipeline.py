@@ -1,12 +1,13 @@
-"""The text stage as a `torchdata.nodes` pipeline: documents, groups of them, token ids, packed chunks.
+"""Tokenise and pack one rank's documents in a `torchdata.nodes` pipeline.
 
     documents -> Batcher -> Mapper(tokenise) -> packing [-> Prefetcher]
 
-In: one rank's documents. Out: chunks of blocks, each with its own position, so that a position never depends on
-how far a node has read ahead. In turn with the model no node has a thread; beside it (an accelerator) tokenising
-runs in `threads` threads, in order, and chunks are packed ahead in one more. The pipeline is built anew for every
-start over a new iterator of the source, so that a thread that outlives its join (nodes wait half a second) reads
-only what nobody else does; the nodes' own states are not used.
+In: one rank's documents. Out: chunks of blocks. Each chunk carries its own position, so a position does not depend on
+how far a node has read ahead, and the nodes' own states are not used. If the model is on the CPU, the pipeline has no
+threads. If it is on an accelerator, `threads` threads tokenise, in order, and one more thread packs chunks ahead.
+
+Every call builds a new pipeline over a new iterator of the source: a node waits only half a second for its thread to
+end, and a thread that is still running must not read from an iterator that is in use.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from deeplens_lightning.text.tokens import tokenize
 from deeplens_lightning.types import TextPosition
 
 GROUP = 64
-"""Documents tokenised at once."""
+"""Number of documents that are tokenised together."""
 CHUNKS_AHEAD = 2
-"""Chunks that are packed before they are needed, where there are threads."""
+"""Number of chunks that are packed ahead if there are threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextStage:
-    """Tokenised and packed text of one rank and one split.
+    """Tokenise and pack the text of one rank and one split.
 
     Attributes:
-        documents: what this rank reads.
-        tokenizer: not used for documents that are token ids already; None where there is none.
-        packing: how segments become blocks.
-        threads: threads that tokenise beside the model; 0 to tokenise in turn with it.
+        documents: the documents of this rank and split.
+        tokenizer: tokenizer for documents that are text; None if documents are token ids.
+        packing: the settings of packing.
+        threads: number of threads that tokenise while the model runs; 0 to tokenise in the calling thread.
     """
 
     documents: Documents
@@ -46,11 +47,21 @@ class TextStage:
     threads: int = 0
 
     def tokenized(self, epoch: int, start: TextPosition | None = None) -> Iterator[TokenizedDocument]:
-        """This rank's documents of an epoch from a position on, tokenised in turn; some may hold no token."""
+        """Iterate over this rank's tokenised documents of an epoch, without threads; some may have no token.
+
+        Args:
+            epoch: number of the epoch.
+            start: position of the first document; None for the start of the epoch.
+        """
         return chain.from_iterable(self._groups(epoch, start, threads=0))
 
     def chunks(self, epoch: int, start: TextPosition | None = None) -> Iterator[Chunk]:
-        """Packed chunks of an epoch, from its start or from a position on."""
+        """Iterate over the packed chunks of an epoch.
+
+        Args:
+            epoch: number of the epoch.
+            start: position of the first segment; None for the start of the epoch.
+        """
         groups = self._groups(epoch, start, self.threads)
         chunks: Iterator[Chunk] = self.packing.chunks(chain.from_iterable(groups))
         return Prefetcher(IterableWrapper(chunks), CHUNKS_AHEAD) if self.threads else chunks

@@ -1,8 +1,8 @@
-"""Open datasets: from the hub, local files, memory or the demo, with their documents in a seeded order.
+"""Open a dataset from the hub, local files, memory or the demo, and read its documents in a seeded order.
 
-A source has one or several parts that are read one after another; a place in it is `(part, number)`, both counted
-in the epoch's order. Sources with random access are one part, read in a seeded permutation; streams are read part
-by part, the parts in a seeded order. In: what the user named. Out: `Text`s.
+In: the user's `dataset_name`. Out: `Text`s. A source has one or more parts, which are read one after another. A place in
+it is `(part, number)`, both counted in the epoch's order. A source with random access is one part, read in the order of
+a seeded permutation. A streamed dataset has several parts, which are read in a seeded order of parts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from deeplens_lightning.permutation import Permutation
 
 Row = str | Sequence[int]
-"""A document as the source has it: text, or token ids."""
+"""A document of a source: text, or token ids."""
 
 FORMATS = {
     ".txt": "text",
@@ -38,11 +38,11 @@ class Text:
     """One document of a source.
 
     Attributes:
-        at: its place in the epoch's order, `(part, number)`.
-        index: its number in the source, the same every epoch.
+        at: place of the document in the epoch's order, `(part, number)`.
+        index: index of the document in the source, the same in every epoch.
         row: the text, or its token ids.
-        reader: a state from which the dataset can be read again and the place that this is, `(state, at)`; None
-            where it is read from the start of the part.
+        reader: a state of the dataset to start reading from, and the `at` which that state belongs to; None to read
+            from the start of the part.
     """
 
     at: tuple[int, int]
@@ -52,27 +52,36 @@ class Text:
 
 
 class Source(Protocol):
-    """Documents in an order that a seed and an epoch decide."""
+    """The protocol of a dataset that is read in an order given by a seed and an epoch number."""
 
     @property
     def identity(self) -> dict[str, str]:
-        """What the documents are, for a fingerprint: name to value."""
+        """Name, files and version of the dataset, for the fingerprint in checkpoints: name to value."""
 
     @property
     def parts(self) -> int:
         """Number of parts that can be read independently of each other."""
 
     def read(self, part: int, number: int, *, seed: int, epoch: int, reader: Any = None) -> Iterator[Text]:
-        """The documents of one part of the epoch's order from a place on; `reader` of a `Text` saves skipping."""
+        """Iterate over the documents of one part, from a given document on.
+
+        Args:
+            part: number of the part in the epoch's order.
+            number: number of the first document in the part.
+            seed: seed of the order.
+            epoch: number of the epoch.
+            reader: `Text.reader` of the first document, so that the documents before it need not be read; None to read
+                and skip them.
+        """
 
 
 @dataclass(frozen=True)
 class IndexedSource:
-    """Documents with random access, in a seeded permutation of constant memory.
+    """A dataset with random access, read in the order of a seeded permutation.
 
     Attributes:
-        rows: a sequence of texts or of token ids.
-        identity: what the documents are.
+        rows: a sequence of texts or of lists of token ids.
+        identity: name, files and version of the dataset.
     """
 
     rows: Sequence[Row]
@@ -84,7 +93,7 @@ class IndexedSource:
         return len(self.rows)
 
     def read(self, part: int, number: int, *, seed: int, epoch: int, reader: Any = None) -> Iterator[Text]:
-        """See `Source`; going to a place costs nothing."""
+        """Iterate over documents from a given one on, as in `Source.read`; starting anywhere costs nothing."""
         del reader
         order = Permutation(len(self.rows), np.random.SeedSequence((seed, epoch)))
         for first in range(number, len(self.rows), 256):
@@ -95,12 +104,12 @@ class IndexedSource:
 
 @dataclass(frozen=True)
 class StreamedSource:
-    """A `datasets.IterableDataset`, part by part (they are its shards).
+    """A streamed `datasets.IterableDataset`, read one of its shards after another; a part is a shard.
 
     Attributes:
-        dataset: with one column of texts or token ids.
-        column: that column.
-        identity: what the documents are.
+        dataset: the dataset, with one column of texts or token ids.
+        column: name of that column.
+        identity: name, files and version of the dataset.
     """
 
     dataset: datasets.IterableDataset
@@ -111,14 +120,19 @@ class StreamedSource:
 
     @property
     def parts(self) -> int:
-        """See `Source`."""
+        """Number of shards of the dataset."""
         return cast(int, self.dataset.num_shards)
 
     def read(self, part: int, number: int, *, seed: int, epoch: int, reader: Any = None) -> Iterator[Text]:
-        """See `Source`; going to a place takes as long as the dataset's own `load_state_dict` does."""
+        """Iterate over documents from a given one on, as in `Source.read`.
+
+        Starting inside a part takes as long as `load_state_dict` of the dataset.
+        """
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, epoch))))
         original = int(generator.permutation(self.parts)[part])
-        dataset = self.dataset.shard(self.parts, original)  # a copy: `load_state_dict` would stick to our own
+        dataset = self.dataset.shard(
+            self.parts, original
+        )  # a copy, because `load_state_dict` changes the dataset
         known, place = reader or (None, (part, 0))
         if known is not None and place[0] == part and place[1] <= number:
             dataset.load_state_dict(known)
@@ -137,7 +151,7 @@ class StreamedSource:
 
 
 def _has_buffer(dataset: datasets.IterableDataset) -> bool:
-    """Whether a step of the dataset shuffles in a buffer, whose content its `state_dict` does not hold."""
+    """Whether a step of the dataset shuffles in a buffer, whose content is not in its `state_dict`."""
     step = dataset._ex_iterable
     while step is not None:
         if type(step).__name__ == "BufferShuffledExamplesIterable":
@@ -147,7 +161,7 @@ def _has_buffer(dataset: datasets.IterableDataset) -> bool:
 
 
 class _Column(Sequence[Row]):
-    """One column of a `datasets.Dataset`, read a row at a time."""
+    """One column of a `datasets.Dataset`, read one row at a time."""
 
     def __init__(self, dataset: datasets.Dataset, column: str) -> None:
         self.column = dataset.select_columns([column])
@@ -167,27 +181,28 @@ def open_source(
     split: str = "train",
     dataset_kwargs: Mapping[str, Any] | None = None,
 ) -> Source:
-    """Open the dataset that a user named or handed over.
+    """Open a dataset by name, or wrap a loaded one.
 
     Args:
-        dataset_name: `demo:docs`; a list of texts; a `datasets` object; a file, folder or glob of txt, jsonl or
-            parquet files (optionally compressed), one document a line, row or txt file; or a hub id, streamed,
-            with an optional configuration behind it (`wikitext/wikitext-103-v1`).
-        text_column: the column of texts, or of token ids.
-        split: of a dataset on the hub.
-        dataset_kwargs: for `datasets.load_dataset` (`name=`, `revision=`, `streaming=`, …).
+        dataset_name: `demo:docs`; a list of texts; a `datasets` object; a file, folder or glob of txt, md, json, jsonl,
+            ndjson or parquet files (optionally compressed), where a document is a whole txt or md file, a JSON line or a
+            parquet row; or a hub id, which is streamed, optionally followed by a configuration
+            (`wikitext/wikitext-103-v1`).
+        text_column: name of the column of texts or token ids.
+        split: split of a dataset on the hub.
+        dataset_kwargs: keyword arguments for `datasets.load_dataset` (`name=`, `revision=`, `streaming=`, …).
 
     Raises:
-        FileNotFoundError: a path matches nothing.
-        ValueError: no such column, or no documents.
+        FileNotFoundError: a path matches no file, or the hub has no such dataset.
+        ValueError: there is no such column or no document, or the files have several formats.
     """
     kwargs = dict(dataset_kwargs or {})
     if isinstance(dataset_name, datasets.Dataset | datasets.IterableDataset):
         return _of_dataset(dataset_name, text_column, {"dataset": _dataset_name(dataset_name)})
     if isinstance(dataset_name, Mapping):
         raise ValueError(
-            f"this dataset has the splits {', '.join(dataset_name)}; give one of them: "
-            f"dataset[{next(iter(dataset_name))!r}]"
+            f"dataset_name is a dict of the splits {', '.join(dataset_name)}; give one of them, for example "
+            f"dataset_name=dataset[{next(iter(dataset_name))!r}]"
         )
     if not isinstance(dataset_name, str):
         return _of_texts(dataset_name)
@@ -197,12 +212,12 @@ def open_source(
         versions = " ".join(f"{name} {version}" for name, version in source_versions().items())
         return IndexedSource(demo_documents(), {"dataset": dataset_name, "dataset versions": versions})
     if dataset_name.startswith("demo:"):
-        raise ValueError(f"{dataset_name!r} is no embedded dataset; there is one: 'demo:docs'")
+        raise ValueError(f"{dataset_name!r} is not an embedded dataset; the only one is 'demo:docs'")
     if files := _local_files(dataset_name):
         return _of_files(dataset_name, files, text_column, kwargs)
     if _looks_local(dataset_name):
         raise FileNotFoundError(
-            f"dataset {dataset_name!r} matches no {', '.join(sorted(FORMATS))} file; "
+            f"dataset_name={dataset_name!r} matches no {', '.join(sorted(FORMATS))} file; "
             "give a file, a folder or a glob that exists, or a dataset id on the hub such as 'HuggingFaceFW/fineweb'"
         )
     return _of_hub(dataset_name, text_column, split, kwargs)
@@ -212,7 +227,8 @@ def _of_texts(texts: Sequence[str]) -> IndexedSource:
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
         raise ValueError(
-            f"a list of documents holds texts (str), but here is a {type(wrong).__name__}: {wrong!r:.80}"
+            f"dataset_name is a list that must hold only texts (str), but it holds a {type(wrong).__name__}: "
+            f"{wrong!r:.80}; for token ids give a datasets.Dataset with a column of them"
         )
     if not texts:
         raise ValueError("dataset_name is an empty list; give at least one text")
@@ -224,7 +240,8 @@ def _of_files(name: str, files: list[str], text_column: str, kwargs: dict[str, A
     formats = {_format(file) for file in files}
     if len(formats) > 1:
         raise ValueError(
-            f"{name!r} mixes {' and '.join(sorted(map(str, formats)))} files; name one kind with a glob, '*.jsonl' say"
+            f"{name!r} mixes {' and '.join(sorted(map(str, formats)))} files; give a glob that matches one format, "
+            "such as '*.jsonl'"
         )
     kind = cast(str, formats.pop())
     if kind == "text":
@@ -264,8 +281,8 @@ def _repositories(name: str) -> list[tuple[str, str | None]]:
 
 def _no_dataset(name: str, error: Exception) -> FileNotFoundError:
     return FileNotFoundError(
-        f"dataset {name!r} is neither a local path nor found on the hub ({type(error).__name__}); check the name and the "
-        "connection, or start with dataset_name='demo:docs'"
+        f"dataset_name={name!r} is neither a local path nor found on the hub ({type(error).__name__}); check the name "
+        "and the connection, or use dataset_name='demo:docs', which needs no connection"
     )
 
 
@@ -275,13 +292,13 @@ def _of_dataset(dataset: Any, column: str, identity: dict[str, str]) -> Source:
     columns = list(dataset.column_names)
     if column not in columns:
         raise ValueError(
-            f"the dataset has no column {column!r}; its columns are {', '.join(columns)}: give text_column= one of them"
+            f"the dataset has no column {column!r}; its columns are {', '.join(columns)}: set text_column= to one of them"
         )
     identity = identity | {"text_column": column}
     if isinstance(dataset, datasets.IterableDataset):
         return StreamedSource(dataset.select_columns([column]), column, identity)
     if len(dataset) == 0:
-        raise ValueError(f"dataset {identity['dataset']!r} is empty: it has no rows")
+        raise ValueError(f"dataset {identity['dataset']!r} is empty; give a dataset with at least one row")
     return IndexedSource(_Column(dataset, column), identity)
 
 
@@ -296,7 +313,8 @@ def _local_files(name: str) -> list[str]:
     if path.is_file():
         if _format(name) is None:
             raise ValueError(
-                f"{name!r} is no {', '.join(sorted(FORMATS))} file; convert it, or load it and hand over the texts"
+                f"{name!r} is not a {', '.join(sorted(FORMATS))} file; convert it, or load it yourself and give the "
+                "list of texts as dataset_name"
             )
         return [str(path)]
     found = (

@@ -13,16 +13,14 @@ from deeplens_lightning.text.sources import Row
 
 
 def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> list[NDArray[np.int64]]:
-    """Token ids of texts, without special tokens around them; rows of token ids are taken as they are.
-
-    White space alone counts as no text.
+    """Tokenise texts without adding special tokens; documents that are token ids already are returned unchanged.
 
     Args:
-        rows: texts, or rows of token ids.
-        tokenizer: not used for token ids.
+        rows: texts, or lists of token ids.
+        tokenizer: needed for texts, not used for token ids.
 
     Returns:
-        int64 `(tokens,)` for each row, empty where there is no text.
+        int64 `(tokens,)` for each document, empty for a text of white space.
 
     Raises:
         ValueError: there are texts and no tokenizer.
@@ -34,9 +32,11 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> 
         return []
     if tokenizer is None:
         raise ValueError(
-            "these documents are texts and the model has no tokenizer of its own: give tokenizer="
+            "the documents are texts and the model has no tokenizer: give tokenizer= a folder, a hub id or a tokenizer"
         )
-    if tokenizer.is_fast:  # the same ids as calling the tokenizer gives, without offsets, words and masks
+    if (
+        tokenizer.is_fast
+    ):  # gives the same ids as the tokenizer's call, without computing offsets, words and masks
         backend: Any = tokenizer.backend_tokenizer
         ids = [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     else:
@@ -47,15 +47,18 @@ def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> 
 def special_affixes(
     tokenizer: PreTrainedTokenizerBase | None, prepend_bos: bool | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special tokens that go before and behind every segment.
+    """Find the special tokens to put before and after every segment.
 
     Args:
-        tokenizer: the model's.
-        prepend_bos: None for what the tokenizer itself puts around a text, True for a BOS in front whatever it
-            does, False for nothing.
+        tokenizer: the model's tokenizer.
+        prepend_bos: None for the special tokens that the tokenizer itself adds, True for at least a BOS token in front,
+            False for no special tokens.
+
+    Returns:
+        The token ids before a segment, and those after it.
 
     Raises:
-        ValueError: a BOS is wanted and the tokenizer has none.
+        ValueError: `prepend_bos=True` and the tokenizer has no BOS token.
     """
     if tokenizer is None or prepend_bos is False:
         return (), ()
@@ -66,6 +69,6 @@ def special_affixes(
     if prepend_bos and not prefix:
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
         if bos is None:
-            raise ValueError("prepend_bos=True, but the tokenizer has no BOS token; leave prepend_bos out")
+            raise ValueError("prepend_bos=True, but the tokenizer has no BOS token; do not set prepend_bos")
         prefix = (int(bos),)
     return prefix, suffix

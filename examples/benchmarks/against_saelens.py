@@ -1,12 +1,13 @@
-"""Measures this library against SAELens: the SAE's step, the stream, both together, and a cache.
+"""Compare the speed of this library with SAELens: an SAE's training step, the stream, both together, and a cache.
 
     pip install 'deeplens-lightning[saelens]'
     python examples/benchmarks/against_saelens.py --model PATH_OF_SMOLLM2_135M --layer 10 --hook mlp_out \\
         --saelens-hook model.layers.10.mlp --d-sae 8192 --k 32 --batch-size 2048 --seq-length 256
 
-Both take turns in one process on the same text and sizes; the table shows medians, and the ratio is the
-median over pairs. `--parts quality` trains both on the same batches and compares held-out FVU and dead
-latents. Results go to a JSON file. With a GPU: `--device cuda --bf16 --d-sae 65536`.
+Both libraries take turns in one process on the same text and with the same sizes. The table shows median rates and
+the median over pairs of turns of the ratio. `--parts quality` trains an SAE of each library on the same batches and
+compares held-out FVU and dead latents. Results are written to a JSON file. For a GPU add
+`--device cuda --bf16 --d-sae 65536`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--hook", default="mlp_out")
     parser.add_argument(
-        "--saelens-hook", help="module path of the same place; default GPT-2's MLP of that layer"
+        "--saelens-hook", help="module path of the same hook point; default GPT-2's MLP of that layer"
     )
     parser.add_argument("--dataset", default="demo:docs")
     parser.add_argument("--d-sae", type=int, default=8192)
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--unit",
         type=int,
-        help="batches in one turn; default half a buffer, after which SAELens computes as many at once",
+        help="batches in one turn; default half a buffer, because SAELens refills half a buffer at once",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -82,7 +83,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fixed_batches(args: argparse.Namespace, d_in: int) -> list[Tensor]:
-    """Rows with the anisotropy of activations, for the step alone."""
+    """Four batches of random rows with unequal variances, as activations have, to time the SAE's step without a model."""
     g = torch.Generator().manual_seed(0)
     mix = torch.randn(d_in, d_in, generator=g) * torch.linspace(1, 0.05, d_in)
     return [(torch.randn(args.batch_size, d_in, generator=g) @ mix).to(args.device) for _ in range(4)]
@@ -133,7 +134,7 @@ def measure_cache(args: argparse.Namespace, d_in: int, source: Iterator[Tensor])
 
 
 def measure_memory(d_in: int) -> dict[str, float]:
-    """Peak memory of three steps above weights and batches, each side in a process of its own."""
+    """Peak memory of three steps in MB, without weights, optimizer state and batches; each library in its own process."""
     peaks = {}
     for side in ("ours", "theirs"):
         command = [sys.executable, __file__, *sys.argv[1:], "--measure-memory", side, "--d-in", str(d_in)]
@@ -148,7 +149,7 @@ def measure_memory(d_in: int) -> dict[str, float]:
 def report_memory(args: argparse.Namespace) -> None:
     side = (Ours if args.measure_memory == "ours" else Theirs)(args, args.d_in, "topk")
     batches = fixed_batches(args, args.d_in)
-    for p in side.sae.parameters():  # the gradients and Adam's moments are no matter of the step
+    for p in side.sae.parameters():  # allocate gradients and Adam's moments first: they are not counted
         p.grad = torch.zeros_like(p)
     (side.optimizer if isinstance(side, Ours) else side.trainer.optimizer).step()
     gc.collect()
@@ -165,7 +166,7 @@ def report_memory(args: argparse.Namespace) -> None:
 
 
 def measure_quality(args: argparse.Namespace) -> list[dict[str, float | str]]:
-    """Both trained on the very same batches; held-out FVU and latents that never fire."""
+    """Train an SAE of each library on the same batches; returns held-out metrics such as FVU and dead latents."""
     data = our_data(args, args.shards)
     d_in = int(data.d_in)
     steps = args.tokens // args.batch_size
@@ -204,7 +205,7 @@ def main() -> None:
     }
     data = our_data(args, args.shards if args.parts == ["quality"] else None)
     d_in = int(data.d_in)
-    print(f"{'rows a second':28s} {'ours':>10s} {'SAELens':>10s} {'ratio':>9s}")
+    print(f"{'rows per second':28s} {'ours':>10s} {'SAELens':>10s} {'ratio':>9s}")
     lines: list[Line] = []
     if "step" in args.parts:
         lines.append(measure_step(args, d_in))
@@ -214,7 +215,7 @@ def main() -> None:
         ours, theirs = endless(data), their_store(args, d_in)
         _consume(
             ours, 2 * args.buffer_batches
-        )  # full buffers: ours grows while it serves, theirs fills first
+        )  # wait until both buffers are full: ours grows while it serves
         _consume(theirs, 2 * args.buffer_batches)
         if "stream" in args.parts:
             lines.append(measure_stream(args, ours, theirs))
@@ -242,7 +243,7 @@ def _consume(batches: Iterator[Tensor], n: int) -> None:
 
 
 def _status(field: str) -> float:
-    """A line of /proc/self/status, in bytes."""
+    """Read a field of /proc/self/status, in bytes."""
     text = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field))
 

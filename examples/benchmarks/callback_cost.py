@@ -1,11 +1,11 @@
-"""What each callback costs in training time, on the quickstart or any other configuration.
+"""Measure the training time that each callback takes, with the quickstart or any other configuration.
 
     python examples/benchmarks/callback_cost.py configs/quickstart.yaml --max-steps 300
 
-One run with all of them, a clock around each one's hooks: the cost is the time inside them, divided by
-the time of the training loop without them (validation and start aside, as `FitSummary` counts it). The end
-of training is shown by itself, since it comes once however long a run is. Looks fall on every 100th
-step, so take at least a few hundred steps.
+One run has all callbacks, and the time inside the hooks of each is measured. The cost is this time divided by the time
+of the training loop without the callbacks (not counting validation and start, as in `FitSummary`). The time at the end
+of training is shown separately, because it does not grow with the length of the run. Some callbacks work only on every
+100th step, so use at least a few hundred steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ TEXT = "The capital of France is Paris, and the tensor has the shape (batch, d_i
 
 
 class Clock:
-    """Seconds inside a callback's hooks, while training and at its end."""
+    """Measure the seconds spent in a callback's hooks, during training and at its end."""
 
     def __init__(self, callback: L.Callback) -> None:
         self.training = self.end = 0.0
@@ -56,7 +56,7 @@ class Clock:
 
 
 class _Loop(FitSummary):
-    """The summary's clock, with nothing printed."""
+    """Measure the time of the training loop as `FitSummary` does, without printing the summary."""
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pass
@@ -87,7 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         Throughput(),
     ]
     clocks = {type(callback).__name__: Clock(callback) for callback in watched}
-    loop = _Loop()  # first, so that the end of training of the others is outside its time
+    loop = (
+        _Loop()
+    )  # first in the list, so that its time does not include the other callbacks' end of training
     with tempfile.TemporaryDirectory() as root:
         sys.argv = sys.argv[:1]
         words = ["--config", args.config, "--trainer.logger", "false", "--trainer.default_root_dir", root]

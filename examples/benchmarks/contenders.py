@@ -1,4 +1,4 @@
-"""The two contenders on the same text and sizes: our data module and SAE, SAELens's store and trainer."""
+"""Set up this library and SAELens with the same text and sizes: data modules or stores, SAEs, training steps, caches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from deeplens_lightning.sae import SparseAutoencoder
 
 
 class Ours:
-    """One optimizer step a call, as Lightning's loop takes it."""
+    """This library's SAE; `step` does what Lightning's loop does for one batch."""
 
     name = "deeplens_lightning"
 
@@ -52,7 +52,7 @@ class Ours:
 
 
 class Theirs:
-    """SAELens's own trainer, given batches one by one through its public `step`."""
+    """SAELens's trainer; `step` calls its public method for one batch."""
 
     name = "sae_lens"
 
@@ -120,7 +120,7 @@ def endless(data: ActivationDataModule) -> Iterator[Tensor]:
 
 
 def their_store(args: argparse.Namespace, d_in: int, cache: Path | None = None) -> Iterator[Tensor]:
-    """SAELens's store over the same model, cut at the same layer and without its LM head."""
+    """Make SAELens's activation store for the same model, cut after the same layer and without its LM head."""
     import datasets
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.activations_store import ActivationsStore
@@ -158,7 +158,7 @@ def their_store(args: argparse.Namespace, d_in: int, cache: Path | None = None) 
 
 
 def write_caches(rows: Tensor, args: argparse.Namespace, folder: Path) -> tuple[str, Path]:
-    """The same rows `(n, d_in)` as a bare tensor file for ours and as SAELens's Arrow cache for theirs."""
+    """Write the same rows `(n, d_in)` as a bare tensor file for this library and as an Arrow cache for SAELens."""
     import datasets
 
     ours, theirs = folder / "rows.pt", folder / "arrow"

@@ -1,10 +1,10 @@
-"""What several SAEs on one stream cost: against one pass of the stream and the SAEs' own steps.
+"""Measure the overhead of training several SAEs on one stream (`SparseAutoencoderGrid`).
 
     python examples/benchmarks/grid_cost.py --steps 40 --rounds 5
 
-Every round trains the grid on the stream, lets the stream run for a module that does nothing, and trains each SAE
-alone on batches that lie in memory, all by the same Trainer's loop. The cost is the first over the sum of the rest;
-the median over the rounds is printed, and everything goes to a JSON file.
+Every round measures three times with the same Trainer loop: the grid trains on the stream, the stream runs for a module
+that does nothing, and each SAE trains alone on batches in memory. The cost is the first time divided by the sum of the
+others. The median over the rounds is printed, and all times are written to a JSON file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deeplens_lightning import ActivationDataModule, SparseAutoencoder, SparseAu
 
 
 class Idle(L.LightningModule):
-    """Takes batches and does nothing with them."""
+    """A module that does nothing with its batches."""
 
     automatic_optimization = False
 
@@ -37,7 +37,7 @@ class Idle(L.LightningModule):
 
 
 class Clock(L.Callback):
-    """Seconds from the end of step `skip` on, when buffers and caches are warm."""
+    """Measure the seconds after step `skip`, when buffers and caches are warm."""
 
     def __init__(self, skip: int) -> None:
         self.skip, self.begun, self.seconds = skip, 0.0, 0.0
@@ -75,13 +75,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--steps", type=int, default=40, help="batches that are timed")
-    parser.add_argument("--skip", type=int, default=10, help="batches before")
+    parser.add_argument("--skip", type=int, default=10, help="batches before them that are not timed")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("grid_cost.json"))
     args = parser.parse_args()
 
     def data() -> ActivationDataModule:
-        # a full buffer from the first step on, so that every run computes as many rows as it serves
+        # the buffer is full from the first step, so that every run computes the same number of rows as it serves
         return ActivationDataModule(
             args.model, args.layer, args.hook, batch_size=args.batch_size, buffer_size=4 * args.batch_size
         )
@@ -111,7 +111,7 @@ def main() -> None:
         rounds.append(found)
         print(found, flush=True)
     cost = median(found["cost"] for found in rounds)
-    print(f"a grid of {len(args.k)} over one pass of the stream and their own steps: {cost:.3f}")
+    print(f"time of a grid of {len(args.k)} SAEs / (time of the stream + times of their steps): {cost:.3f}")
     settings = {name: str(value) for name, value in vars(args).items()}
     args.out.write_text(json.dumps({"cost": cost, "rounds": rounds, "settings": settings}, indent=2))
 

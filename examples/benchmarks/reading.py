@@ -1,15 +1,15 @@
-"""Measure reading cached activations, globally shuffled, against three others on the same rows.
+"""Measure the speed of reading cached activations in globally shuffled order, compared with other readers.
 
     python examples/benchmarks/reading.py --out reading.json
 
-- `ram`: gathering as many random rows from one tensor in memory, the most that this machine could do;
-- `ours`: `ShardStream`, memory-mapped shards with provenance;
+- `ram`: gather the same number of random rows from one tensor in memory, an upper bound for this machine;
+- `ours`: `ShardStream` on memory-mapped shards with provenance;
 - `datamodule`: the same shards through `ActivationDataModule(shards=...).train_dataloader()`;
-- `deeplens`: a shuffling `DataLoader` over a `TensorDataset` in memory, row by row, as DeepLens trains;
-- `saelens`: SAELens's store over its own cache (Arrow), left out where `sae-lens` is not installed.
+- `deeplens`: a shuffling `DataLoader` over a `TensorDataset` in memory, row by row, as in DeepLens;
+- `saelens`: SAELens's store on its own cache (Arrow), left out if `sae-lens` is not installed.
 
-All take turns in one process; the table has medians and the median of the ratios `ours` / other, round by round. The
-files are in the page cache, since they were just written.
+All readers read the same rows and take turns in one process. The table shows median rates, and the median over rounds of
+the ratio `ours` / other. The files are in the page cache, because they were just written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--shard-mb", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batches", type=int, default=8, help="of each contender, each round")
+    parser.add_argument("--batches", type=int, default=8, help="batches per reader and round")
     parser.add_argument("--folder", help="where to write the caches; default a temporary folder")
     parser.add_argument("--out", help="JSON file for the figures")
     return parser.parse_args(argv)
@@ -72,7 +72,7 @@ def from_shards(rows: Tensor, args: argparse.Namespace, folder: Path) -> Iterato
 
 
 def from_data_module(args: argparse.Namespace, folder: Path) -> Iterator[Tensor]:
-    """Batches as training gets them; the cache is the one that `from_shards` wrote."""
+    """Batches of the training data loader, from the cache that `from_shards` wrote."""
     options = CacheOptions(shuffle="global")
     buffer = BufferOptions(dtype="auto")
     data = ActivationDataModule(
@@ -95,7 +95,7 @@ def from_deeplens(rows: Tensor, args: argparse.Namespace) -> Iterator[Tensor]:
 
 
 def from_saelens(rows: Tensor, args: argparse.Namespace, folder: Path) -> Iterator[Tensor]:
-    """SAELens's store; the model that it insists on is a tiny one that never runs."""
+    """SAELens's store; it requires a model, so it gets a tiny one that never runs."""
     import datasets
     from sae_lens.load_model import HookedProxyLM
     from sae_lens.training.activations_store import ActivationsStore
@@ -129,7 +129,7 @@ def from_saelens(rows: Tensor, args: argparse.Namespace, folder: Path) -> Iterat
 
 
 def measure(contenders: dict[str, Iterator[Tensor]], args: argparse.Namespace) -> dict[str, list[float]]:
-    """Rows a second, round by round; who goes first rotates."""
+    """Rows per second of each reader in each round; the reader that goes first changes from round to round."""
     names = list(contenders)
     rates: dict[str, list[float]] = {name: [] for name in names}
     for round_number in range(-2, args.rounds):  # two rounds warm up
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
         "datamodule": from_data_module(args, folder / "shards"),
         "deeplens": from_deeplens(rows, args),
     }
-    if importlib.util.find_spec("sae_lens") is None or args.dtype == "bfloat16":  # which Arrow does not have
+    if importlib.util.find_spec("sae_lens") is None or args.dtype == "bfloat16":  # Arrow has no bfloat16
         print("saelens is left out")
     else:
         contenders["saelens"] = from_saelens(rows, args, folder)

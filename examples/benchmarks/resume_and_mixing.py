@@ -1,10 +1,11 @@
-"""Measures what a checkpoint costs, what resuming costs, and how well rows are mixed. Prints, and writes JSON.
+"""Measure the size and time of checkpoints, the time to resume, and how well rows are shuffled. Prints JSON.
 
     python examples/benchmarks/resume_and_mixing.py --hf-model demo:lm --out resume.json
 
-- checkpoint: size of the data module's state, seconds to take it and to save it, at buffers of 10^4 and 10^6 rows;
-- resume: seconds to the first batch, 1% and 95% into a local JSONL dataset of many documents;
-- mixing: rows of the same document beside each row of a batch, with and without the block pool, and in a full shuffle.
+- checkpoint: size of the data module's state, seconds to make it and to save it, with buffers of 10^4 and 10^6 rows;
+- resume: seconds to the first batch after resuming at 1% and at 95% of a local JSONL dataset;
+- mixing: mean number of other rows of the same document in a row's batch, with and without the block shuffle, and for a
+  full shuffle of an epoch.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=1)
     parser.add_argument("--hook", default="mlp_out")
     parser.add_argument("--batch-size", type=int, default=2048)
-    parser.add_argument("--buffer-size", type=int, default=65_536, help="of the resume and mixing parts")
-    parser.add_argument("--documents", type=int, default=20_000, help="of the local dataset that is resumed")
+    parser.add_argument(
+        "--buffer-size", type=int, default=65_536, help="rows in the buffer, for resume and mixing"
+    )
+    parser.add_argument("--documents", type=int, default=20_000, help="documents in the dataset, for resume")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     base = {
@@ -60,7 +63,7 @@ def main() -> None:
 
 
 def checkpoint(base: dict[str, Any], dataset: str, rows: int) -> dict[str, float]:
-    """Size in bytes and seconds of the state, a few batches into a run."""
+    """Size of the data module's state in bytes, and seconds to make and save it, after three batches."""
     dm = opened(base, dataset, max(rows, base["batch_size"]), normalize="zscore")
     list(islice(dm.train_dataloader(), 3))
     begun = time.perf_counter()
@@ -75,7 +78,7 @@ def checkpoint(base: dict[str, Any], dataset: str, rows: int) -> dict[str, float
 
 
 def resume(base: dict[str, Any], dataset: str, documents: int, buffer: int) -> list[dict[str, float]]:
-    """Seconds from `load_state_dict` to the first batch, early and late in an epoch of a JSONL file."""
+    """Seconds to the first batch after `load_state_dict`, early and late in an epoch of a JSONL file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "texts.jsonl"
         path.write_text(
@@ -98,7 +101,7 @@ def resume(base: dict[str, Any], dataset: str, documents: int, buffer: int) -> l
 
 
 def texts(dataset: str, count: int) -> Iterable[str]:
-    """`count` documents, again from the start where there are fewer."""
+    """Yield `count` documents of a dataset, repeating it if it has fewer."""
     number = 0
     while number < count:
         for text in islice(open_source(dataset).read(0, 0, seed=0, epoch=0), count - number):
@@ -107,7 +110,7 @@ def texts(dataset: str, count: int) -> Iterable[str]:
 
 
 def mixing(base: dict[str, Any], dataset: str, buffer: int) -> dict[str, float]:
-    """Rows of the same document beside each row of a batch, past the ramp."""
+    """Mean number of other rows of the same document in a row's batch, once the windows of the shuffle are full."""
     found = {}
     for name, pool in (("with block pool", True), ("without block pool", False)):
         dm = opened(base, dataset, buffer, buffer_options=BufferOptions(shuffle_blocks=pool))
@@ -125,7 +128,7 @@ def mixing(base: dict[str, Any], dataset: str, buffer: int) -> dict[str, float]:
 
 
 def documents_of(dm: ActivationDataModule) -> Iterable[Tensor]:
-    """The document of every row, batch by batch, of one epoch."""
+    """Iterate over the document indices of the rows of each batch, int64 `(batch,)`, for one epoch."""
     for batch in dm.train_dataloader():
         provenance = dm.provenance(batch)
         assert provenance is not None
@@ -142,7 +145,7 @@ def beside(batches: Iterable[Tensor]) -> float:
 
 
 def opened(base: dict[str, Any], dataset: str, buffer: int, **changes: Any) -> ActivationDataModule:
-    """A data module that is ready, without a Trainer, on the CPU or what there is."""
+    """Make a data module and call `setup`, without a Trainer."""
     dm = ActivationDataModule(dataset_name=dataset, buffer_size=buffer, **base, **changes)
     dm.setup("fit")
     return dm

@@ -1,4 +1,4 @@
-"""Interleaved timing: two contenders take turns in one process, so that a busy machine slows both."""
+"""Time two functions in turns in one process, so that other load on the machine slows both equally."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: seconds for a unit of `rows` rows, pair by pair."""
+    """One line of the table: for each pair of turns, the seconds of each library for `rows` rows."""
 
     name: str
     rows: int
@@ -21,11 +21,11 @@ class Line:
 
     @property
     def ratio(self) -> float:
-        """Median over pairs of how many times faster ours is."""
+        """Speed of ours divided by speed of theirs, the median over pairs of turns."""
         return median(b / a for a, b in zip(self.ours, self.theirs, strict=True))
 
     def summary(self) -> dict[str, float | str]:
-        """Medians in rows a second, and the ratio."""
+        """Median rates in rows per second, and the ratio."""
         ours, theirs = self.rows / median(self.ours), self.rows / median(self.theirs)
         return {
             "measure": self.name,
@@ -45,7 +45,17 @@ def take_turns(
     warmup: int,
     cuda: bool,
 ) -> Line:
-    """Time units of both, alternating, and alternating who goes first."""
+    """Time two functions in alternating turns; which one goes first also alternates.
+
+    Args:
+        name: name of the measurement.
+        rows: rows that one call processes.
+        ours: a function that does one unit of work with this library.
+        theirs: a function that does the same work with the other library.
+        pairs: number of pairs of turns that are counted.
+        warmup: number of pairs before them that are not counted.
+        cuda: whether to synchronise CUDA before and after each call.
+    """
     seconds: tuple[list[float], list[float]] = ([], [])
     for i in range(warmup + pairs):
         for which in (0, 1) if i % 2 else (1, 0):

@@ -67,7 +67,7 @@ def test_every_kept_token_is_written_once_and_equals_the_live_rows(inputs, whole
     assert torch.equal(torch.cat([batch.provenance for batch in live]), provenance)
     for name in NAMES:
         assert torch.equal(torch.cat([batch.rows[name] for batch in live]), rows[name])
-    tokens = sum(len(document.tokens) for document in make_extraction(*inputs).documents.read(0))
+    tokens = sum(len(document.tokens) for document in make_extraction(*inputs).text.tokenized(0))
     assert len(provenance) == tokens
     assert len({(document, place) for _, document, place, _ in provenance.tolist()}) == tokens
     assert verify(whole).problems == []
@@ -132,11 +132,11 @@ def test_an_error_in_the_model_leaves_finished_shards_and_releases_the_folder(in
     dm.setup("predict")
     activations, calls = dm.extraction.model.activations, []
 
-    def fails_later(**kwargs):
+    def fails_later(*args):
         calls.append(1)
         if len(calls) == 20:
             raise RuntimeError("out of memory")
-        return activations(**kwargs)
+        return activations(*args)
 
     dm.setup = lambda stage: setattr(dm.extraction.model, "activations", fails_later)
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -36,7 +36,7 @@ def test_the_tables_show_skipped_layers_and_bytes_per_row(tmp_path: Path) -> Non
         "mlp:in",
         "experts",
         "layers.0.mlp_out",
-        "128 bytes a row (bfloat16)",
+        "128 bytes per row (bfloat16)",
     ):
         assert words in text
     assert "layers skipped     1-2" in text

@@ -256,20 +256,33 @@ def test_too_little_free_space_is_an_error_before_starting(tmp_path):
         ShardWriter(tmp_path, manifest(), expected_rows=10**15)
 
 
-def test_a_full_disk_stops_the_writer_and_leaves_a_valid_cache(tmp_path, processes, capfd):
+def write_and_report(report, *arguments):
+    """Run `write_here` in a child process and send the message of its error back."""
+    try:
+        write_here(*arguments)
+    except BaseException as error:
+        report.send(str(error))
+        raise
+
+
+def test_a_full_disk_stops_the_writer_and_leaves_a_valid_cache(tmp_path, processes):
     """A file-size limit fails writes half way through a file, as a full disk does."""
     write_cache(tmp_path / "whole", n=2000, shard_rows=500)
     rows, provenance = make_rows(2000)
     with ShardWriter(tmp_path / "a", manifest(), shard_bytes=shards_of(500)) as writer:
         feed(writer, rows, provenance, stop=1000)
     for limit, code in ((shards_of(250), 1), (None, 0)):
-        process = processes.Process(target=write_here, args=(str(tmp_path / "a"), 2000, limit))
+        receive, send = processes.Pipe(duplex=False)
+        process = processes.Process(
+            target=write_and_report, args=(send, str(tmp_path / "a"), 2000, limit), daemon=True
+        )
         process.start()
         process.join(600)
         assert process.exitcode == code
         assert not list((tmp_path / "a").glob(".writing*"))
         if code:
-            assert "bytes are missing. Its 2 finished shards (1,000 rows) are valid" in capfd.readouterr().err
+            assert receive.poll(60)
+            assert "bytes are missing. Its 2 finished shards (1,000 rows) are valid" in receive.recv()
             assert not (tmp_path / "a" / INDEX).exists()
             assert ShardStream(tmp_path / "a", batch_size=10).rows == 1000
     assert_same_cache(tmp_path / "a", tmp_path / "whole")

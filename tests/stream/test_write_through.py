@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,9 @@ def test_the_first_epoch_is_the_live_one_and_the_second_reads_all_of_it(
     later.setup("fit")
     assert sorted(epoch(later)[1]) == sorted(keys)
     later.teardown("fit")
-    alone = small_stream("/no/model", shards=str(tmp_path / "cache"))
+    alone = ActivationDataModule(
+        "/no/model", shards=str(tmp_path / "cache"), batch_size=64, val_fraction=0.2, val_rows=200
+    )
     alone.setup("fit")
     found = torch.cat(list(alone.val_dataloader()))
     assert sorted(found.norm(dim=1).tolist()) == pytest.approx(sorted(validation.norm(dim=1).tolist()))
@@ -112,7 +115,13 @@ def test_a_run_that_reads_the_written_cache_resumes_bit_for_bit(
     rest, _ = epoch(again)
     assert len(third) + len(rest) == len(whole)
     again.teardown("fit")
-    cache = small_stream("/no/model", shards=str(tmp_path / "cache"))
+    settings: dict[str, Any] = {
+        "shards": str(tmp_path / "cache"),
+        "batch_size": 64,
+        "val_fraction": 0.2,
+        "val_rows": 200,
+    }
+    cache = ActivationDataModule("/no/model", **settings)
     cache.setup("fit")
     full, _ = epoch(cache)
     cache.setup("fit")
@@ -121,7 +130,7 @@ def test_a_run_that_reads_the_written_cache_resumes_bit_for_bit(
     got, _ = epoch(cache, limit=5)
     state = cache.state_dict()
     cache.teardown("fit")
-    resumed = small_stream("/no/model", shards=str(tmp_path / "cache"))
+    resumed = ActivationDataModule("/no/model", **settings)
     resumed.setup("fit")
     resumed.load_state_dict(state)
     rest, _ = epoch(resumed)

@@ -119,3 +119,15 @@ def test_an_error_of_the_source_is_raised_where_its_chunk_was_due() -> None:
         broken = Broken()
         with pytest.raises(OSError, match="the disk is gone"):
             list(stage(broken, None, threads).chunks(0))
+
+
+def test_a_pipeline_that_is_dropped_ends_its_threads(tokenizer: PreTrainedTokenizerBase) -> None:
+    before = set(threading.enumerate())
+    chunks = stage(open_source(texts(300, 900)), tokenizer, threads=2).chunks(0)
+    next(chunks)
+    started = set(threading.enumerate()) - before
+    assert started
+    del chunks
+    for thread in started:
+        thread.join(300)
+        assert not thread.is_alive()
