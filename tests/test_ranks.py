@@ -278,7 +278,8 @@ def test_ranks_that_lightning_starts_itself_share_the_rows(strategy: str, tiny: 
     assert process.wait(HANGS) == 0, (tmp_path / "log-0.txt").read_text()
     rows = [torch.load(tmp_path / f"rows-{rank}.pt", weights_only=True) for rank in range(2)]
     owners = [set(one[:, 0].tolist()) for one in rows]
-    assert len(rows[0]) == len(rows[1]) > 0
+    batches = [-(-len(one) // 16) for one in rows]  # the last one of a rank can be short
+    assert batches[0] == batches[1] > 0, "ranks end at different steps"
     assert not owners[0] & owners[1], "a document is on two ranks"
     dm = data(tiny("gpt2"))
     dm.setup("fit")

@@ -246,14 +246,14 @@ data = ActivationDataModule(sys.argv[1], 1, "mlp_out", texts(900, 900), seq_leng
 data.setup("fit")
 me = psutil.Process()
 before, peak = me.memory_info().rss, 0
-for _ in range(3):
+for _ in range(2):
     for batch in data.train_dataloader():
         peak = max(peak, me.memory_info().rss)
 stream = data.serving.loader.stream
 print(json.dumps({"growth": peak - before, "buffer": stream.buffer_bytes, "d_in": data.d_in}))
 """
 
-ONE_HEAP = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 """Settings of glibc with which freed memory goes back to the system, whatever the number of cores."""
 
 

@@ -22,6 +22,7 @@ class Saved(Recorder):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         rows = torch.cat([rows for _, rows in self.batches])
         torch.save(rows, self.folder / f"rows-{trainer.global_rank}.pt")
+        trainer.strategy.barrier()  # this process must not end before the other rank has saved
 
 
 def main(strategy: str, folder: Path, model: str) -> None:
