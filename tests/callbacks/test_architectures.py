@@ -80,7 +80,9 @@ def test_all_callbacks_run_and_change_nothing(
 
     watched = trained(everything())
     folder = tmp_path / "run"
-    lines = [json.loads(line) for line in (folder / "single_samples" / "samples.jsonl").open()]
+    lines = [
+        json.loads(line) for line in (folder / "single_samples" / "samples.jsonl").read_text().splitlines()
+    ]
     assert {line["step"] for line in lines} == {4, 8, 12}
     assert all(math.isfinite(line["relative_error"]) and line["norm"] > 0 for line in lines)
     recovered = float(watched.trainer.callback_metrics["val/ce_recovered"])
@@ -103,7 +105,10 @@ def test_the_error_of_a_transcoder_is_measured_on_its_output(
     given, wanted = (alone.get_mlp_acts(TEXT, hook=hook) for hook in ("mlp_in", "mlp_out"))
     with torch.no_grad():
         error = (run.sae.eval()(given) - wanted).norm(dim=1)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "single_samples" / "samples.jsonl").open()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "single_samples" / "samples.jsonl").read_text().splitlines()
+    ]
     last = [line for line in lines if line["step"] == lines[-1]["step"]]
     assert [line["error"] for line in last] == pytest.approx(error.tolist(), rel=1e-3)
     assert [line["norm"] for line in last] == pytest.approx(wanted.norm(dim=1).tolist(), rel=1e-4)
@@ -115,7 +120,10 @@ def test_one_sae_of_a_grid_is_chosen_by_name(
     data, make, _ = CASES["grid"]
     datamodule = live(**data)
     fit([ExtractSingleSample(texts=[TEXT], sae="k=8")], datamodule=datamodule, sae=make(datamodule.d_in))
-    lines = [json.loads(line) for line in (tmp_path / "run" / "single_samples" / "samples.jsonl").open()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "run" / "single_samples" / "samples.jsonl").read_text().splitlines()
+    ]
     assert max(line["l0"] for line in lines) == 8
     with pytest.raises(ValueError, match=r"sae='k=9' is not in training; there are 'k=4', 'k=8'"):
         fit([LatentStatistics(sae="k=9")], datamodule=live(**data), sae=make(128))

@@ -62,11 +62,14 @@ def test_two_ranks_write_one_set_of_files_and_end_together(
     printed = "".join(launch(2, fit, lm_folder, texts, tmp_path))
     (run,) = (tmp_path / "lightning_logs").iterdir()
     assert printed.count("held-out FVU") == 1
-    lines = [json.loads(line) for line in (run / "single_samples" / "samples.jsonl").open()]
+    lines = [json.loads(line) for line in (run / "single_samples" / "samples.jsonl").read_text().splitlines()]
     places = [(line["step"], line["position"]) for line in lines]
     assert len(set(places)) == len(places)  # only one rank writes
     assert {step for step, _ in places} == {5, 10, 15, 20}
-    assert [json.loads(x)["step"] for x in (run / "loss_recovered.jsonl").open()] == [10, 20]
+    assert [json.loads(x)["step"] for x in (run / "loss_recovered.jsonl").read_text().splitlines()] == [
+        10,
+        20,
+    ]
     latest = json.loads((run / "latent_statistics" / "latest.json").read_text())
     assert latest["heldout"]["rows"] == 400  # of both ranks together
     assert latest["training"]["rows"] == 3 * 2 * 32  # steps 12, 15, 18

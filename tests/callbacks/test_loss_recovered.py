@@ -90,7 +90,9 @@ def _segments(block: Blocks) -> list[tuple[int, int]]:
 
 def test_files_loggers_and_metrics_agree(fit: Callable[..., Any], tmp_path: Path) -> None:
     run = fit([LossRecovered(150)], max_epochs=2)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "loss_recovered.jsonl").open()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "loss_recovered.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [12, 24]
     assert lines[-1]["ce_recovered"] == pytest.approx(_values(run)["val/ce_recovered"], rel=1e-6)
     assert lines[-1]["tokens"] > 100

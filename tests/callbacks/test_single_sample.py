@@ -191,7 +191,9 @@ def test_wrong_layers_hooks_and_settings_are_refused_by_name(lm_folder: str) -> 
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "single_samples" / "samples.jsonl").open()]
+    return [
+        json.loads(line) for line in (folder / "single_samples" / "samples.jsonl").read_text().splitlines()
+    ]
 
 
 def test_files_hold_every_token_of_every_recorded_step(

@@ -42,7 +42,7 @@ def test_the_summary_shows_what_was_measured_and_which_files_were_written(
 
 def test_curves_hold_every_logged_step(fit: Callable[..., Any], tmp_path: Path) -> None:
     fit([Throughput(), FitSummary()], log_every_n_steps=4)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "curves.jsonl").open()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "curves.jsonl").read_text().splitlines()]
     training = [line for line in lines if "train/fvu" in line]
     validation = [line for line in lines if "val/fvu" in line]
     assert [line["step"] for line in training] == [4, 8, 12, 16, 20, 24]
@@ -88,7 +88,9 @@ def test_with_accumulated_gradients_curves_have_one_point_for_each_step(
     fit: Callable[..., Any], tmp_path: Path
 ) -> None:
     fit([FitSummary()], log_every_n_steps=3, accumulate_grad_batches=2)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "curves.jsonl").open()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "run" / "curves.jsonl").read_text().splitlines()
+    ]
     assert steps
     assert set(steps) <= {3, 6, 9, 12}
 
