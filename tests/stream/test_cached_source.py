@@ -34,7 +34,8 @@ def test_widths_are_read_from_the_manifest_before_anything_is_opened(cache):
     assert settings(cache).widths == {WIDE: 16, NARROW: 8}
     assert settings(cache, hook=NARROW).widths == {NARROW: 8}
     with pytest.raises(
-        ShardError, match=rf"hook='layers\.9\.mlp_out': the shards hold {WIDE}, {NARROW}; choose"
+        ShardError,
+        match=rf"hook='layers\.9\.mlp_out' is not in the shards, which hold {WIDE}, {NARROW}; choose",
     ):
         settings(cache, hook="layers.9.mlp_out").check()
 

@@ -80,7 +80,7 @@ def test_a_choice_that_the_cache_does_not_hold_is_refused_with_what_it_holds(
 ) -> None:
     with pytest.raises(ShardError) as error:
         ActivationDataModule(shards=cache, layer=layer, hook=hook).prepare_data()
-    assert f"the shards hold {', '.join(WIDTHS)}" in str(error.value)
+    assert f"the shards, which hold {', '.join(WIDTHS)};" in str(error.value)
     assert f"layer={layer!r}, hook={hook!r}" in str(error.value)
 
 
