@@ -241,7 +241,7 @@ import json, sys
 import psutil
 from tests.support.texts import texts
 from deeplens_lightning.datamodule import ActivationDataModule
-data = ActivationDataModule(sys.argv[1], 1, "mlp_out", texts(900, 900), seq_length=64, inference_batch_size=8,
+data = ActivationDataModule(sys.argv[1], 1, "mlp_out", texts(450, 900), seq_length=64, inference_batch_size=8,
     batch_size=1024, buffer_size=int(sys.argv[2]), val_fraction=0, device="cpu")
 data.setup("fit")
 me = psutil.Process()
