@@ -158,7 +158,7 @@ def _run_own(command: str, words: list[str]) -> None:
     parser.options = parser.add_function_arguments(FUNCTIONS[command], as_positional=positional)
     if "data" in parser.options:
         parser.set_defaults({"data": GROUPS["data"].class_path})
-    given = parser.instantiate_classes(parser.parse_args(words))
+    given = parser.instantiate(parser.parse_args(words))
     given.pop("config", None)
     FUNCTIONS[command](**given.as_dict())
 
