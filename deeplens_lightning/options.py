@@ -113,6 +113,7 @@ def changed(settings: Any, usual: Any) -> dict[str, Any]:
     """
     found = {}
     for field in fields(settings):
+        # `dataclasses` has no other way to read a field by its name
         value, default = getattr(settings, field.name), getattr(usual, field.name)
         if value is not default and value != default:
             found[field.name] = value

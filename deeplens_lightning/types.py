@@ -79,6 +79,7 @@ class Place:
 
     def to_state(self) -> dict[str, Any]:
         """Convert to JSON-like values, for a checkpoint; `from_state` is the inverse."""
+        # Not `asdict`: it does not call the `to_state` of other places.
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
     @classmethod

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerContext
+
+# One thread a process, in processes that tests start too: with two, several processes on two cores run many times
+# slower, and the tests would depend on how busy the machine is.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 from tests.support.models import save_model
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a plugin may have imported torch before
 
 
 @pytest.fixture(scope="session")

@@ -227,8 +227,8 @@ def _of_texts(texts: Sequence[str]) -> IndexedSource:
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
         raise ValueError(
-            f"dataset_name is a list that must hold only texts (str), but it holds a {type(wrong).__name__}: "
-            f"{wrong!r:.80}; for token ids give a datasets.Dataset with a column of them"
+            f"dataset_name is a list that must hold only texts (str), but it holds a value of type {type(wrong).__name__}"
+            f": {wrong!r:.80}; for token ids give a datasets.Dataset with a column of them"
         )
     if not texts:
         raise ValueError("dataset_name is an empty list; give at least one text")

@@ -98,7 +98,7 @@ def test_identity_changes_with_the_texts() -> None:
         ("missing.parquet", {}, FileNotFoundError, "matches no"),
         ("demo:novels", {}, ValueError, "'demo:docs'"),
         ([], {}, ValueError, "empty list"),
-        (["a", 3], {}, ValueError, "a list of documents holds texts"),
+        (["a", 3], {}, ValueError, "must hold only texts"),
         (datasets.Dataset.from_dict({"body": ["x"]}), {}, ValueError, "its columns are body"),
         (datasets.Dataset.from_dict({"text": []}), {}, ValueError, "is empty"),
         (
