@@ -251,6 +251,7 @@ class CachedActivations:
             checksums=options.checksums,
             cache_dir=options.dir,
             cache_bytes=options.bytes,
+            pin_memory=placement.batch_device.type == "cuda",
         )
 
 
