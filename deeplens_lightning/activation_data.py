@@ -15,6 +15,10 @@ from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.types import Batch, Provenance
 
 
+class NotSetUpError(RuntimeError):
+    """A data module has nothing loaded: `setup` was not called, or it was closed."""
+
+
 class ActivationData:
     """Base class that describes the batches of a data module; every property is empty unless a subclass overrides it.
 
@@ -50,10 +54,7 @@ class ActivationData:
 
     @property
     def scaling(self) -> Scaling | dict[str, Scaling] | None:
-        """The normalisation applied to batches; a dict by hook point if there are several hook points.
-
-        A collective operation: all ranks must read it at the same time.
-        """
+        """The normalisation applied to batches; a dict by hook point if there are several hook points."""
         return None
 
     @property

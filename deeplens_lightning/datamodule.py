@@ -5,11 +5,15 @@ In: the settings of `stream.settings.DataSettings`. Out: Lightning's hooks and d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.strategies import ParallelStrategy
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.activation_data import ActivationData
@@ -26,6 +30,8 @@ from deeplens_lightning.text.sources import IndexedSource
 from deeplens_lightning.types import Batch, Placement, Provenance, device_of
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class ActivationDataModule(ActivationData, LightningDataModule):
@@ -71,10 +77,10 @@ class ActivationDataModule(ActivationData, LightningDataModule):
     def scaling(self) -> Scaling | dict[str, Scaling]:
         """The normalisation applied to batches; a dict by hook point if there are several hook points.
 
-        It is measured at the first access. A collective operation: all ranks must read it at the same time.
+        It is measured at the first access; every rank measures the same rows.
 
         Raises:
-            RuntimeError: `setup` was not called.
+            NotSetUpError: `setup` was not called.
         """
         return _one(self.serving.measured().scalings)
 
@@ -126,7 +132,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         There are fewer rows if the held-out text has fewer. None with shards, which contain no text.
 
         Raises:
-            RuntimeError: `setup` was not called.
+            NotSetUpError: `setup` was not called.
         """
         return self.serving.activations.heldout_blocks(rows)
 
@@ -159,16 +165,35 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         """The validation set."""
         return self.val_dataloader()
 
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ARG002
-        """Record the provenance of a batch again, because the precision plugin may have cast it to a new tensor."""
-        loader = self.serving.loader
-        if loader is not None and self.trainer is not None and self.trainer.training:
-            loader.recognise(batch)
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Note the provenance of a batch before it is moved; then the hook of the LightningModule, if it has one."""
+        if isinstance(batch, Tensor | dict) and self.trainer is not None:
+            self.serving.before_move(batch, self.trainer.training)
+        module = self._module_with("on_before_batch_transfer")
+        return module.on_before_batch_transfer(batch, dataloader_idx) if module is not None else batch
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """The hook of the LightningModule, if it has one; then store the provenance for the batch as it is now."""
+        module = self._module_with("on_after_batch_transfer")
+        if module is not None:
+            batch = module.on_after_batch_transfer(batch, dataloader_idx)
+        if isinstance(batch, Tensor | dict):
+            self.serving.seen.after_move(batch)
         return batch
 
-    def on_exception(self, exception: BaseException) -> None:  # noqa: ARG002
-        """Free model, buffer, thread and rows, because Lightning does not call `teardown` after an exception."""
-        self.serving.close(self.batch_size)
+    def on_exception(self, exception: BaseException) -> None:
+        """Free model, buffer, thread and rows, because Lightning does not call `teardown` after an exception.
+
+        An error on the way is logged, and the exception that ended the run is the one that is raised.
+        """
+        if isinstance(exception, RuntimeError) and self.trainer is not None and self.trainer.world_size > 1:
+            log.error(
+                "if another rank ended first, this error is a consequence: look for the first error of all ranks"
+            )
+        try:
+            self.serving.close(self.batch_size)
+        except Exception:
+            log.exception("closing the data module after %r failed", exception)
 
     def teardown(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Free model, buffer, thread and rows."""
@@ -206,7 +231,25 @@ class ActivationDataModule(ActivationData, LightningDataModule):
             device=device,
             batch_device=device_of(chosen) if chosen else device,
             progress=progress,
+            group=_data_parallel_group(trainer, ranks) if trainer is not None else None,
         )
+
+    def _module_with(self, hook: str) -> LightningModule | None:
+        """The LightningModule if it has this hook, which Lightning does not call where the data module has it too."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return module if module is not None and is_overridden(hook, module) else None
+
+
+def _data_parallel_group(trainer: Trainer, ranks: int) -> torch.distributed.ProcessGroup | None:
+    """Process group of the ranks that get different rows; None if these are all processes."""
+    if ranks == trainer.world_size:
+        return None
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        return trainer.strategy.device_mesh["data_parallel"].get_group()
+    raise ValueError(
+        f"{type(trainer.strategy).__name__} gives different rows to {ranks} of {trainer.world_size} processes, and how "
+        "they are grouped is known for ModelParallelStrategy only: use that strategy, or DDPStrategy"
+    )
 
 
 def _one(values: Mapping[str, T]) -> T | dict[str, T]:

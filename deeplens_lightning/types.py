@@ -23,6 +23,11 @@ Batch: TypeAlias = Tensor | dict[str, Tensor]
 """Rows as the SAE gets them: `(batch, d_in)`, or for several hook points a dict of such tensors by canonical name."""
 
 
+def key_of(batch: Batch) -> Tensor:
+    """The tensor that identifies a batch: the batch itself, or the first value of a dict."""
+    return batch if isinstance(batch, Tensor) else next(iter(batch.values()))
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
     """The document, position and token of each row of a batch: int64 `(batch,)` each, -1 where unknown.
@@ -54,6 +59,7 @@ class Placement:
         device: device that the language model is loaded to; a CUDA device has an index.
         batch_device: device of the buffer and the batches; a CUDA device has an index.
         progress: whether this process shows progress bars.
+        group: process group of the data-parallel ranks; None for the group of all processes.
     """
 
     rank: int
@@ -61,6 +67,7 @@ class Placement:
     device: torch.device
     batch_device: torch.device
     progress: bool
+    group: torch.distributed.ProcessGroup | None = None
 
 
 def device_of(name: str | torch.device) -> torch.device:
@@ -71,6 +78,13 @@ def device_of(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def on_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device. From the CPU to CUDA it goes through pinned memory, so that the CPU does not wait."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import resource
 import signal
 import warnings
 from collections import Counter
@@ -19,11 +20,13 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
 from deeplens_lightning.callbacks import Preemption
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.shards import verify
 from deeplens_lightning.text.documents import Documents
 from deeplens_lightning.text.sources import open_source
 from tests.support.ranks import HANGS, launch, start
@@ -288,3 +291,127 @@ def test_ranks_that_lightning_starts_itself_share_the_rows(strategy: str, tiny: 
     counts = Counter(map(tuple, whole[:, [0, 2]].tolist()))
     mine = Counter(map(tuple, torch.cat(rows)[:, [0, 2]].tolist()))
     assert mine <= counts, "a row is not of the text, or is served twice"
+
+
+def _written(rank: int, ranks: int, folder: Path, lm: str, prefetch: int) -> dict[str, Any]:
+    """Train three epochs with a cache written in the first one; the text of the ranks is unequal."""
+    make = partial(
+        data, lm, tokens([30] * 3 + [300] * 3, shards=2), write_shards=str(folder / "cache"), **FIELDS
+    )
+    return fit(rank, ranks, folder, partial(make, prefetch=prefetch), max_epochs=3)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_ranks_write_a_cache_in_the_first_epoch_and_read_all_of_it_later(
+    prefetch: int, tiny: Any, tmp_path: Path
+) -> None:
+    results = launch(2, _written, tmp_path, tiny("gpt2"), prefetch)
+    assert verify(str(tmp_path / "cache")).problems == []
+    steps = {len(one["rows"]) for one in results}
+    assert len(steps) == 1, "ranks end at different steps"
+    counts = sum(served(results), Counter())
+    assert len(counts) == 990, "a row was never served"
+    assert set(counts.values()) == {2, 3}, "a row was served twice in an epoch"
+    assert sum(count == 2 for count in counts.values()) == results[0]["dropped"]
+
+
+def _faulty(rank: int, ranks: int, folder: Path, lm: str, fault: str) -> str:
+    """Train until a fault on rank 1 ends the run; return the error of this rank."""
+    many = tokens([200] * 40)
+    dm = data(lm, many, write_shards=str(folder / "cache") if fault == "disk" else None, **FIELDS)
+    if rank == 1 and fault == "disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**13, resource.RLIM_INFINITY))
+    if rank == 1 and fault == "tokens":
+        dataset = datasets.Dataset.from_dict({"text": [[700] * 50] * 80})  # beyond the vocabulary of 600
+        dm = data(lm, dataset, **FIELDS)
+    run = trainer(folder, strategy="ddp", devices=ranks, max_epochs=2, limit_val_batches=0)
+    messages = Messages()
+    logging.getLogger("deeplens_lightning").addHandler(messages)
+    try:
+        run.fit(Mean(dm.d_in), dm)  # type: ignore[arg-type]
+    except Exception as error:  # noqa: BLE001  returned and compared
+        return "\n".join([f"{type(error).__name__}: {error}", *messages.texts])
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "elsewhere"),
+    [
+        (
+            "tokens",
+            "ValueError: token id 700 is beyond",
+            "RankError: rank 1 failed with ValueError: token id 700 is beyond",
+        ),
+        (
+            "disk",
+            "DiskFullError: no space for the next shard",
+            "look for the first error of all ranks",  # the other rank was in the middle of a step
+        ),
+    ],
+)
+def test_a_fault_on_one_rank_ends_all_ranks(
+    fault: str, message: str, elsewhere: str, tiny: Any, tmp_path: Path
+) -> None:
+    first, second = launch(2, _faulty, tmp_path, tiny("gpt2"), fault, seconds=60)
+    assert second.startswith(message)
+    assert elsewhere in first
+
+
+def _alone(rank: int, ranks: int, folder: Path, lm: str) -> list[int]:
+    """Rank 0 alone reads the length of a loader and the normalisation."""
+    found: list[int] = []
+
+    class Reads(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any, **__: Any) -> None:
+            if trainer.global_rank == 0 and trainer.global_step == 2:
+                assert dm.scaling is not None
+                found.append(len(dm.val_dataloader()))  # type: ignore[arg-type]
+
+        def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+            found.append(-1)
+
+    dm = data(lm, normalize="zscore", val_rows=40)
+    run = trainer(
+        folder,
+        None,
+        [Reads()],
+        strategy="ddp",
+        devices=ranks,
+        max_steps=4,
+        val_check_interval=4,
+        check_val_every_n_epoch=None,
+    )
+    run.fit(sae(dm), dm)
+    return found
+
+
+def test_one_rank_alone_can_read_lengths_and_the_normalisation(tiny: Any, tmp_path: Path) -> None:
+    first, second = launch(2, _alone, tmp_path, tiny("gpt2"), seconds=60)
+    assert first[0] == len(first) - 1 == len(second) > 0
+
+
+class Replicated(Mean):
+    """A `Mean` that a model-parallel strategy accepts."""
+
+    def configure_model(self) -> None:
+        """Nothing is sharded."""
+
+
+def _model_parallel(rank: int, ranks: int, folder: Path, make: Callable[[], ActivationDataModule]) -> Any:
+    dm, recorder = make(), Recorder()
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2)
+    run = trainer(folder, recorder, strategy=strategy, devices=ranks, max_epochs=1, limit_val_batches=0)
+    run.fit(Replicated(dm.d_in), dm)  # type: ignore[arg-type]
+    return {"rows": [rows.numpy() for _, rows in recorder.batches]}
+
+
+@pytest.mark.filterwarnings("ignore:a rank has no more rows:UserWarning")
+def test_processes_that_share_a_sharded_module_get_the_same_rows(tiny: Any, tmp_path: Path) -> None:
+    lengths = [5 + 7 * i % 60 for i in range(40)]
+    make = partial(data, tiny("gpt2"), tokens(lengths), normalize="zscore", **FIELDS)
+    a, a_too, b, b_too = launch(4, _model_parallel, tmp_path, make)
+    for one, other in ((a, a_too), (b, b_too)):
+        assert all(np.array_equal(x, y) for x, y in zip(one["rows"], other["rows"], strict=True))
+    counts = sum(served([a, b]), Counter())
+    assert max(counts.values()) == 1, "a row was served to both"
+    assert counts.total() > 0.8 * sum(lengths)

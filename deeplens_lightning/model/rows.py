@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.text.packing import Blocks, model_inputs
+from deeplens_lightning.types import on_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +33,9 @@ class ModelBatch:
 
     def rows(self) -> dict[str, Tensor]:
         """The kept activations, `(rows, d_in)` by hook point."""
-        return {name: x.index_select(0, self.kept.to(x.device)) for name, x in self.activations.items()}
+        return {
+            name: x.index_select(0, on_device(self.kept, x.device)) for name, x in self.activations.items()
+        }
 
 
 def run_model(model: FrozenModel, blocks: Blocks) -> ModelBatch:

@@ -16,7 +16,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.rows import ModelBatch, run_model
 from deeplens_lightning.stream.rotating_shuffle import Mixed
 from deeplens_lightning.text.packing import Blocks, Chunk, model_batches
-from deeplens_lightning.types import PROVENANCE, BlockPosition, RowPosition
+from deeplens_lightning.types import PROVENANCE, BlockPosition, RowPosition, on_device
 
 
 class RowWriter(Protocol):
@@ -172,8 +172,8 @@ class RowArrivals:
             count = min(len(slots) - filled, len(kept) - self._row)
             into, rows = slots[filled : filled + count], slice(self._row, self._row + count)
             for buffer, x in zip(self._buffers, self._out.activations.values(), strict=False):
-                chosen = x.index_select(0, kept[rows].to(x.device))
-                buffer.index_copy_(0, into.to(buffer.device), chosen.to(buffer.device))
+                chosen = x.index_select(0, on_device(kept[rows], x.device))
+                buffer.index_copy_(0, on_device(into, buffer.device), on_device(chosen, buffer.device))
             self._buffers[-1].index_copy_(0, into, self._out.provenance[rows])
             filled, self._row, self._since = filled + count, self._row + count, self._since + count
         return filled
@@ -230,7 +230,7 @@ class RowArrivals:
         fine = torch.ones(len(kept), dtype=torch.bool)
         for name, limit in self._max_norms.items():
             x = self._out.activations[name]
-            fine &= (x.index_select(0, kept.to(x.device)).float().norm(dim=1) <= limit).cpu()
+            fine &= (x.index_select(0, on_device(kept, x.device)).float().norm(dim=1) <= limit).cpu()
         self._outliers_here = int(len(fine) - fine.sum())
         self.outliers += self._outliers_here
         self._out = replace(self._out, kept=kept[fine], provenance=self._out.provenance[fine])

@@ -150,13 +150,16 @@ class CachedActivations:
             rows = {
                 name: torch.empty(0, kind.d_in, dtype=DTYPES[kind.dtype]) for name, kind in points.items()
             }
-            return HeldOutRows(rows=rows, provenance=torch.empty(0, len(PROVENANCE), dtype=torch.int64))
+            provenance = torch.empty(0, len(PROVENANCE), dtype=torch.int64)
+            return HeldOutRows(rows=rows, provenance=provenance, longest=0)
         stream = self._stream("val", _READ, max_rows=given.val_rows, shuffle="none")
         batches = list(stream.batches(stream.start(0), 0))
         stream.close()
+        provenance = torch.cat([batch.provenance for batch in batches])
         return HeldOutRows(
             rows={name: torch.cat([batch.rows[name] for batch in batches]) for name in points},
-            provenance=torch.cat([batch.provenance for batch in batches]),
+            provenance=provenance,
+            longest=len(provenance),  # the ranks of a cache have the same number
         )
 
     def stream(self, batch_size: int, statistics: Statistics, buffer_rows: int | None) -> ShardStream:

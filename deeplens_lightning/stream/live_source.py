@@ -219,6 +219,7 @@ class LiveActivations:
         }
         return WriteThroughStream(
             live=live,
+            placement=self.placement,
             folder=given.write_shards,
             manifest=self.extraction(None, written).manifest(),
             heldout=lambda: self.heldout,
@@ -234,7 +235,7 @@ class LiveActivations:
             return Statistics(scalings=scalings, max_norms={})
         return measure(
             self.model,
-            self.text("train"),
+            self.text("train", alone=True),
             given.inference_batch_size,
             normalize=given.normalize,
             max_norm_ratio=given.buffer_options.max_norm_ratio,
@@ -298,16 +299,22 @@ class LiveActivations:
             "transformers": version("transformers"),
         }
 
-    def text(self, split: Split) -> TextStage:
-        """The text of a split: for `train` this rank's share, for `heldout` all of it on every rank."""
+    def text(self, split: Split, *, alone: bool = False) -> TextStage:
+        """The text of a split: for `train` this rank's share, for `heldout` all of it on every rank.
+
+        Args:
+            split: the split.
+            alone: all of the text for `train` as well, in the order of a single rank.
+        """
         given, heldout = self.settings.given, split == "heldout"
+        alone = alone or heldout
         documents = Documents(
             source=self.source,
             split=split,
             val_fraction=given.val_fraction,
             seed=0 if heldout else given.seed,
-            rank=0 if heldout else self.placement.rank,
-            ranks=1 if heldout else self.placement.ranks,
+            rank=0 if alone else self.placement.rank,
+            ranks=1 if alone else self.placement.ranks,
         )
         threads = 0 if self.placement.device.type == "cpu" else TEXT_THREADS
         return TextStage(documents=documents, tokenizer=self.tokenizer, packing=self.packing, threads=threads)

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deeplens_lightning.distributed import gather
+from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.stream.checkpoint import LoaderPosition
-from deeplens_lightning.stream.prefetch import Prefetch
-from deeplens_lightning.types import Batch, RankProgress, Served, Stream, StreamPosition
+from deeplens_lightning.stream.prefetch import Prefetch, cuda_stream
+from deeplens_lightning.types import Batch, Placement, RankProgress, Served, Stream, StreamPosition
 
 
 class Item(NamedTuple):
@@ -70,7 +70,7 @@ class ActivationLoader:
         batches_per_epoch: end each iteration after this number of batches; None to end it with the data epoch.
         known_length: number of batches of a data epoch; None if not known before reading it.
         prefetch: number of batches computed ahead in a thread; 0 for no thread.
-        device: device of the batches.
+        placement: the ranks, and the device of the batches.
         unprocessed: returns the number of served batches that were not trained on, counted from the last one.
         seen: called with every batch and its provenance, int64 `(batch, 4)`.
         warn: called with each message for the user, which it shows on one rank.
@@ -89,14 +89,16 @@ class ActivationLoader:
         batches_per_epoch: int | None,
         known_length: int | None,
         prefetch: int,
-        device: torch.device,
+        placement: Placement,
         unprocessed: Callable[[], int],
         seen: Callable[[Batch, Tensor], None],
         warn: Callable[[str], None],
         endless: Callable[[], bool] = lambda: False,
         overfit: bool = False,
     ) -> None:
-        self.stream, self.dtype, self.device, self.prefetch = stream, dtype, device, prefetch
+        self.stream, self.dtype, self.prefetch = stream, dtype, prefetch
+        self._placement = placement
+        self._cuda = cuda_stream(placement.batch_device) if prefetch else None
         self.batch_size = batch_size
         self.scalings = scalings
         self.batches_per_epoch, self.known_length = batches_per_epoch, known_length
@@ -153,11 +155,10 @@ class ActivationLoader:
             self.in_epoch += 1
             yield item
 
-    def recognise(self, batch: Batch) -> None:
-        """Call `seen` with the batch for the next step, which may have been cast to a new tensor since it was served."""
+    def provenance(self) -> Tensor | None:
+        """Provenance of the batch for the next step, the first one that was served and not trained on."""
         waiting = self._unprocessed()
-        if 0 < waiting <= len(self._recent):
-            self._seen(batch, self._recent[-waiting].provenance)
+        return self._recent[-waiting].provenance if 0 < waiting <= len(self._recent) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the data module saves the state, but Lightning warns about loaders without this method."""
@@ -235,11 +236,7 @@ class ActivationLoader:
 
     def _agree(self) -> int:
         """Agree with all ranks on the number of next batches that every rank is able to serve. A collective."""
-        head = self._peek()
-        here = RankProgress(position=self._position, step=self._skip, rows=0)
-        if head is not None:
-            here = RankProgress(position=head.position, step=head.step - 1, rows=head.certain_rows)
-        everyone = gather(Certain(batches=head.certain if head is not None else 0, progress=here))
+        everyone = on_every_rank(self._certain, self._placement)
         granted = min(rank.batches for rank in everyone)
         if granted:
             table = tuple(rank.progress for rank in everyone)
@@ -258,11 +255,20 @@ class ActivationLoader:
             self._end_unevenly()
         return granted
 
+    def _certain(self) -> Certain:
+        head = self._peek()
+        here = RankProgress(position=self._position, step=self._skip, rows=0)
+        if head is not None:
+            here = RankProgress(position=head.position, step=head.step - 1, rows=head.certain_rows)
+        return Certain(batches=head.certain if head is not None else 0, progress=here)
+
     def _end_unevenly(self) -> None:
         """End the epoch because another rank has no rows left, and count the rows that cannot be served."""
         position = self._head.position if self._head else self._position
         self._stop()
-        dropped = sum(gather(max(0, self.stream.dropped(position, self.epoch_batches))))
+        dropped = sum(
+            on_every_rank(lambda: max(0, self.stream.dropped(position, self.epoch_batches)), self._placement)
+        )
         self.rows_dropped += dropped
         self._warn(f"a rank has no more rows: {dropped} rows of this epoch are dropped")
 
@@ -272,14 +278,19 @@ class ActivationLoader:
         self.epoch_batches, self._ended = 0, False
 
     def _peek(self) -> Served | None:
+        """The next batch of the stream. After an error, the next call begins again behind the last batch served."""
         if self._live is None:
             position, skip = self._position, self._skip
             if self.prefetch:
-                self._live = Prefetch(lambda: self.stream.batches(position, skip), self.prefetch, self.device)
+                self._live = Prefetch(lambda: self.stream.batches(position, skip), self.prefetch, self._cuda)
             else:
                 self._live = self.stream.batches(position, skip)
         if self._head is None:
-            self._head = next(self._live, None)
+            try:
+                self._head = next(self._live, None)
+            except BaseException:
+                self._stop()  # an iterator that has raised only says that it is at its end
+                raise
         return self._head
 
     def _take(self) -> Served | None:
@@ -316,8 +327,3 @@ def finish(rows: Mapping[str, Tensor], scalings: Mapping[str, Scaling], dtype: t
     cast = {name: x.to(dtype) if dtype is not None else x for name, x in rows.items()}
     done = {name: x if scalings[name].is_identity else scalings[name].apply(x) for name, x in cast.items()}
     return done if len(done) > 1 else next(iter(done.values()))
-
-
-def key_of(batch: Batch) -> Tensor:
-    """The tensor that identifies a batch: the batch itself, or the first value of a dict."""
-    return batch if isinstance(batch, Tensor) else next(iter(batch.values()))

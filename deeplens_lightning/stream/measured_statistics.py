@@ -1,7 +1,8 @@
 """Measure the normalisation and the norm limits of activations on a sample, before the first training step.
 
-In: training documents and the frozen model. Out: a `Scaling` and a norm limit for each hook point, the same on all
-ranks. They are saved in checkpoints, so a resumed run does not measure them again.
+In: training documents and the frozen model. Out: a `Scaling` and a norm limit for each hook point. Every rank measures
+the same rows, so that no rank has to wait for the others. They are saved in checkpoints, so a resumed run does not
+measure them again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from deeplens_lightning.distributed import gather, sum_in_rank_order
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.rows import run_model
 from deeplens_lightning.normalization import Moments, Normalize, Scaling
@@ -22,7 +22,7 @@ from deeplens_lightning.text.packing import model_batches
 from deeplens_lightning.text.pipeline import TextStage
 
 ROWS = 32_768
-"""Number of rows in the sample, over all ranks."""
+"""Number of rows in the sample."""
 SAMPLE_EPOCH = 2**20
 """Epoch number for the order of documents in the sample, larger than any epoch number of training."""
 
@@ -51,11 +51,9 @@ def measure(
 ) -> Statistics:
     """Measure normalisation and norm limits on about `ROWS` rows from random documents of the training split.
 
-    A collective operation: all ranks must call it at the same time.
-
     Args:
         model: the frozen model.
-        text: this rank's training text.
+        text: the training text of all ranks.
         size: blocks per model batch.
         normalize: the kind of normalisation.
         max_norm_ratio: drop rows whose norm is above this multiple of the median norm; None for no filter.
@@ -65,22 +63,18 @@ def measure(
         ValueError: there are no rows, or all rows are equal.
     """
     sampled = [
-        {name: x.cpu() for name, x in rows.items()}
-        for rows in _sample(model, text, size, ROWS // text.documents.ranks, progress)
+        {name: x.cpu() for name, x in rows.items()} for rows in _sample(model, text, size, ROWS, progress)
     ]
     names = [point.name for point in model.hook_points]
     max_norms: dict[str, float] = {}
     if max_norm_ratio is not None:
         for name in names:
-            here = (
-                torch.cat([rows[name].float().norm(dim=1) for rows in sampled]) if sampled else torch.empty(0)
-            )
-            norms = torch.cat(gather(here))
-            if len(norms) == 0:
+            if not sampled:
                 raise ValueError(
                     "max_norm_ratio needs rows to measure norms on, but the training text is empty; give a dataset with "
                     "text, or leave max_norm_ratio out"
                 )
+            norms = torch.cat([rows[name].float().norm(dim=1) for rows in sampled])
             max_norms[name] = max_norm_ratio * float(norms.median())
     scalings: dict[str, Scaling] = {}
     for point in model.hook_points:
@@ -90,7 +84,6 @@ def measure(
             for name, limit in max_norms.items():
                 fine &= rows[name].float().norm(dim=1) <= limit
             moments.update(rows[point.name][fine])
-        moments.sums = sum_in_rank_order(moments.sums)
         scalings[point.name] = moments.scaling(normalize)
     return Statistics(scalings=scalings, max_norms=max_norms)
 

@@ -25,12 +25,14 @@ class Prefetch(Generic[T]):
     Args:
         make: returns the iterator; called in the thread, where the iterator is also closed.
         depth: largest number of finished items in the queue; the thread computes one more item meanwhile.
-        device: the device of the items. On CUDA the thread uses its own CUDA stream, and the consumer's current stream
-            waits until an item is finished.
+        cuda: the CUDA stream that the thread works on, from `cuda_stream`; the consumer's current stream waits until
+            an item is finished. None if the items are not on CUDA.
     """
 
-    def __init__(self, make: Callable[[], Iterator[T]], depth: int, device: torch.device) -> None:
-        self._make, self._device = make, device
+    def __init__(
+        self, make: Callable[[], Iterator[T]], depth: int, cuda: torch.cuda.Stream | None = None
+    ) -> None:
+        self._make, self._cuda = make, cuda
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="activation-producer", daemon=True)
@@ -53,9 +55,10 @@ class Prefetch(Generic[T]):
                 raise StopIteration
             raise error
         made, event = item
-        if event is not None:
-            torch.cuda.current_stream(self._device).wait_event(event)
-            _used_here(made, torch.cuda.current_stream(self._device))
+        if self._cuda is not None:
+            here = torch.cuda.current_stream(self._cuda.device)
+            here.wait_event(event)
+            _used_here(made, here)
         return made  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -75,18 +78,14 @@ class Prefetch(Generic[T]):
     def _run(self) -> None:
         try:
             with ExitStack() as stack:
-                if self._device.type == "cuda":
-                    torch.cuda.set_device(self._device)
-                    stack.enter_context(torch.cuda.stream(torch.cuda.Stream(self._device)))
+                if self._cuda is not None:
+                    torch.cuda.set_device(self._cuda.device)
+                    stack.enter_context(torch.cuda.stream(self._cuda))
                 iterator = self._make()
                 if isinstance(iterator, Generator):
                     stack.callback(iterator.close)
                 for made in iterator:
-                    event = None
-                    if self._device.type == "cuda":
-                        event = torch.cuda.Event()
-                        event.record(torch.cuda.current_stream(self._device))
-                    self._put((made, event), None)
+                    self._put((made, self._cuda.record_event() if self._cuda is not None else None), None)
                     if self._stop.is_set():
                         return
             self._put(None, StopIteration())
@@ -100,6 +99,11 @@ class Prefetch(Generic[T]):
             except queue.Full:
                 continue
         return None
+
+
+def cuda_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A CUDA stream for a thread that prefetches to this device; None if it is not a CUDA device."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 def _used_here(value: Any, stream: torch.cuda.Stream) -> None:

@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deeplens_lightning.types import on_device
+
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
 Slots = NDArray[np.int64]
@@ -168,7 +170,7 @@ class RotatingShuffle:
         step: int,
     ) -> Mixed[P]:
         slots = torch.from_numpy(index)
-        tensors = tuple(buffer.index_select(0, slots.to(buffer.device)) for buffer in buffers)
+        tensors = tuple(buffer.index_select(0, on_device(slots, buffer.device)) for buffer in buffers)
         return Mixed(
             tensors=tensors,
             certain=-(-certain_rows // self.batch_size),

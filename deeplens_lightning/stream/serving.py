@@ -5,6 +5,7 @@ In: settings, and a Trainer if there is one. Out: data loaders, and the state fo
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from deeplens_lightning.activation_data import NotSetUpError
 from deeplens_lightning.stream.cached_source import CachedActivations, CachedSettings
 from deeplens_lightning.stream.checkpoint import DataState, check_fingerprint, lost_in_accumulation
 from deeplens_lightning.stream.live_source import LiveActivations, LiveSettings
@@ -51,6 +53,7 @@ class Serving:
         self.seen = SeenBatches()
         self._trained = TrainedBatches()
         self._loader: ActivationLoader | None = None
+        self._rows: RowsLoader | None = None
         self._statistics: Statistics | None = None
         self._statistics_loaded = False
         self._state: DataState | None = None
@@ -61,10 +64,10 @@ class Serving:
         """The opened source.
 
         Raises:
-            RuntimeError: `open` was not called.
+            NotSetUpError: `open` was not called.
         """
         if self.opened is None:
-            raise RuntimeError('nothing is loaded yet: call setup("fit") on the data module first')
+            raise NotSetUpError('nothing is loaded: call setup("fit") on the data module first')
         return self.opened
 
     @property
@@ -90,10 +93,10 @@ class Serving:
         self.opened = self.source.open(placement)
 
     def measured(self) -> Statistics:
-        """Normalisation and norm limits, measured at the first call. All ranks must call it at the same time.
+        """Normalisation and norm limits, measured at the first call.
 
         Raises:
-            RuntimeError: they are not measured yet and `open` was not called.
+            NotSetUpError: they are not measured yet and `open` was not called.
         """
         if self._statistics is None:
             self._statistics = self.activations.measure()
@@ -133,7 +136,7 @@ class Serving:
             batches_per_epoch=max_tokens // (batch_size * placement.ranks) if max_tokens else None,
             known_length=opened.known_batches(batch_size),
             prefetch=automatic if given.prefetch is None else given.prefetch,
-            device=placement.batch_device,
+            placement=placement,
             unprocessed=self._unprocessed,
             seen=self.seen.remember,
             warn=rank_zero_warn,
@@ -150,7 +153,25 @@ class Serving:
         Args:
             batch_size: rows per batch.
         """
-        return RowsLoader(lambda: self.activations.heldout, batch_size, self._finish, self.seen.remember)
+        self._rows = RowsLoader(
+            lambda: self.activations.heldout, batch_size, self._finish, self.seen.remember
+        )
+        return self._rows
+
+    def before_move(self, batch: Batch, training: bool) -> None:
+        """Note the provenance of a batch that Lightning is about to move to a device; `seen.after_move` stores it.
+
+        Args:
+            batch: the batch, which a precision plugin may have cast to a new tensor.
+            training: whether it is a batch of the training loader.
+        """
+        loader = self._loader if training else self._rows
+        table = None
+        if isinstance(loader, ActivationLoader):
+            table = loader.provenance()
+        elif loader is not None:
+            table = loader.provenance(batch)
+        self.seen.before_move(batch, table)
 
     def state(self, batch_size: int) -> DataState | None:
         """The state for a checkpoint: the position after the last batch trained on, and the fingerprint of the data."""
@@ -190,12 +211,18 @@ class Serving:
             self._close_loader()
 
     def close(self, batch_size: int) -> None:
-        """Free model, buffer, thread and rows; the position in the data is kept."""
-        self._state = self.state(batch_size)
-        self._close_loader()
-        if self.opened is not None:
-            self.opened.close()
-        self.opened = None
+        """Free model, buffer, thread and rows, also if saving the last rows fails; the position in the data is kept."""
+        with ExitStack() as released:  # the last one first
+            if self.opened is not None:
+                released.callback(self.opened.close)
+            released.callback(self._forget)
+            if self._loader is not None:
+                released.callback(self._loader.stream.close)
+                released.callback(self._loader.close)
+            self._state = self.state(batch_size)
+
+    def _forget(self) -> None:
+        self._loader = self._rows = self.opened = None
 
     def _continue(self, loader: ActivationLoader, state: DataState, trainer: Trainer | None) -> None:
         """Move a loader to the position of a checkpoint, which may come from another number of ranks."""

@@ -13,8 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deeplens_lightning.stream.loader import key_of
-from deeplens_lightning.types import Batch, Provenance
+from deeplens_lightning.types import Batch, Provenance, key_of
 
 
 class TrainedBatches:
@@ -53,10 +52,15 @@ class TrainedBatches:
 
 
 class SeenBatches:
-    """Look up the provenance of batches that are still in memory; it is not pickled with the data module."""
+    """Look up the provenance of batches that are still in memory; it is not pickled with the data module.
+
+    Lightning casts a batch and moves it to a device after a loader has served it. A new tensor is another batch here,
+    so the data module's hooks before and after the move carry the provenance over.
+    """
 
     def __init__(self) -> None:
         self._tables: Any = WeakIdKeyDictionary()
+        self._moving: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[SeenBatches], tuple[()]]:
         return SeenBatches, ()
@@ -64,6 +68,21 @@ class SeenBatches:
     def remember(self, batch: Batch, provenance: Tensor) -> None:
         """Store the provenance of a batch, int64 `(batch, 4)`, until the batch is freed."""
         self._tables[key_of(batch)] = provenance
+
+    def before_move(self, batch: Batch, table: Tensor | None) -> None:
+        """Note the provenance of a batch that is about to be moved.
+
+        Args:
+            batch: the batch, which may have been cast to a new tensor since it was served.
+            table: provenance to use if this tensor was not served itself, int64 `(batch, 4)`; None if unknown.
+        """
+        self._moving = self._tables.get(key_of(batch), table)
+
+    def after_move(self, batch: Batch) -> None:
+        """Store the provenance that `before_move` noted, for the batch as the module gets it."""
+        if self._moving is not None:
+            self.remember(batch, self._moving)
+        self._moving = None
 
     def provenance(self, batch: Batch) -> Provenance | None:
         """The document, position and token id of each row of a batch; None if it was not stored for this batch."""

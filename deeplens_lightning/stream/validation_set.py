@@ -5,6 +5,7 @@ In: held-out documents. Out: the rows of those with the smallest hashes, compute
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from deeplens_lightning.distributed import gather
+from deeplens_lightning.activation_data import NotSetUpError
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.rows import run_model
 from deeplens_lightning.text.packing import Blocks, TokenizedDocument, model_batches
 from deeplens_lightning.text.pipeline import TextStage
-from deeplens_lightning.types import PROVENANCE, Batch, Placement
+from deeplens_lightning.types import PROVENANCE, Batch, Placement, key_of
 
 SCANNED = 4
 """Number of held-out tokens to read for each requested row; limits how far the dataset is searched."""
@@ -31,10 +32,12 @@ class HeldOutRows:
     Attributes:
         rows: raw rows `(n, d_in)` by hook point, in the dtype of the activations, on the CPU.
         provenance: int64 `(n, 4)`, columns as in `types.PROVENANCE`.
+        longest: the largest number of rows that a rank has.
     """
 
     rows: dict[str, Tensor]
     provenance: Tensor
+    longest: int
 
     def __len__(self) -> int:
         return len(self.provenance)
@@ -88,7 +91,7 @@ class ValidationSet:
             for point in model.hook_points
         }
         provenance = [torch.empty(0, len(PROVENANCE), dtype=torch.int64)]
-        left = self.rows
+        left, counts = self.rows, [0] * placement.ranks
         bar = tqdm(
             total=self.rows,
             desc="held-out rows",
@@ -100,11 +103,12 @@ class ValidationSet:
         with bar:
             for blocks in self.blocks():
                 for index in model_batches(blocks, size, model.isolation):
-                    everyone = int(blocks.keep[index].sum())
+                    everyone, share = int(blocks.keep[index].sum()), -(-left // placement.ranks)
+                    for rank in range(placement.ranks):
+                        counts[rank] += min(share, int(blocks.keep[index[rank :: placement.ranks]].sum()))
                     mine = blocks.select(index[placement.rank :: placement.ranks])
                     if len(mine):
                         batch = run_model(model, mine)
-                        share = -(-left // placement.ranks)
                         for name, x in batch.activations.items():
                             parts[name].append(x.index_select(0, batch.kept[:share].to(x.device)).cpu())
                         provenance.append(batch.provenance[:share])
@@ -113,7 +117,7 @@ class ValidationSet:
                     if left <= 0:
                         break
         rows = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        return HeldOutRows(rows=rows, provenance=torch.cat(provenance))
+        return HeldOutRows(rows=rows, provenance=torch.cat(provenance), longest=max(counts))
 
 
 class RowsLoader:
@@ -135,21 +139,40 @@ class RowsLoader:
     ) -> None:
         self._rows, self._batch_size, self._finish, self._seen = rows, batch_size, finish, seen
         self._length: int | None = None
+        self._recent: deque[tuple[Batch, Tensor]] = deque(maxlen=2)
 
     def __len__(self) -> int:
+        """Number of batches, the same on all ranks: some strategies communicate at every batch.
+
+        Raises:
+            TypeError: the rows are not computed yet and the data module is closed.
+        """
         if (
             self._length is None
-        ):  # stored, because after an exception Lightning reads it when the rows are freed
-            self._length = max(gather(-(-len(self._rows()) // self._batch_size)))
+        ):  # stored, because Lightning reads it after an exception, when the rows are freed
+            try:
+                self._length = -(-self._rows().longest // self._batch_size)
+            except NotSetUpError as error:
+                raise TypeError(f"the number of validation batches is not known: {error}") from error
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
-        length = len(self)  # the same on all ranks: some strategies communicate at every batch
         heldout = self._rows()
-        total = len(heldout)
+        length, total = len(self), len(heldout)
         size = self._batch_size if total > (length - 1) * self._batch_size else -(-total // max(1, length))
         for number in range(length):
             part = slice(number * size, (number + 1) * size)
-            batch = self._finish({name: x[part] for name, x in heldout.rows.items()})
+            # copies, because a module may write into its batch
+            batch = self._finish({name: x[part].clone() for name, x in heldout.rows.items()})
             self._seen(batch, heldout.provenance[part])
+            self._recent.append((batch, heldout.provenance[part]))
             yield batch
+
+    def provenance(self, batch: Batch) -> Tensor | None:
+        """Provenance of a batch that was served last and may have been cast since, found by its values."""
+        x = key_of(batch)
+        for served, provenance in reversed(self._recent):
+            y = key_of(served)
+            if x.shape == y.shape and torch.equal(x[:1].nan_to_num(), y[:1].to(x.dtype).nan_to_num()):
+                return provenance
+        return None

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from deeplens_lightning.distributed import gather
+from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.options import CacheOptions
 from deeplens_lightning.shards.format import Manifest
 from deeplens_lightning.shards.shard_stream import ShardStream
 from deeplens_lightning.shards.writer import ShardWriter
 from deeplens_lightning.stream.live_stream import LiveStream
 from deeplens_lightning.stream.validation_set import HeldOutRows
-from deeplens_lightning.types import RankProgress, Served, ShardPosition, StreamPosition
+from deeplens_lightning.types import Placement, RankProgress, Served, ShardPosition, StreamPosition
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class WriteThroughStream:
 
     Attributes:
         live: this rank's live stream.
+        placement: the ranks that write the cache.
         folder: path or fsspec URL of the cache.
         manifest: description of the cache.
         heldout: returns this rank's validation rows.
@@ -39,6 +41,7 @@ class WriteThroughStream:
     """
 
     live: LiveStream
+    placement: Placement
     folder: str
     manifest: Manifest
     heldout: Callable[[], HeldOutRows]
@@ -47,6 +50,7 @@ class WriteThroughStream:
     _writer: ShardWriter | None = field(init=False, default=None)
     _shards: ShardStream | None = field(init=False, default=None)
     _heldout_rows: int = field(init=False, default=0)
+    _failed: bool = field(init=False, default=False)
 
     @property
     def buffer_rows(self) -> int:
@@ -63,9 +67,10 @@ class WriteThroughStream:
 
         A collective operation: all ranks must call it at the same time.
         """
-        if epoch > 0 and self._writer is not None and not self._writer.complete:
-            self._write_the_rest()
-        if all(gather(self._open().complete)):
+        if epoch > 0:
+            on_every_rank(self._write_the_rest, self.placement)
+            self._close_writer()  # the last rank to finish completed the cache, perhaps after this one
+        if all(on_every_rank(lambda: self._open().complete, self.placement)):
             return self._read().start(epoch)
         return self.live.start(epoch)
 
@@ -108,19 +113,22 @@ class WriteThroughStream:
         return None if isinstance(position, ShardPosition) else self.live.row_age(position, step)
 
     def sync(self) -> None:
-        """Flush all computed rows to disk; called before a checkpoint that counts them as served is saved."""
-        if self._writer is not None and not (self._writer.complete or self._writer.finished):
-            self._writer.sync()
+        """Flush all computed rows to disk; called before a checkpoint that counts them as served is saved.
+
+        Does nothing after a row could not be written: that error was raised, and the rows are not in the cache.
+        """
+        if self._writer is not None and not (self._writer.complete or self._writer.finished or self._failed):
+            with self._noting_failure():
+                self._writer.sync()
 
     def close(self) -> None:
         """Close the cache and free the buffer."""
         self.live.writer = None
         self.live.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._close_writer()
         if self._shards is not None:
             self._shards.close()
-        self._writer = self._shards = None
+        self._shards = None
 
     # ---- the `RowWriter` protocol, called by the live stream
 
@@ -133,19 +141,31 @@ class WriteThroughStream:
             number: number of the first of these rows in the epoch.
         """
         first_row = self._heldout_rows + number
-        self._open().append(rows, provenance, source={"row": number}, first_row=first_row)
+        with self._noting_failure():
+            self._open().append(rows, provenance, source={"row": number}, first_row=first_row)
 
     def end(self) -> None:
         """Mark this rank's part of the cache as finished."""
         writer = self._open()
         if not writer.finished:
-            writer.finish()
+            with self._noting_failure():
+                writer.finish()
+
+    @contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
 
     def _open(self) -> ShardWriter:
         if self._writer is None:
             self._writer = ShardWriter(self.folder, self.manifest, rank=self.live.rank)
             heldout = self.heldout()
             self._heldout_rows = len(heldout)
+            if self._writer.finished and not self._writer.complete:
+                self._writer.finish()  # completes the cache if this rank was the last one and was killed before that
             if self._writer.complete:
                 logger.info("%s is complete: rows are read from it and the model does not run", self.folder)
             elif not self._writer.finished and len(heldout):
@@ -156,8 +176,10 @@ class WriteThroughStream:
 
     def _write_the_rest(self) -> None:
         """Write the rows that this rank did not serve because another rank had no more rows."""
-        self.live.drain()
-        gather(None)  # the last rank to finish completes the cache
+        if self._writer is not None and not (self._writer.complete or self._writer.finished):
+            self.live.drain()
+
+    def _close_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
         self._writer = None
