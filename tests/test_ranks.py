@@ -293,25 +293,26 @@ def test_ranks_that_lightning_starts_itself_share_the_rows(strategy: str, tiny: 
     assert mine <= counts, "a row is not of the text, or is served twice"
 
 
-def _written(rank: int, ranks: int, folder: Path, lm: str, prefetch: int) -> dict[str, Any]:
-    """Train three epochs with a cache written in the first one; the text of the ranks is unequal."""
-    make = partial(
-        data, lm, tokens([30] * 3 + [300] * 3, shards=2), write_shards=str(folder / "cache"), **FIELDS
-    )
-    return fit(rank, ranks, folder, partial(make, prefetch=prefetch), max_epochs=3)
+def _written(
+    rank: int, ranks: int, folder: Path, lm: str, lengths: list[int], prefetch: int
+) -> dict[str, Any]:
+    """Train three epochs with a cache written in the first one."""
+    text, cache = tokens(lengths, shards=2), str(folder / "cache")
+    make = partial(data, lm, text, write_shards=cache, prefetch=prefetch, **FIELDS)
+    return fit(rank, ranks, folder, make, max_epochs=3)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
+@pytest.mark.parametrize("lengths", [[30] * 3 + [300] * 3, [64] * 12], ids=["unequal", "equal"])
 def test_ranks_write_a_cache_in_the_first_epoch_and_read_all_of_it_later(
-    prefetch: int, tiny: Any, tmp_path: Path
+    lengths: list[int], prefetch: int, tiny: Any, tmp_path: Path
 ) -> None:
-    results = launch(2, _written, tmp_path, tiny("gpt2"), prefetch)
+    results = launch(2, _written, tmp_path, tiny("gpt2"), lengths, prefetch, seconds=60)
     assert verify(str(tmp_path / "cache")).problems == []
-    steps = {len(one["rows"]) for one in results}
-    assert len(steps) == 1, "ranks end at different steps"
+    assert len({len(one["rows"]) for one in results}) == 1, "ranks end at different steps"
     counts = sum(served(results), Counter())
-    assert len(counts) == 990, "a row was never served"
-    assert set(counts.values()) == {2, 3}, "a row was served twice in an epoch"
+    assert len(counts) == sum(lengths), "a row was never served"
+    assert set(counts.values()) <= {2, 3}, "a row was served twice in an epoch"
     assert sum(count == 2 for count in counts.values()) == results[0]["dropped"]
 
 
