@@ -127,7 +127,7 @@ def train(rank: int, ranks: int, folder: Path, lm: str, cache: str, case: Case) 
         watch = Watch(stop, folder / "walk.ckpt")
         extra: list[L.Callback] = [watch]
         if case.callbacks:
-            held_out = texts(8) if case.source == "cached" else ()
+            held_out = texts(3) if case.source == "cached" else ()
             source = model if case.handed_in else lm
             extra.append(LossRecovered(rows=64, device="cpu", hf_model=source, texts=held_out))
         run = trainer(

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from deeplens_lightning.callbacks import Preemption
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.options import BufferOptions
 from deeplens_lightning.shards import verify
 from deeplens_lightning.text.documents import Documents
 from deeplens_lightning.text.sources import open_source
@@ -297,13 +298,19 @@ def _written(
     rank: int, ranks: int, folder: Path, lm: str, lengths: list[int], prefetch: int
 ) -> dict[str, Any]:
     """Train three epochs with a cache written in the first one."""
-    text, cache = tokens(lengths, shards=2), str(folder / "cache")
-    make = partial(data, lm, text, write_shards=cache, prefetch=prefetch, **FIELDS)
+    text, cache, options = (
+        tokens(lengths, shards=2),
+        str(folder / "cache"),
+        BufferOptions(shuffle_blocks=False),
+    )
+    make = partial(data, lm, text, write_shards=cache, prefetch=prefetch, buffer_options=options, **FIELDS)
     return fit(rank, ranks, folder, make, max_epochs=3)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-@pytest.mark.parametrize("lengths", [[30] * 3 + [300] * 3, [64] * 12], ids=["unequal", "equal"])
+@pytest.mark.parametrize(
+    "lengths", [[30] * 3 + [300] * 3, [30] * 3 + [1500] * 3, [64] * 12], ids=["unequal", "far apart", "equal"]
+)
 def test_ranks_write_a_cache_in_the_first_epoch_and_read_all_of_it_later(
     lengths: list[int], prefetch: int, tiny: Any, tmp_path: Path
 ) -> None:

@@ -103,9 +103,10 @@ class WriteThroughStream:
         return self._read().rescaled(table)
 
     def dropped(self, position: StreamPosition, epoch_batches: int) -> int:
-        """Number of rows of this epoch that this rank has after its first `epoch_batches` batches."""
+        """Number of rows of this epoch that this rank has after its first `epoch_batches` batches; writes these rows."""
         if isinstance(position, ShardPosition):
             return self._read().dropped(position, epoch_batches)
+        self._write_the_rest()  # first: counting reads the text to its end
         return self.live.dropped(position, epoch_batches)
 
     def row_age(self, position: StreamPosition, step: int) -> float | None:
