@@ -9,9 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,12 +20,13 @@ from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.options import takes
 from deeplens_lightning.stream.live_source import LiveActivations
 from deeplens_lightning.stream.loader import ActivationLoader
+from deeplens_lightning.stream.placement import placement
 from deeplens_lightning.stream.serving import Serving
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.stream.validation_set import RowsLoader
 from deeplens_lightning.text.packing import Blocks, Packing
 from deeplens_lightning.text.sources import IndexedSource
-from deeplens_lightning.types import Batch, Placement, Provenance, device_of
+from deeplens_lightning.types import Batch, Provenance
 
 T = TypeVar("T")
 
@@ -144,7 +143,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:  # noqa: ARG002
         """Load text, tokenizer and model, or list the shards; nothing is loaded twice."""
-        self.serving.open(self._placement())
+        self.serving.open(placement(self.trainer, self.settings))
 
     def train_dataloader(self) -> ActivationLoader:
         """The training batches. Iterating again continues after the last batch that was trained on."""
@@ -214,42 +213,10 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         if state_dict:
             self.serving.resume(state_dict, self.trainer, self.batch_size)
 
-    def _placement(self) -> Placement:
-        chosen, trainer = self.settings.buffer_options.device, self.trainer
-        if trainer is None:
-            device = device_of(self.settings.device)
-            rank, ranks, progress = 0, 1, True
-        else:
-            device = device_of(trainer.strategy.root_device)
-            strategy = trainer.strategy
-            replicas = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
-            rank, ranks = replicas.get("rank", 0), replicas.get("num_replicas", 1)
-            progress = rank == 0 and trainer.progress_bar_callback is not None
-        return Placement(
-            rank=rank,
-            ranks=ranks,
-            device=device,
-            batch_device=device_of(chosen) if chosen else device,
-            progress=progress,
-            group=_data_parallel_group(trainer, ranks) if trainer is not None else None,
-        )
-
     def _module_with(self, hook: str) -> LightningModule | None:
         """The LightningModule if it has this hook, which Lightning does not call where the data module has it too."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         return module if module is not None and is_overridden(hook, module) else None
-
-
-def _data_parallel_group(trainer: Trainer, ranks: int) -> torch.distributed.ProcessGroup | None:
-    """Process group of the ranks that get different rows; None if these are all processes."""
-    if ranks == trainer.world_size:
-        return None
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        return trainer.strategy.device_mesh["data_parallel"].get_group()
-    raise ValueError(
-        f"{type(trainer.strategy).__name__} gives different rows to {ranks} of {trainer.world_size} processes, and how "
-        "they are grouped is known for ModelParallelStrategy only: use that strategy, or DDPStrategy"
-    )
 
 
 def _one(values: Mapping[str, T]) -> T | dict[str, T]:

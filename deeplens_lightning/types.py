@@ -70,23 +70,6 @@ class Placement:
     group: torch.distributed.ProcessGroup | None = None
 
 
-def device_of(name: str | torch.device) -> torch.device:
-    """Turn a name into a device: "auto" is CUDA, else MPS, else the CPU; "cuda" is the current CUDA device."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device. From the CPU to CUDA it goes through pinned memory, so that the CPU does not wait."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Base class of all positions in the data: a frozen dataclass of numbers, strings and other positions."""

@@ -22,6 +22,7 @@ from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
 from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_token_ids
 from deeplens_lightning.callbacks.spliced_loss import AblatedLoss, measure
 from deeplens_lightning.callbacks.support import add_written, evaluation_mode
+from deeplens_lightning.devices import device_of
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import locate
@@ -29,7 +30,6 @@ from deeplens_lightning.model.single_text import TextActivations
 from deeplens_lightning.reporting.loggers import log_scalars
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder
 from deeplens_lightning.text.packing import Blocks
-from deeplens_lightning.types import device_of
 
 
 class LossRecovered(Callback):

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deeplens_lightning.devices import device_of
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
@@ -22,7 +23,7 @@ from deeplens_lightning.text.packing import Packing, TokenizedDocument, model_ba
 from deeplens_lightning.text.pipeline import GROUP
 from deeplens_lightning.text.sources import IndexedSource, Row, Source, StreamedSource, open_source
 from deeplens_lightning.text.tokens import special_affixes, tokenize
-from deeplens_lightning.types import DealingState, TextPosition, device_of
+from deeplens_lightning.types import DealingState, TextPosition
 
 
 class FromHuggingFace:

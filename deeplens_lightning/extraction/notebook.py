@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deeplens_lightning.devices import device_of
 from deeplens_lightning.model.single_text import TextActivations, read_batch
-from deeplens_lightning.types import device_of
 
 
 class ActivationExtractor:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deeplens_lightning.devices import on_device
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.text.packing import Blocks, model_inputs
-from deeplens_lightning.types import on_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

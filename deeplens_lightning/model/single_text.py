@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from deeplens_lightning.devices import device_of
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hf_config import setting
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
 from deeplens_lightning.text.tokens import special_affixes
-from deeplens_lightning.types import device_of
 
 
 class TextActivations:

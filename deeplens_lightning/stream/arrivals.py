@@ -1,6 +1,6 @@
 """Fill the buffers of the two shuffles of a live stream: one with blocks of text, one with rows from the model.
 
-In: packed chunks, and groups of shuffled blocks. Out: tensors written into the slots that a shuffle has freed.
+In: packed chunks, and model batches. Out: tensors written into the slots that a shuffle has freed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deeplens_lightning.model.frozen import FrozenModel
-from deeplens_lightning.model.rows import ModelBatch, run_model
-from deeplens_lightning.stream.rotating_shuffle import Mixed
-from deeplens_lightning.text.packing import Blocks, Chunk, model_batches
-from deeplens_lightning.types import PROVENANCE, BlockPosition, RowPosition, on_device
+from deeplens_lightning.devices import on_device
+from deeplens_lightning.model.rows import ModelBatch
+from deeplens_lightning.stream.computed_batches import ComputedBatch
+from deeplens_lightning.stream.prefetch import Prefetch
+from deeplens_lightning.text.packing import Chunk
+from deeplens_lightning.types import PROVENANCE, BlockPosition, RowPosition
 
 
 class RowWriter(Protocol):
@@ -93,19 +94,16 @@ class BlockArrivals:
 
 
 class RowArrivals:
-    """Run the model on shuffled blocks and write its rows into the buffer of the row shuffle.
+    """Write the rows of model batches into the buffer of the row shuffle.
 
     Args:
-        model: the frozen model.
         blocks: the source of blocks, for its counts.
-        groups: groups of shuffled blocks, beginning at `start`.
-        size: blocks per model batch.
+        computed: the model batches, beginning at `start`: with its model batch if `enter`, else with its group.
         buffers: the tensors that `fill` writes to: one `(slots, d_in)` for each hook point, and provenance
             `(slots, 4)` last.
-        max_norms: by hook point, the largest norm of a row; rows above it are dropped.
         writer: receives the rows of every model batch; None for no writer.
         start: position of the first window of the buffer.
-        enter: run the model batch of `start` in the constructor, because the window begins inside that batch.
+        enter: take the model batch of `start` in the constructor, because the window begins inside that batch.
 
     Attributes:
         tokens: number of tokens that the model has read.
@@ -115,12 +113,9 @@ class RowArrivals:
     def __init__(
         self,
         *,
-        model: FrozenModel,
         blocks: BlockArrivals,
-        groups: Iterator[Mixed[BlockPosition]],
-        size: int,
+        computed: Iterator[ComputedBatch],
         buffers: Sequence[Tensor],
-        max_norms: Mapping[str, float],
         writer: RowWriter | None,
         start: RowPosition,
         enter: bool,
@@ -128,13 +123,11 @@ class RowArrivals:
         self.blocks = blocks
         self.tokens = 0
         self.outliers = start.outliers
-        self._model, self._groups, self._size, self._buffers = model, groups, size, buffers
-        self._max_norms, self._writer = max_norms, writer
+        self._computed, self._buffers, self._writer = computed, buffers, writer
         self._outliers_here = 0
         self._made = start.made
         self._group = start.blocks
         self._since = start.blocks.since
-        self._work: list[Blocks] = []
         self._batch = -1
         self._row = 0
         self._out = ModelBatch(
@@ -142,10 +135,8 @@ class RowArrivals:
             kept=torch.empty(0, dtype=torch.int64),
             provenance=torch.empty(0, len(PROVENANCE), dtype=torch.int64),
         )
-        if enter and self._load():
-            self._batch = start.batch - 1
-            if self._run():
-                self._row = start.row
+        if enter and self._advance():
+            self._row = start.row
             self._since = start.blocks.since
 
     def position(self) -> RowPosition:
@@ -179,58 +170,37 @@ class RowArrivals:
         return filled
 
     def count_all(self) -> int:
-        """Count the rows of the whole epoch, including any outliers in the text that the model has not read yet."""
+        """Count the rows of the whole epoch, including any outliers in the text that the model has not read yet.
+
+        Reads the text to the end of the epoch: no model batch can be taken afterwards.
+        """
+        self.close()
         return self.blocks.count_all() - self.outliers
 
     def drain(self) -> None:
-        """Run the model on the rest of the epoch, so that `writer` receives all rows."""
+        """Take the model batches of the rest of the epoch, so that `writer` receives all rows."""
         while self._advance():
             pass
 
+    def close(self) -> None:
+        """End the thread that computes ahead, if there is one."""
+        if isinstance(self._computed, Prefetch):
+            self._computed.close()
+
     def _advance(self) -> bool:
-        """Run the next model batch, if there is one."""
-        if self._run() or (self._load() and self._run()):
-            return True
-        if self._writer is not None:
-            self._writer.end()
-        return False
-
-    def _load(self) -> bool:
-        """Take the next group of blocks from the pool and sort it into model batches."""
-        mixed = next(self._groups, None)
-        if mixed is None:
+        """Take the next model batch, if there is one."""
+        batch = next(self._computed, None)
+        if batch is None:
+            if self._writer is not None:
+                self._writer.end()
             return False
-        if mixed.window != self._group.window:
+        if batch.group.window != self._group.window:
             self._since = 0
-        self._group = replace(mixed.start, window=mixed.window, skip=mixed.step)
-        blocks = Blocks.of(mixed.tensors)
-        self._work = [
-            blocks.select(index) for index in model_batches(blocks, self._size, self._model.isolation)
-        ]
-        self._batch = -1
-        return True
-
-    def _run(self) -> bool:
-        """Run the next model batch of the group, if there is one."""
-        if self._batch + 1 >= len(self._work):
-            return False
-        self._batch, self._row = self._batch + 1, 0
-        blocks = self._work[self._batch]
-        self._out = run_model(self._model, blocks)
-        self.tokens += int((blocks.positions >= 0).sum())
-        if self._max_norms:
-            self._drop_outliers()
+        self._group, self._batch, self._row = batch.group, batch.number, 0
+        self._out, self._outliers_here = batch.out, batch.outliers
+        self.tokens += batch.tokens
+        self.outliers += batch.outliers
         if self._writer is not None:
             self._writer.write(self._out.rows(), self._out.provenance, self._made)
         self._made += len(self._out.kept)
         return True
-
-    def _drop_outliers(self) -> None:
-        kept = self._out.kept
-        fine = torch.ones(len(kept), dtype=torch.bool)
-        for name, limit in self._max_norms.items():
-            x = self._out.activations[name]
-            fine &= (x.index_select(0, on_device(kept, x.device)).float().norm(dim=1) <= limit).cpu()
-        self._outliers_here = int(len(fine) - fine.sum())
-        self.outliers += self._outliers_here
-        self._out = replace(self._out, kept=kept[fine], provenance=self._out.provenance[fine])

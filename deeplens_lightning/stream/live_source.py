@@ -38,6 +38,8 @@ MAX_BUFFER_BYTES = 10**9
 BUFFER_SHARE_OF_CUDA = 0.1
 TEXT_THREADS = 1
 """Threads that tokenise while the model runs on an accelerator; on a CPU they would slow the model down."""
+MODEL_BATCHES_AHEAD = 1
+"""Model batches that are computed while the rows of the one before are mixed on an accelerator."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ class LiveActivations:
             seed=given.seed,
             pool=given.buffer_options.shuffle_blocks,
             max_norms=statistics.max_norms,
+            ahead=0 if self.placement.device.type == "cpu" else MODEL_BATCHES_AHEAD,
             show_progress=self.placement.progress,
         )
         if given.write_shards is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from tqdm.auto import tqdm
 
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.stream.arrivals import BlockArrivals, RowArrivals, RowWriter
+from deeplens_lightning.stream.computed_batches import ComputedBatch, computed_batches
+from deeplens_lightning.stream.prefetch import Prefetch, cuda_stream
 from deeplens_lightning.stream.rotating_shuffle import Mixed, RotatingShuffle
 from deeplens_lightning.text.packing import Blocks
 from deeplens_lightning.text.pipeline import TextStage
@@ -54,6 +57,7 @@ class LiveStream:
         seed: seed of both shuffles.
         pool: whether blocks are shuffled before the model runs on them.
         max_norms: by hook point, the largest norm of a row; rows above it are dropped.
+        ahead: number of model batches computed ahead in a thread; 0 for no thread.
         show_progress: whether to show a bar while rows are computed again after resuming.
         writer: receives the rows of every model batch, for a cache; None for no writer.
     """
@@ -67,10 +71,12 @@ class LiveStream:
     seed: int
     pool: bool = True
     max_norms: Mapping[str, float] = field(default_factory=dict)
+    ahead: int = 0
     show_progress: bool = True
     writer: RowWriter | None = None
     _buffers: list[Tensor] = field(init=False, default_factory=list)
     _rows: RowArrivals | None = field(init=False, default=None)
+    _cuda: torch.cuda.Stream | None = field(init=False, default=None)
 
     @property
     def rank(self) -> int:
@@ -90,6 +96,7 @@ class LiveStream:
             ValueError: the position is one in a cache.
         """
         at = live(position)
+        self._close_rows()
         self._rows = self._arrivals(at)
         shuffle = self._row_shuffle(at.epoch)
         replayed = shuffle.rows_to_replay(at.window, skip) if at.window or skip else 0
@@ -168,8 +175,14 @@ class LiveStream:
         """Do nothing: this stream writes no file."""
 
     def close(self) -> None:
-        """Free the buffer."""
-        self._buffers, self._rows = [], None
+        """End the thread and free the buffer."""
+        self._close_rows()
+        self._buffers = []
+
+    def _close_rows(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
+        self._rows = None
 
     def _served(self, mixed: Mixed[RowPosition], epoch: int) -> Served:
         *rows, provenance = mixed.tensors
@@ -187,16 +200,26 @@ class LiveStream:
         start = at.rows or RowPosition(blocks=BlockPosition())
         chunks = self.text.chunks(at.epoch, start.blocks.start)
         blocks = BlockArrivals(chunks, start.blocks)
+        enter = at.rows is not None
+        computed = partial(
+            computed_batches,
+            self.model,
+            self._mixed_blocks(at.epoch, blocks, start.blocks),
+            self.inference_batch_size,
+            self.max_norms,
+            start.batch if enter else 0,
+        )
+        if self.ahead and self._cuda is None:
+            self._cuda = cuda_stream(self.model.device)
         return RowArrivals(
-            model=self.model,
             blocks=blocks,
-            groups=self._mixed_blocks(at.epoch, blocks, start.blocks),
-            size=self.inference_batch_size,
+            computed=Prefetch(computed, self.ahead, ComputedBatch.tensors, self._cuda)
+            if self.ahead
+            else computed(),
             buffers=self._allocated(),
-            max_norms=self.max_norms,
             writer=self.writer,
             start=start,
-            enter=at.rows is not None,
+            enter=enter,
         )
 
     def _mixed_blocks(

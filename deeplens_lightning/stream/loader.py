@@ -282,7 +282,12 @@ class ActivationLoader:
         if self._live is None:
             position, skip = self._position, self._skip
             if self.prefetch:
-                self._live = Prefetch(lambda: self.stream.batches(position, skip), self.prefetch, self._cuda)
+                self._live = Prefetch(
+                    lambda: self.stream.batches(position, skip),
+                    self.prefetch,
+                    lambda served: served.rows.values(),
+                    self._cuda,
+                )
             else:
                 self._live = self.stream.batches(position, skip)
         if self._head is None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
 
 import torch
-
-from deeplens_lightning.types import Served
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -25,14 +24,19 @@ class Prefetch(Generic[T]):
     Args:
         make: returns the iterator; called in the thread, where the iterator is also closed.
         depth: largest number of finished items in the queue; the thread computes one more item meanwhile.
+        tensors: returns the tensors of an item that are on the device of `cuda`.
         cuda: the CUDA stream that the thread works on, from `cuda_stream`; the consumer's current stream waits until
             an item is finished. None if the items are not on CUDA.
     """
 
     def __init__(
-        self, make: Callable[[], Iterator[T]], depth: int, cuda: torch.cuda.Stream | None = None
+        self,
+        make: Callable[[], Iterator[T]],
+        depth: int,
+        tensors: Callable[[T], Iterable[Tensor]],
+        cuda: torch.cuda.Stream | None = None,
     ) -> None:
-        self._make, self._cuda = make, cuda
+        self._make, self._tensors, self._cuda = make, tensors, cuda
         self._queue: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(maxsize=depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="activation-producer", daemon=True)
@@ -58,7 +62,9 @@ class Prefetch(Generic[T]):
         if self._cuda is not None:
             here = torch.cuda.current_stream(self._cuda.device)
             here.wait_event(event)
-            _used_here(made, here)
+            for x in self._tensors(made):
+                if x.is_cuda:
+                    x.record_stream(here)  # its memory must not be reused before this stream has read it
         return made  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -104,15 +110,3 @@ class Prefetch(Generic[T]):
 def cuda_stream(device: torch.device) -> torch.cuda.Stream | None:
     """A CUDA stream for a thread that prefetches to this device; None if it is not a CUDA device."""
     return torch.cuda.Stream(device) if device.type == "cuda" else None
-
-
-def _used_here(value: Any, stream: torch.cuda.Stream) -> None:
-    """Mark tensors made on another CUDA stream as used on this one, so that their memory is not reused too early."""
-    if isinstance(value, torch.Tensor):
-        if value.is_cuda:
-            value.record_stream(stream)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            _used_here(item, stream)
-    elif isinstance(value, Served):
-        _used_here(value.rows, stream)

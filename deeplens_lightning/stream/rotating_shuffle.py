@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deeplens_lightning.types import on_device
+from deeplens_lightning.devices import on_device
 
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
