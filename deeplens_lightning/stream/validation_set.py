@@ -41,6 +41,14 @@ class HeldOutRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """The blocks of a model batch that one rank runs, and the number of their first rows that it keeps."""
+
+    blocks: Blocks
+    rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationSet:
     """Choose the held-out documents of the validation set and compute their rows.
 
@@ -74,6 +82,8 @@ class ValidationSet:
     def compute(self, model: FrozenModel, size: int, placement: Placement) -> HeldOutRows:
         """Compute this rank's rows: the model runs on every `ranks`-th block of each model batch.
 
+        The rows are counted first, so that they are allocated once.
+
         Args:
             model: the frozen model.
             size: blocks per model batch, over all ranks.
@@ -83,37 +93,44 @@ class ValidationSet:
             This rank's share. All ranks together have at most `rows` rows, rounded up to a multiple of the number of
             ranks.
         """
-        parts = {
-            point.name: [torch.empty(0, point.d_in, dtype=model.dtypes[point.name])]
+        shares = list(self._shares(model, size, placement))
+        total = sum(share.rows for share in shares)
+        rows = {
+            point.name: torch.empty(total, point.d_in, dtype=model.dtypes[point.name])
             for point in model.hook_points
         }
-        provenance = [torch.empty(0, len(PROVENANCE), dtype=torch.int64)]
-        left = self.rows
+        provenance = torch.empty(total, len(PROVENANCE), dtype=torch.int64)
         bar = tqdm(
-            total=self.rows,
+            total=total,
             desc="held-out rows",
             unit="row",
             unit_scale=True,
             disable=not placement.progress,
             leave=False,
         )
+        at = 0
         with bar:
-            for blocks in self.blocks():
-                for index in model_batches(blocks, size, model.isolation):
-                    everyone = int(blocks.keep[index].sum())
-                    mine = blocks.select(index[placement.rank :: placement.ranks])
-                    if len(mine):
-                        batch = run_model(model, mine)
-                        share = -(-left // placement.ranks)
-                        for name, x in batch.activations.items():
-                            parts[name].append(x.index_select(0, batch.kept[:share].to(x.device)).cpu())
-                        provenance.append(batch.provenance[:share])
-                    bar.update(min(left, everyone))
-                    left -= everyone
-                    if left <= 0:
-                        break
-        rows = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        return HeldOutRows(rows=rows, provenance=torch.cat(provenance))
+            for share in shares:
+                batch, here = run_model(model, share.blocks), slice(at, at + share.rows)
+                for name, x in batch.activations.items():
+                    rows[name][here] = x.index_select(0, batch.kept[: share.rows].to(x.device))
+                provenance[here] = batch.provenance[: share.rows]
+                at += share.rows
+                bar.update(share.rows)
+        return HeldOutRows(rows=rows, provenance=provenance)
+
+    def _shares(self, model: FrozenModel, size: int, placement: Placement) -> Iterator[_Share]:
+        """This rank's blocks of each model batch, and how many of their rows belong to the validation set."""
+        left = self.rows
+        for blocks in self.blocks():
+            for index in model_batches(blocks, size, model.isolation):
+                mine = blocks.select(index[placement.rank :: placement.ranks])
+                share = min(int(mine.keep.sum()), -(-left // placement.ranks))
+                if share:
+                    yield _Share(blocks=mine, rows=share)
+                left -= int(blocks.keep[index].sum())
+                if left <= 0:
+                    return
 
 
 class RowsLoader:
