@@ -47,7 +47,7 @@ _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
 )  # fmt: skip
-"""Files of a tokenizer; a model that has none of them has no tokenizer."""
+"""Files of a tokenizer, of whatever class."""
 
 
 class NoTokenizerError(ValueError):
@@ -173,21 +173,22 @@ def _own_tokenizer(source: str, model_kwargs: Mapping[str, Any] | None) -> PreTr
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        if "gguf_file" in where or _has_tokenizer(name, where):
+        if "gguf_file" in where or _has_any(_TOKENIZER_FILES, name, where):
             raise ValueError(
                 f"the tokenizer of {source!r} cannot be loaded ({_first_line(error)}); {advice}"
             ) from error
         raise NoTokenizerError(f"{source!r} has no tokenizer ({_first_line(error)}); {advice}") from error
+    files = set(found.vocab_files_names.values())
+    if files and "gguf_file" not in where and not _has_any([*files, *_TOKENIZER_FILES], name, where):
+        # without files, transformers makes a tokenizer of special tokens only
+        raise NoTokenizerError(f"{source!r} has no tokenizer (none of {', '.join(sorted(files))}); {advice}")
     return found
 
 
-def _has_tokenizer(name: str, where: Mapping[str, Any]) -> bool:
-    """Whether a folder, or what was downloaded of a hub repository, has a file of a tokenizer."""
+def _has_any(files: Sequence[str], name: str, where: Mapping[str, Any]) -> bool:
+    """Whether one of the files is in a folder, or in what was downloaded of a hub repository."""
     folder, kwargs = Path(str(where.get("subfolder", ""))), _only(where, ("cache_dir", "revision"))
-    return any(
-        has_file(name, (folder / file).as_posix(), local_files_only=True, **kwargs)
-        for file in _TOKENIZER_FILES
-    )
+    return any(has_file(name, (folder / file).as_posix(), local_files_only=True, **kwargs) for file in files)
 
 
 def max_positions(model: PretrainedConfig | PreTrainedModel) -> int | None:
