@@ -249,8 +249,6 @@ me = psutil.Process()
 before, peak = me.memory_info().rss, 0
 for batch in data.train_dataloader():
     peak, served = max(peak, me.memory_info().rss), served + len(batch)
-    if served >= 2 * rows:  # the first windows are smaller than the buffer, and have about as many rows in all
-        break
 stream = data.serving.loader.stream
 print(json.dumps({"growth": peak - before, "buffer": stream.buffer_bytes, "served": served}))
 """
