@@ -70,7 +70,7 @@ class ModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BufferOptions:
-    """Where rows are shuffled, which rows are dropped, and the dtype of batches.
+    """Where rows are shuffled and kept, which rows are dropped, and the dtype of batches.
 
     Args:
         device: device of the buffer and the batches; default the device of the LightningModule.
@@ -78,12 +78,15 @@ class BufferOptions:
         dtype: dtype of batches; `auto` keeps the dtype of the activations.
         max_norm_ratio: drop rows whose norm is above this multiple of the median norm (attention sinks); None keeps
             all rows.
+        val_bytes: largest size of the validation set in memory, in bytes over all ranks; it has fewer than `val_rows`
+            rows where they would need more.
     """
 
     device: str | None = None
     shuffle_blocks: bool = True
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     max_norm_ratio: float | None = None
+    val_bytes: int = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,6 +243,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "val_fraction": ({"val_fraction": 0.1}, "val_fraction: 0.2 in the checkpoint, 0.1 now"),
     "normalize": ({"normalize": "zscore"}, "normalize: none in the checkpoint, zscore now"),
     "inference_batch_size": ({"inference_batch_size": 4}, "inference_batch_size: 2 in the checkpoint"),
+    "buffer_size": ({"buffer_size": 160}, "buffer_size: 96 in the checkpoint, 160 now"),
+    "automatic buffer": ({"buffer_size": "auto"}, "buffer_size: 96 in the checkpoint, auto now"),
 }
 
 

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import has_file
 
 from deeplens_lightning.demo import lm_folder
 from deeplens_lightning.model.hf_config import has_setting, setting
@@ -41,6 +42,16 @@ _SOURCE_KEYS = (
 
 _WEIGHT_KEYS = ("dtype", "torch_dtype", "quantization_config", "attn_implementation", "device_map")
 """Arguments of `from_pretrained` that say how weights are loaded."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt", "tekken.json",
+)  # fmt: skip
+"""Files of a tokenizer, of whatever class."""
+
+
+class NoTokenizerError(ValueError):
+    """A model has no tokenizer, or there is none under the name that was given."""
 
 
 @runtime_checkable
@@ -131,7 +142,8 @@ def load_tokenizer(
         config: configuration of the model; if given, the size of the tokenizer's vocabulary is checked.
 
     Raises:
-        ValueError: there is no tokenizer, or it has more tokens than the model's embedding has rows.
+        NoTokenizerError: there is no tokenizer.
+        ValueError: the tokenizer cannot be loaded, or has more tokens than the model's embedding has rows.
     """
     if tokenizer is None or isinstance(tokenizer, str):
         source = tokenizer or (hf_model if isinstance(hf_model, str) else str(hf_model.name_or_path))
@@ -148,7 +160,7 @@ def load_tokenizer(
 def _own_tokenizer(source: str, model_kwargs: Mapping[str, Any] | None) -> PreTrainedTokenizerBase:
     advice = "give tokenizer= a folder, a hub id or a tokenizer"
     if not source:
-        raise ValueError(f"the model was built from a configuration and has no tokenizer; {advice}")
+        raise NoTokenizerError(f"the model was built from a configuration and has no tokenizer; {advice}")
     folder = Path(source).expanduser()
     if folder.is_dir() and not (model_kwargs or {}).get("gguf_file"):
         name, where = (
@@ -161,8 +173,22 @@ def _own_tokenizer(source: str, model_kwargs: Mapping[str, Any] | None) -> PreTr
     try:
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{source!r} has no tokenizer ({_first_line(error)}); {advice}") from error
+        if "gguf_file" in where or _has_any(_TOKENIZER_FILES, name, where):
+            raise ValueError(
+                f"the tokenizer of {source!r} cannot be loaded ({_first_line(error)}); {advice}"
+            ) from error
+        raise NoTokenizerError(f"{source!r} has no tokenizer ({_first_line(error)}); {advice}") from error
+    files = set(found.vocab_files_names.values())
+    if files and "gguf_file" not in where and not _has_any([*files, *_TOKENIZER_FILES], name, where):
+        # without files, transformers makes a tokenizer of special tokens only
+        raise NoTokenizerError(f"{source!r} has no tokenizer (none of {', '.join(sorted(files))}); {advice}")
     return found
+
+
+def _has_any(files: Sequence[str], name: str, where: Mapping[str, Any]) -> bool:
+    """Whether one of the files is in a folder, or in what was downloaded of a hub repository."""
+    folder, kwargs = Path(str(where.get("subfolder", ""))), _only(where, ("cache_dir", "revision"))
+    return any(has_file(name, (folder / file).as_posix(), local_files_only=True, **kwargs) for file in files)
 
 
 def max_positions(model: PretrainedConfig | PreTrainedModel) -> int | None:

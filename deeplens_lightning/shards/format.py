@@ -32,6 +32,8 @@ VERSION = 1
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGES = ("exact", "int8")
+ADDED_ENTRIES = ("tokenizer", "chat_template", "attention", "compile", "buffer_size")
+"""Names that caches and checkpoints of earlier releases do not record: where one is missing it is unknown, not other."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +134,8 @@ class Manifest:
     def check_same(self, other: Manifest, where: str) -> None:
         """Check that a cache can be continued: that `other` describes the same cache as this manifest.
 
+        One of `ADDED_ENTRIES` that `other` lacks is not compared.
+
         Args:
             other: the manifest found in the folder.
             where: the folder, for messages.
@@ -142,6 +146,7 @@ class Manifest:
         lines = [
             f"  {key}: {there!r} there, {here!r} here"
             for key, there, here in differences(other.comparable(), self.comparable())
+            if there is not None or key.removeprefix("config.") not in ADDED_ENTRIES
         ]
         if lines:
             raise OtherConfigError(

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from deeplens_lightning.normalization import Scaling, scalings_state
+from deeplens_lightning.shards.format import ADDED_ENTRIES
 from deeplens_lightning.stream.measured_statistics import Statistics
 from deeplens_lightning.types import STATE_VERSION, RankProgress, stream_position
 
@@ -126,11 +127,11 @@ class DataState:
 
 
 def differences(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """List the names whose values differ, each as a line of text."""
+    """List the names whose values differ, each as a line of text; a missing one of `ADDED_ENTRIES` does not differ."""
     return [
         f"{key}: {saved.get(key, '(nothing)')} in the checkpoint, {now.get(key, '(nothing)')} now"
         for key in sorted(saved.keys() | now.keys())
-        if saved.get(key) != now.get(key)
+        if saved.get(key) != now.get(key) and (key in saved or key not in ADDED_ENTRIES)
     ]
 
 

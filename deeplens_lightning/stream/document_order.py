@@ -85,7 +85,8 @@ class Extraction:
         text: the text of this rank. It includes the held-out documents (`val_fraction=0`), so that a reader of the
             cache can split it by the same hashes as the text.
         inference_batch_size: blocks per model batch.
-        config: JSON-like settings that determine the rows, in addition to model, dataset and packing.
+        identity: what determines the rows, from `row_identity`.
+        config: further JSON-like settings that determine the rows.
         max_rows: stop after this number of rows of this rank; None for all rows.
         resume: where to begin, as returned by a `ShardWriter`; None if all rows were written before.
         exhausted: whether the last iteration came to its end.
@@ -94,6 +95,7 @@ class Extraction:
     model: FrozenModel
     text: TextStage
     inference_batch_size: int
+    identity: Mapping[str, Any]
     config: Mapping[str, Any]
     max_rows: int | None = None
     resume: Resume | None = field(default_factory=lambda: Resume(None, 0, 0))
@@ -117,16 +119,7 @@ class Extraction:
             extra: further entries of the manifest, as JSON-like values.
         """
         names = {dtype: name for name, dtype in DTYPES.items()}
-        how, documents = self.text.packing, self.text.documents
-        packing = {
-            "seq_length": how.seq_length,
-            "prefix": list(how.prefix),
-            "suffix": list(how.suffix),
-            "excluded": list(how.excluded),
-            "drop_first_n": how.drop_first_n,
-            "inference_batch_size": self.inference_batch_size,
-            "isolation": self.model.isolation,
-        }
+        documents = self.text.documents
         return Manifest(
             hook_points={
                 point.name: Rows(d_in=point.d_in, dtype=names[self.model.dtypes[point.name]])
@@ -134,10 +127,8 @@ class Extraction:
             },
             storage=storage,
             config={
-                "model": self.model.identity,
-                "dataset": documents.source.identity,
+                **self.identity,
                 "documents": {"seed": documents.seed, "max_rows": self.max_rows},
-                "packing": packing,
                 **self.config,
             },
             world_size=documents.ranks,

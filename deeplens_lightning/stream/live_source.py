@@ -13,16 +13,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
-from deeplens_lightning.model.pretrained import load_config, load_tokenizer, locate, max_positions
+from deeplens_lightning.model.pretrained import (
+    NoTokenizerError,
+    load_config,
+    load_tokenizer,
+    locate,
+    max_positions,
+)
 from deeplens_lightning.normalization import Scaling
+from deeplens_lightning.stream.automatic_sizes import (
+    buffer_rows,
+    model_batch_blocks,
+    row_bytes,
+    validation_rows,
+)
 from deeplens_lightning.stream.document_order import Extraction
 from deeplens_lightning.stream.live_stream import GROUPED, LiveStream
 from deeplens_lightning.stream.measured_statistics import Statistics, measure
+from deeplens_lightning.stream.row_identity import named_strings, row_identity
 from deeplens_lightning.stream.settings import DEFAULT_HOOK, DEFAULT_LAYER, DEMO_LM, DataSettings
 from deeplens_lightning.stream.validation_set import HeldOutRows, ValidationSet
 from deeplens_lightning.stream.write_through import WriteThroughStream
@@ -33,9 +45,6 @@ from deeplens_lightning.text.sources import IndexedSource, Source, open_source
 from deeplens_lightning.text.tokens import special_affixes
 from deeplens_lightning.types import Placement
 
-MAX_BUFFER_ROWS = 262_144
-MAX_BUFFER_BYTES = 10**9
-BUFFER_SHARE_OF_CUDA = 0.1
 TEXT_THREADS = 1
 """Threads that tokenise while the model runs on an accelerator; on a CPU they would slow the model down."""
 MODEL_BATCHES_AHEAD = 1
@@ -125,11 +134,14 @@ class LiveSettings:
             isolation=options.isolation,
             seq_length=given.seq_length,
         )
+        size = model_batch_blocks(
+            given.inference_batch_size, seq_length=given.seq_length, device=model.device
+        )
         prefix, suffix = special_affixes(tokenizer, given.text_options.prepend_bos)
         special = tokenizer.all_special_ids if tokenizer and given.exclude_special_tokens else ()
         packing = Packing(
             seq_length=given.seq_length,
-            blocks=GROUPED * given.inference_batch_size,
+            blocks=GROUPED * size,
             prefix=prefix,
             suffix=suffix,
             excluded=tuple(sorted(special)),
@@ -143,6 +155,7 @@ class LiveSettings:
             tokenizer=tokenizer,
             model=model,
             packing=packing,
+            inference_batch_size=size,
         )
 
     def _tokenizer(self, source: Source) -> PreTrainedTokenizerBase | None:
@@ -150,9 +163,9 @@ class LiveSettings:
             return load_tokenizer(
                 self.hf_model, self.given.tokenizer, self.given.model_options.kwargs, self.config
             )
-        except ValueError:
+        except NoTokenizerError:
             first = next(iter(source.read(0, 0, seed=0, epoch=0)), None)
-            if first is None or isinstance(first.row, str):
+            if self.given.tokenizer is not None or first is None or isinstance(first.row, str):
                 raise
             return None  # documents are token ids already
 
@@ -168,6 +181,7 @@ class LiveActivations:
         tokenizer: None if documents are token ids and there is no tokenizer.
         model: the frozen model.
         packing: the settings of packing.
+        inference_batch_size: blocks per model batch: the setting, or what `auto` chose.
     """
 
     settings: LiveSettings
@@ -176,6 +190,7 @@ class LiveActivations:
     tokenizer: PreTrainedTokenizerBase | None
     model: FrozenModel
     packing: Packing
+    inference_batch_size: int
 
     @property
     def documents(self) -> IndexedSource | None:
@@ -185,28 +200,56 @@ class LiveActivations:
     @cached_property
     def heldout(self) -> HeldOutRows:
         """This rank's share of the validation set, computed once and kept."""
-        return self._validation(self.settings.given.val_rows).compute(
-            self.model, self.settings.given.inference_batch_size, self.placement
+        chosen = ValidationSet(text=self.text("heldout"), rows=self._val_rows)
+        return chosen.compute(self.model, self.inference_batch_size, self.placement)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What determines the rows: the same list for the fingerprint and for the manifest of a cache."""
+        return row_identity(
+            self.model,
+            self.text("train"),
+            inference_batch_size=self.inference_batch_size,
+            compiled=self.settings.given.model_options.compile,
         )
 
+    def continued(self, fingerprint: Mapping[str, str]) -> LiveActivations:
+        """The same with the model batches of a checkpoint, if their size is `auto`.
+
+        Args:
+            fingerprint: fingerprint in the checkpoint.
+        """
+        given, saved = self.settings.given, fingerprint.get("inference_batch_size")
+        size = model_batch_blocks(
+            given.inference_batch_size,
+            seq_length=given.seq_length,
+            device=self.model.device,
+            saved=int(saved) if saved else None,
+        )
+        if size == self.inference_batch_size:
+            return self
+        return replace(self, inference_batch_size=size, packing=replace(self.packing, blocks=GROUPED * size))
+
     def stream(
-        self, batch_size: int, statistics: Statistics, buffer_rows: int | None
+        self, batch_size: int, statistics: Statistics, saved_rows: int | None
     ) -> LiveStream | WriteThroughStream:
         """Open the stream of this rank's training batches.
 
         Args:
             batch_size: rows per batch.
             statistics: measured normalisation and norm limits; rows above a norm limit are dropped.
-            buffer_rows: number of slots of the shuffle buffer, from a checkpoint; None to use the settings.
+            saved_rows: number of slots of the shuffle buffer in a checkpoint, which are kept; None for a new run.
         """
         given = self.settings.given
         live = LiveStream(
             model=self.model,
             text=self.text("train"),
             batch_size=batch_size,
-            buffer_rows=buffer_rows or self.buffer_rows(batch_size),
+            buffer_rows=buffer_rows(
+                given.buffer_size, row_bytes=row_bytes(self.model), batch_size=batch_size, saved=saved_rows
+            ),
             buffer_device=self.placement.batch_device,
-            inference_batch_size=given.inference_batch_size,
+            inference_batch_size=self.inference_batch_size,
             seed=given.seed,
             pool=given.buffer_options.shuffle_blocks,
             max_norms=statistics.max_norms,
@@ -217,7 +260,7 @@ class LiveActivations:
             return live
         written = {
             "val_fraction": given.val_fraction,
-            "val_rows": given.val_rows,
+            "val_rows": self._val_rows,
             "max_norms": dict(statistics.max_norms),
         }
         return WriteThroughStream(
@@ -239,7 +282,7 @@ class LiveActivations:
         return measure(
             self.model,
             self.text("train", alone=True),
-            given.inference_batch_size,
+            self.inference_batch_size,
             normalize=given.normalize,
             max_norm_ratio=given.buffer_options.max_norm_ratio,
             progress=self.placement.progress,
@@ -257,45 +300,28 @@ class LiveActivations:
         return Extraction(
             model=self.model,
             text=replace(text, documents=replace(text.documents, val_fraction=0.0)),
-            inference_batch_size=given.inference_batch_size,
+            inference_batch_size=self.inference_batch_size,
+            identity=self.identity,
             config={"seed": given.seed, **(config or {})},
             max_rows=max_rows,
         )
 
     def heldout_blocks(self, rows: int) -> Iterator[Blocks]:
         """Iterate over chunks of held-out blocks until they hold `rows` rows, or until the held-out text ends."""
-        return self._validation(rows).blocks()
+        return ValidationSet(text=self.text("heldout"), rows=rows).blocks()
 
     def known_batches(self, batch_size: int) -> int | None:  # noqa: ARG002
         """None: the number of batches of an epoch is not known before the text was read."""
         return None
 
-    def buffer_rows(self, batch_size: int) -> int:
-        """Number of slots of the shuffle buffer, a multiple of `batch_size`."""
-        wanted = self.settings.given.buffer_size
-        if wanted != "auto":
-            return wanted // batch_size * batch_size
-        row = sum(point.d_in * self.model.dtypes[point.name].itemsize for point in self.model.hook_points)
-        if self.placement.batch_device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.placement.batch_device)
-            rows = int(BUFFER_SHARE_OF_CUDA * free) // row
-        else:
-            rows = min(MAX_BUFFER_ROWS, MAX_BUFFER_BYTES // row)
-        return max(rows // batch_size, 4) * batch_size
-
     def fingerprint(self) -> dict[str, str]:
         """What must be the same when a run continues from a checkpoint: name to value."""
-        given, packing = self.settings.given, self.packing
+        given = self.settings.given
         return {
-            **{f"model {key}": value for key, value in self.model.identity.items()},
-            **self.source.identity,
+            **named_strings(self.identity),
             "hook points": ", ".join(self.settings.widths),
-            "seq_length": str(given.seq_length),
-            "inference_batch_size": str(given.inference_batch_size),
-            "isolation": self.model.isolation,
-            "special tokens": f"{packing.prefix} {packing.suffix}, excluded {packing.excluded}",
-            "drop_first_n": str(packing.drop_first_n),
             "shuffle_blocks": str(given.buffer_options.shuffle_blocks),
+            "buffer_size": str(given.buffer_size),
             "val_fraction": str(given.val_fraction),
             "seed": str(given.seed),
             "torch": version("torch"),
@@ -326,5 +352,9 @@ class LiveActivations:
         """Free the model."""
         self.model.close()
 
-    def _validation(self, rows: int) -> ValidationSet:
-        return ValidationSet(text=self.text("heldout"), rows=rows)
+    @cached_property
+    def _val_rows(self) -> int:
+        given = self.settings.given
+        return validation_rows(
+            given.val_rows, max_bytes=given.buffer_options.val_bytes, row_bytes=row_bytes(self.model)
+        )

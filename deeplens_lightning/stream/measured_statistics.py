@@ -7,7 +7,8 @@ measure them again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -51,6 +52,10 @@ def measure(
 ) -> Statistics:
     """Measure normalisation and norm limits on about `ROWS` rows from random documents of the training split.
 
+    Only sums are kept of the rows, and their norms where the median norm is needed. With both a normalisation and
+    `max_norm_ratio` the rows themselves are kept too, once, in the activation dtype: which of them count is known only
+    after the last one.
+
     Args:
         model: the frozen model.
         text: the training text of all ranks.
@@ -62,30 +67,45 @@ def measure(
     Raises:
         ValueError: there are no rows, or all rows are equal.
     """
-    sampled = [
-        {name: x.cpu() for name, x in rows.items()} for rows in _sample(model, text, size, ROWS, progress)
-    ]
-    names = [point.name for point in model.hook_points]
-    max_norms: dict[str, float] = {}
-    if max_norm_ratio is not None:
-        for name in names:
-            if not sampled:
-                raise ValueError(
-                    "max_norm_ratio needs rows to measure norms on, but the training text is empty; give a dataset with "
-                    "text, or leave max_norm_ratio out"
-                )
-            norms = torch.cat([rows[name].float().norm(dim=1) for rows in sampled])
-            max_norms[name] = max_norm_ratio * float(norms.median())
-    scalings: dict[str, Scaling] = {}
-    for point in model.hook_points:
-        moments = Moments(point.d_in)
-        for rows in sampled:
-            fine = torch.ones(len(rows[point.name]), dtype=torch.bool)
-            for name, limit in max_norms.items():
-                fine &= rows[name].float().norm(dim=1) <= limit
-            moments.update(rows[point.name][fine])
-        scalings[point.name] = moments.scaling(normalize)
+    widths = {point.name: point.d_in for point in model.hook_points}
+    moments = {name: Moments(d_in) for name, d_in in widths.items()}
+    norms: dict[str, list[Tensor]] = {name: [] for name in widths}
+    waiting: deque[dict[str, Tensor]] = deque()
+    for rows in _sample(model, text, size, ROWS, progress):
+        here = {name: x.cpu() for name, x in rows.items()}
+        if max_norm_ratio is None:
+            _add(moments, here)
+            continue
+        for name, x in here.items():
+            norms[name].append(x.float().norm(dim=1))
+        if normalize != "none":
+            waiting.append(here)
+    max_norms = {} if max_norm_ratio is None else _limits(norms, max_norm_ratio)
+    for number in range(len(waiting)):
+        rows = waiting.popleft()
+        fine = torch.stack([norms[name][number] <= limit for name, limit in max_norms.items()]).all(0)
+        _add(moments, {name: x[fine] for name, x in rows.items()})
+    scalings = {name: each.scaling(normalize) for name, each in moments.items()}
     return Statistics(scalings=scalings, max_norms=max_norms)
+
+
+def _add(moments: Mapping[str, Moments], rows: Mapping[str, Tensor]) -> None:
+    for name, x in rows.items():
+        moments[name].update(x)
+
+
+def _limits(norms: Mapping[str, Sequence[Tensor]], ratio: float) -> dict[str, float]:
+    """`ratio` times the median of the norms on all ranks, by hook point. A collective."""
+    limits = {}
+    for name, here in norms.items():
+        everyone = torch.cat([torch.empty(0, dtype=torch.float32), *here])
+        if len(everyone) == 0:
+            raise ValueError(
+                "max_norm_ratio needs rows to measure norms on, but the training text is empty; give a dataset with "
+                "text, or leave max_norm_ratio out"
+            )
+        limits[name] = ratio * float(everyone.median())
+    return limits
 
 
 def _sample(

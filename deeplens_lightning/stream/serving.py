@@ -91,6 +91,8 @@ class Serving:
             if self._statistics_loaded:
                 self._statistics, self._statistics_loaded = None, False
         self.opened = self.source.open(placement)
+        if self._state is not None:
+            self._keep_choices(self._state)
 
     def measured(self) -> Statistics:
         """Normalisation and norm limits, measured at the first call.
@@ -125,7 +127,8 @@ class Serving:
         if not given.resume_anyway and self._state is None:
             _refuse_resume(trainer, name)
         statistics, placement = self.measured(), opened.placement
-        stream = opened.stream(batch_size, statistics, self._state.buffer_rows if self._state else None)
+        saved_rows = self._state.buffer_rows if self._state is not None and self._state.position else None
+        stream = opened.stream(batch_size, statistics, saved_rows)
         automatic = CUDA_PREFETCH if placement.batch_device.type == "cuda" else 0
         self._close_loader()
         self._loader = ActivationLoader(
@@ -200,6 +203,7 @@ class Serving:
                 with another version of the state.
         """
         state = DataState.from_state(saved)
+        self._keep_choices(state)
         fitting = trainer is None or is_fitting(trainer)
         if fitting and not self.settings.resume_anyway:
             unused = () if state.position else ("batch_size",)  # before the first batch a tuner may change it
@@ -223,6 +227,11 @@ class Serving:
 
     def _forget(self) -> None:
         self._loader = self._rows = self.opened = None
+
+    def _keep_choices(self, state: DataState) -> None:
+        """Keep what settings of `auto` chose in the run of a checkpoint."""
+        if isinstance(self.opened, LiveActivations):
+            self.opened = self.opened.continued(state.fingerprint)
 
     def _continue(self, loader: ActivationLoader, state: DataState, trainer: Trainer | None) -> None:
         """Move a loader to the position of a checkpoint, which may come from another number of ranks."""

@@ -46,15 +46,16 @@ class DataSettings:
         dataset_split: split of a dataset on the hub.
         tokenizer: hub id, folder or a loaded tokenizer; default the model's own.
         seq_length: length of a block, and the largest length of a segment, in tokens.
-        inference_batch_size: blocks per forward pass of the model.
+        inference_batch_size: blocks per forward pass of the model; `auto` makes them 16 384 tokens on an accelerator and
+            2048 on a CPU. A resumed run keeps the number that `auto` chose, on another device too.
         batch_size: rows per batch.
-        buffer_size: number of rows in the shuffle buffer; `auto` is at most 262 144 rows and 1 GB, on CUDA a tenth of
-            the free memory.
+        buffer_size: number of rows in the shuffle buffer; `auto` is at most 262 144 rows and 1 GB, the same on
+            every device.
         prefetch: number of batches computed ahead in a thread; default 2 on CUDA, otherwise 0.
         max_tokens: rows per Trainer epoch, the sum over all ranks; the next epoch continues in the text. Default one
             pass over the text.
         val_fraction: share of the documents that is held out for validation, by the hash of their text; 0 to below 1.
-        val_rows: number of held-out rows in the validation set.
+        val_rows: number of held-out rows in the validation set; `buffer_options.val_bytes` limits their size.
         normalize: normalisation of rows: `none`, `mean_norm` (mean row norm sqrt(d_in)), `center` (mean removed),
             `standardize` (mean removed, mean squared norm d_in) or `zscore` (each dimension to mean 0 and variance 1).
         exclude_special_tokens: leave special tokens out of the rows; the model still reads them.
@@ -82,7 +83,7 @@ class DataSettings:
     dataset_split: str = "train"
     tokenizer: str | PreTrainedTokenizerBase | None = None
     seq_length: int = 128
-    inference_batch_size: int = 16
+    inference_batch_size: int | Literal["auto"] = 16
     batch_size: int = 4096
     buffer_size: int | Literal["auto"] = "auto"
     prefetch: int | None = None
@@ -129,18 +130,23 @@ def _unused(settings: DataSettings) -> list[str]:
 
 def _check_sizes(settings: DataSettings) -> None:
     batch_size, buffer_size, max_tokens = settings.batch_size, settings.buffer_size, settings.max_tokens
+    automatic = (
+        ("buffer_size", buffer_size, "rows"),
+        ("inference_batch_size", settings.inference_batch_size, "blocks"),
+    )
+    for name, given, unit in automatic:
+        if not isinstance(given, int) and given != "auto":
+            raise ValueError(f'{name}={given!r} must be a number of {unit} or "auto"')
     counts = {
         "batch_size": batch_size,
         "inference_batch_size": settings.inference_batch_size,
         "seq_length": settings.seq_length,
+        "buffer_options.val_bytes": settings.buffer_options.val_bytes,
     }
     for name, value in counts.items():
-        if value < 1:
+        if not isinstance(value, str) and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if not isinstance(buffer_size, int):
-        if buffer_size != "auto":
-            raise ValueError(f'buffer_size={buffer_size!r} must be a number of rows or "auto"')
-    elif buffer_size < batch_size:
+    if isinstance(buffer_size, int) and buffer_size < batch_size:
         raise ValueError(
             f"buffer_size={buffer_size} is below batch_size={batch_size}: rows are shuffled in the buffer, so give a "
             f'multiple of batch_size, such as {16 * batch_size}, or "auto"'

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from deeplens_lightning.activation_data import NotSetUpError
+from deeplens_lightning.devices import on_device
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.rows import run_model
 from deeplens_lightning.text.packing import Blocks, TokenizedDocument, model_batches
@@ -41,6 +42,15 @@ class HeldOutRows:
 
     def __len__(self) -> int:
         return len(self.provenance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """The blocks of a model batch that a rank runs, how many of their first rows it keeps, and how many each rank."""
+
+    blocks: Blocks
+    rows: int
+    rows_by_rank: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +87,8 @@ class ValidationSet:
     def compute(self, model: FrozenModel, size: int, placement: Placement) -> HeldOutRows:
         """Compute this rank's rows: the model runs on every `ranks`-th block of each model batch.
 
+        The rows are counted first, so that they are allocated once.
+
         Args:
             model: the frozen model.
             size: blocks per model batch, over all ranks.
@@ -86,38 +98,48 @@ class ValidationSet:
             This rank's share. All ranks together have at most `rows` rows, rounded up to a multiple of the number of
             ranks.
         """
-        parts = {
-            point.name: [torch.empty(0, point.d_in, dtype=model.dtypes[point.name])]
+        shares = list(self._shares(model, size, placement))
+        total = sum(share.rows for share in shares)
+        rows = {
+            point.name: torch.empty(total, point.d_in, dtype=model.dtypes[point.name])
             for point in model.hook_points
         }
-        provenance = [torch.empty(0, len(PROVENANCE), dtype=torch.int64)]
-        left, counts = self.rows, [0] * placement.ranks
+        provenance = torch.empty(total, len(PROVENANCE), dtype=torch.int64)
         bar = tqdm(
-            total=self.rows,
+            total=total,
             desc="held-out rows",
             unit="row",
             unit_scale=True,
             disable=not placement.progress,
             leave=False,
         )
+        at = 0
         with bar:
-            for blocks in self.blocks():
-                for index in model_batches(blocks, size, model.isolation):
-                    everyone, share = int(blocks.keep[index].sum()), -(-left // placement.ranks)
-                    for rank in range(placement.ranks):
-                        counts[rank] += min(share, int(blocks.keep[index[rank :: placement.ranks]].sum()))
-                    mine = blocks.select(index[placement.rank :: placement.ranks])
-                    if len(mine):
-                        batch = run_model(model, mine)
-                        for name, x in batch.activations.items():
-                            parts[name].append(x.index_select(0, batch.kept[:share].to(x.device)).cpu())
-                        provenance.append(batch.provenance[:share])
-                    bar.update(min(left, everyone))
-                    left -= everyone
-                    if left <= 0:
-                        break
-        rows = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        return HeldOutRows(rows=rows, provenance=torch.cat(provenance), longest=max(counts))
+            for share in shares:
+                if not share.rows:
+                    continue
+                batch, here = run_model(model, share.blocks), slice(at, at + share.rows)
+                for name, x in batch.activations.items():
+                    rows[name][here] = x.index_select(0, on_device(batch.kept[: share.rows], x.device))
+                provenance[here] = batch.provenance[: share.rows]
+                at += share.rows
+                bar.update(share.rows)
+        counts = zip(*(share.rows_by_rank for share in shares), strict=True)
+        return HeldOutRows(rows=rows, provenance=provenance, longest=max(map(sum, counts), default=0))
+
+    def _shares(self, model: FrozenModel, size: int, placement: Placement) -> Iterator[_Share]:
+        """This rank's blocks of each model batch, and how many of their rows belong to the validation set."""
+        left = self.rows
+        for blocks in self.blocks():
+            for index in model_batches(blocks, size, model.isolation):
+                most = -(-left // placement.ranks)
+                dealt = [index[rank :: placement.ranks] for rank in range(placement.ranks)]
+                counts = tuple(min(int(blocks.keep[part].sum()), most) for part in dealt)
+                mine = blocks.select(dealt[placement.rank])
+                yield _Share(blocks=mine, rows=counts[placement.rank], rows_by_rank=counts)
+                left -= int(blocks.keep[index].sum())
+                if left <= 0:
+                    return
 
 
 class RowsLoader:

@@ -104,7 +104,7 @@ def test_an_error_while_closing_does_not_hide_the_first_one(
         return step(batch, batch_idx)
 
     module.training_step = failing  # type: ignore[method-assign]
-    with largest_file(2**10), pytest.raises(ArithmeticError, match="own mistake"):
+    with largest_file(2**13), pytest.raises(ArithmeticError, match="own mistake"):
         run.fit(module, dm)
     assert "DiskFullError" in caplog.text
     assert dm.serving.opened is None

@@ -241,16 +241,16 @@ import json, sys
 import psutil
 from tests.support.texts import texts
 from deeplens_lightning.datamodule import ActivationDataModule
-data = ActivationDataModule(sys.argv[1], 1, "mlp_out", texts(450, 900), seq_length=64, inference_batch_size=8,
-    batch_size=1024, buffer_size=int(sys.argv[2]), val_fraction=0, device="cpu")
+rows, served = int(sys.argv[2]), 0
+data = ActivationDataModule(sys.argv[1], 0, "mlp_out", 2 * texts(450, 900), seq_length=64, inference_batch_size=16,
+    batch_size=1024, buffer_size=rows, val_fraction=0, device="cpu")
 data.setup("fit")
 me = psutil.Process()
 before, peak = me.memory_info().rss, 0
-for _ in range(2):
-    for batch in data.train_dataloader():
-        peak = max(peak, me.memory_info().rss)
+for batch in data.train_dataloader():
+    peak, served = max(peak, me.memory_info().rss), served + len(batch)
 stream = data.serving.loader.stream
-print(json.dumps({"growth": peak - before, "buffer": stream.buffer_bytes, "d_in": data.d_in}))
+print(json.dumps({"growth": peak - before, "buffer": stream.buffer_bytes, "served": served}))
 """
 
 ONE_HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
@@ -258,7 +258,8 @@ ONE_HEAP = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def test_memory_is_the_buffer_and_little_else(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = str(save_model(tmp_path_factory.mktemp("wide"), "llama", width=512))
+    small = {"layers": 1, "head_dim": 16, "intermediate_size": 64}
+    folder = str(save_model(tmp_path_factory.mktemp("wide"), "llama", width=512, **small))
     growth = {}
     for rows in (4096, 65_536):
         out = subprocess.run(
@@ -272,6 +273,7 @@ def test_memory_is_the_buffer_and_little_else(tmp_path_factory: pytest.TempPathF
         )
         found = json.loads(out.stdout.splitlines()[-1])
         assert found["buffer"] == rows * 512 * 4
+        assert found["served"] >= 2 * rows, "the buffer was never full"
         growth[rows] = found["growth"] - found["buffer"]
     # beyond the buffer: a model batch, batches of 2 MB, the block pool and maps, whatever the buffer's size
     assert growth[65_536] < 100e6

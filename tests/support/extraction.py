@@ -17,6 +17,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer
 from deeplens_lightning.stream.document_order import Extraction
+from deeplens_lightning.stream.row_identity import row_identity
 from deeplens_lightning.text.documents import Documents
 from deeplens_lightning.text.packing import Packing
 from deeplens_lightning.text.pipeline import TextStage
@@ -51,14 +52,17 @@ def make_extraction(
     documents = Documents(
         source=open_source(dataset), split="train", val_fraction=0.0, seed=0, rank=rank, ranks=ranks
     )
+    frozen = FrozenModel.load(model, resolve(config, [1, 2], hook), device="cpu", seq_length=SEQ_LENGTH)
+    text = TextStage(
+        documents=documents,
+        tokenizer=tokenizer,
+        packing=Packing(seq_length=SEQ_LENGTH, blocks=32, prefix=prefix, suffix=suffix),
+    )
     return Extraction(
-        model=FrozenModel.load(model, resolve(config, [1, 2], hook), device="cpu", seq_length=SEQ_LENGTH),
-        text=TextStage(
-            documents=documents,
-            tokenizer=tokenizer,
-            packing=Packing(seq_length=SEQ_LENGTH, blocks=32, prefix=prefix, suffix=suffix),
-        ),
+        model=frozen,
+        text=text,
         inference_batch_size=4,
+        identity=row_identity(frozen, text, inference_batch_size=4, compiled=False),
         config={},
         **kwargs,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer, processors
@@ -22,6 +23,7 @@ def save_model(
     layers: int = 3,
     positions: int = 256,
     bos: bool = False,
+    **changes: Any,
 ) -> Path:
     """Save a random model with a vocabulary of 600 tokens; return its folder.
 
@@ -32,6 +34,7 @@ def save_model(
         layers: the number of layers.
         positions: the longest sequence that the model accepts.
         bos: let the tokenizer begin each text with `<|endoftext|>`.
+        changes: settings of the configuration that differ.
     """
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts(200, 900), vocab_size=600, special_tokens=[END], show_progress=False)
@@ -56,6 +59,7 @@ def save_model(
         eos_token_id=0,
         pad_token_id=0,
     )
+    config.update(changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
