@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import has_file
+from transformers.utils.hub import has_file
 
 from deeplens_lightning.demo import lm_folder
 from deeplens_lightning.model.hf_config import has_setting, setting
