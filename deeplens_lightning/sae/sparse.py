@@ -1,9 +1,9 @@
 """Sparse encoding, decoding and weight gradients, computed from active latents only.
 
 In: the active entries of a batch as a `Code`. Out: reconstructions, whose backward pass never builds
-the `(batch, d_sae)` latents or their gradient. All sums are `embedding_bag`, which torch has for every
-device: decoding sums rows of `W_dec` over the entries of a row of the batch, and a weight gradient sums
-rows of the batch over the entries of a latent.
+the `(batch, d_sae)` latents or their gradient. All sums are bag sums: decoding sums rows of `W_dec` over the
+entries of a row of the batch, and a weight gradient sums rows of the batch over the entries of a latent. A Triton
+kernel computes them on CUDA, and `embedding_bag`, which torch has for every device, everywhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deeplens_lightning.model.cpu_kernels import linear
+from deeplens_lightning.sae.kernel_choice import uses_triton
 
 ENCODE_CHUNK_BYTES = 8 * 2**20  # so that pre-activations stay in the CPU's cache between matmul and top-k
 ENCODE_CHUNK_BYTES_GPU = 512 * 2**20
@@ -171,6 +172,10 @@ def _sum_by_latent(code: Code, sources: Tensor, rows: Tensor, values: Tensor) ->
 
 
 def _bag_sum(indices: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> Tensor:
+    if uses_triton(table):
+        from deeplens_lightning.sae.triton_kernels import bag_sum
+
+        return bag_sum(indices, table, starts, values)
     return F.embedding_bag(
         indices,
         table,
