@@ -58,8 +58,10 @@ def make_code(rows: Tensor, latents: Tensor, n_rows: int, d_sae: int, widths: tu
     """
     bags, n_bags = rows, n_rows
     if widths:
-        inner = torch.tensor(widths[:-1], device=rows.device)
-        bags, n_bags = rows * len(widths) + torch.bucketize(latents, inner, right=True), n_rows * len(widths)
+        prefix = sum(
+            (latents >= width).long() for width in widths[:-1]
+        )  # a tensor of `widths` would wait for a GPU
+        bags, n_bags = rows * len(widths) + prefix, n_rows * len(widths)
     ordered, by_latent = latents.sort(stable=True)
     return Code(rows, latents, bags, _starts(bags, n_bags), by_latent, _starts(ordered, d_sae))
 
@@ -139,7 +141,7 @@ class _EncodeEntries(torch.autograd.Function):
         x, center, weight, values = ctx.saved_tensors
         code: Code = ctx.code
         grad = torch.where(values > 0, grad, 0)
-        d_bias = grad.new_zeros(len(weight)).index_add_(0, code.latents, grad)
+        d_bias = _total_by_latent(code, grad)
         centered = x if center is None else x - center
         d_weight = _sum_by_latent(code, code.rows, centered, grad)
         d_center = -(d_bias.to(weight.dtype) @ weight) if center is not None else None
@@ -169,6 +171,15 @@ def _sum_by_latent(code: Code, sources: Tensor, rows: Tensor, values: Tensor) ->
     """For each latent, the sum of `values[i] * rows[sources[i]]` over its entries: `(d_sae, d)`."""
     order = code.by_latent
     return _bag_sum(sources[order], rows.contiguous(), code.latent_starts, values[order])
+
+
+def _total_by_latent(code: Code, values: Tensor) -> Tensor:
+    """For each latent, the sum of `values` over its entries, in float32 or wider: `(d_sae,)`.
+
+    `index_add_` would not be deterministic on CUDA.
+    """
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return _sum_by_latent(code, torch.zeros_like(code.rows), wide.new_ones(1, 1), wide).squeeze(1)
 
 
 def _bag_sum(indices: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> Tensor:

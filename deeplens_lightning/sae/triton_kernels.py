@@ -2,7 +2,8 @@
 
 In: tensors on one device, in float32, bfloat16 or float16. Out: the same sums as `sparse.py` and `straight_through.py`
 compute with torch. All sums accumulate in float32. No kernel uses atomics: every sum has a fixed order, so the
-same inputs give the same bits. This module imports Triton; `kernel_choice.py` decides whether it is used.
+same inputs give the same bits. `torch.compile` does not trace into this module. It imports Triton; `kernel_choice.py`
+decides whether it is used.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from torch import Tensor
 
 ENTRIES = 16  # entries of a bag that are read at the same time
 COLUMNS = 256  # columns of a table that one program reads
-TILE = (32, 128)  # rows and columns of pre-activations that one program reads
+TILE = (64, 64)  # rows and columns of pre-activations that one program reads
+OPTIONS = {"enable_fp_fusion": True}  # written out, because the default differs between releases of Triton
 
 
+@torch.compiler.disable
 def bag_sum(indices: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> Tensor:
     """Sum `values[i] * table[indices[i]]` over the entries i of each bag; gradients reach `values` alone.
 
@@ -51,11 +54,20 @@ def bag_dot(indices: Tensor, table: Tensor, starts: Tensor, bags: Tensor, like: 
     out, width = torch.empty_like(like), table.shape[1]
     with torch.cuda.device_of(table):
         _bag_dot_kernel[(len(bags),)](
-            indices, table, starts, bags.contiguous(), out, width, ENTRIES, _columns(width)
+            indices.contiguous(),
+            table,
+            starts,
+            bags.contiguous(),
+            out,
+            width,
+            ENTRIES,
+            _columns(width),
+            **OPTIONS,
         )
     return out
 
 
+@torch.compiler.disable
 def jump_relu_gradients(
     grad: Tensor, pre: Tensor, threshold: Tensor, bandwidth: float, *, to_input: bool
 ) -> tuple[Tensor, Tensor]:
@@ -72,6 +84,7 @@ def jump_relu_gradients(
     return d_pre, _threshold_gradient(grad, pre, threshold, bandwidth, d_pre, to_input)
 
 
+@torch.compiler.disable
 def step_gradient(grad: Tensor, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """Gradient of `straight_through.step` for `threshold`: `(d_sae,)`; arguments as in `jump_relu_gradients`."""
     return _threshold_gradient(grad, pre, threshold, bandwidth, None, False)
@@ -86,7 +99,15 @@ class _BagSum(torch.autograd.Function):
         columns = _columns(width)
         with torch.cuda.device_of(table):
             _bag_sum_kernel[(n_bags, triton.cdiv(width, columns))](
-                indices, table, starts, values.contiguous(), out, width, ENTRIES, columns
+                indices.contiguous(),
+                table,
+                starts,
+                values.contiguous(),
+                out,
+                width,
+                ENTRIES,
+                columns,
+                **OPTIONS,
             )
         return out
 
@@ -105,21 +126,22 @@ def _threshold_gradient(
     sums = torch.empty(grid[1], width, dtype=torch.float32, device=pre.device)
     with torch.cuda.device_of(pre):
         _jump_relu_kernel[grid](
-            grad, *grad.stride(), pre, threshold, d_pre, sums, bandwidth, rows, width,
-            d_pre is not None, to_input, n, m,
+            grad, *grad.stride(), pre, threshold, d_pre, sums, float(bandwidth), rows, width,
+            d_pre is not None, to_input, n, m, **OPTIONS,
         )  # fmt: skip
     return -sums.sum(0).to(threshold.dtype)
 
 
 def _columns(width: int) -> int:
-    return min(COLUMNS, triton.next_power_of_2(width))
+    columns: int = min(COLUMNS, triton.next_power_of_2(width))
+    return columns
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _bag_sum_kernel(
-    indices: Any, table: Any, starts: Any, values: Any, out: Any, width: Any,
+def _bag_sum_kernel(  # type: ignore[no-untyped-def]
+    indices, table, starts, values, out, width,
     n_entries: tl.constexpr, n_columns: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * n_columns + tl.arange(0, n_columns)
     inside = columns < width
@@ -137,10 +159,10 @@ def _bag_sum_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _bag_dot_kernel(
-    indices: Any, table: Any, starts: Any, bags: Any, out: Any, width: Any,
+def _bag_dot_kernel(  # type: ignore[no-untyped-def]
+    indices, table, starts, bags, out, width,
     n_entries: tl.constexpr, n_columns: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     bag = tl.program_id(0).to(tl.int64)
     end = tl.load(starts + bag + 1)
     for first in range(tl.load(starts + bag), end, n_entries):
@@ -159,11 +181,11 @@ def _bag_dot_kernel(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _jump_relu_kernel(
-    grad: Any, grad_row: Any, grad_column: Any, pre: Any, threshold: Any, d_pre: Any, sums: Any,
-    bandwidth: Any, n_rows: Any, width: Any,
+def _jump_relu_kernel(  # type: ignore[no-untyped-def]
+    grad, grad_row, grad_column, pre, threshold, d_pre, sums,
+    bandwidth, n_rows, width,
     jump: tl.constexpr, to_input: tl.constexpr, tile_rows: tl.constexpr, tile_columns: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     block = tl.program_id(1).to(tl.int64)
     column = (tl.program_id(0) * tile_columns + tl.arange(0, tile_columns)).to(tl.int64)
     rows, columns = (block * tile_rows + tl.arange(0, tile_rows))[:, None], column[None, :]

@@ -54,7 +54,8 @@ def operations(args: argparse.Namespace, device: torch.device) -> dict[str, Call
     values = values.flatten().relu()
 
     acts = values.clone().requires_grad_()
-    decoded = sparse.decode_entries(acts, decoder, code)
+    summed = sparse.decode_entries(acts, decoder.detach(), code)
+    decoded = sparse.decode_entries(values, decoder, code)
     encoded = sparse.encode_entries(x, None, encoder, bias, values, code)
     grad_rows, grad_values = torch.randn_like(decoded), torch.randn_like(values)
 
@@ -69,7 +70,7 @@ def operations(args: argparse.Namespace, device: torch.device) -> dict[str, Call
 
     return {
         "decode": lambda: (sparse.decode_entries(values, decoder.detach(), code),),
-        "decode, backward to values": backward(decoded, [acts], grad_rows),
+        "decode, backward to values": backward(summed, [acts], grad_rows),
         "decode, backward to W_dec": backward(decoded, [decoder], grad_rows),
         "encode, backward to W_enc and b_enc": backward(encoded, [encoder, bias], grad_values),
         "JumpReLU, backward": backward(jumped, [pre, threshold], grad_pre),
@@ -148,8 +149,8 @@ def main() -> None:
         parser.error(f"--warmup {args.warmup}: the first two rounds compile and compare; give 2 or more")
     if not torch.cuda.is_available():
         sys.exit("no CUDA device was found: run this on a machine with a GPU and a CUDA build of torch")
-    if not kernel_choice.HAS_TRITON:
-        sys.exit('Triton is not installed: pip install "deeplens-lightning[kernels]"')
+    if kernel_choice.MISSING:
+        sys.exit("this is missing: " + "; ".join(kernel_choice.MISSING))
     device = torch.device("cuda", torch.cuda.current_device())
     card = torch.cuda.get_device_name(device)
     print(
