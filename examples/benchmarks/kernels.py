@@ -54,7 +54,7 @@ def operations(args: argparse.Namespace, device: torch.device) -> dict[str, Call
     values = values.flatten().relu()
 
     acts = values.clone().requires_grad_()
-    summed = sparse.decode_entries(acts, decoder.detach(), code)
+    summed = sparse._bag_sum(code.latents, decoder.detach(), code.bag_starts, acts)
     decoded = sparse.decode_entries(values, decoder, code)
     encoded = sparse.encode_entries(x, None, encoder, bias, values, code)
     grad_rows, grad_values = torch.randn_like(decoded), torch.randn_like(values)
