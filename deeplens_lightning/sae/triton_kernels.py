@@ -2,8 +2,8 @@
 
 In: tensors on one device, in float32, bfloat16 or float16. Out: the same sums as `sparse.py` and `straight_through.py`
 compute with torch. All sums accumulate in float32. No kernel uses atomics: every sum has a fixed order, so the
-same inputs give the same bits. `torch.compile` does not trace into this module. It imports Triton; `kernel_choice.py`
-decides whether it is used.
+same inputs give the same bits. `torch.compile` does not trace the launches. This module imports Triton;
+`kernel_choice.py` decides whether it is used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ TILE = (64, 64)  # rows and columns of pre-activations that one program reads
 OPTIONS = {"enable_fp_fusion": True}  # written out, because the default differs between releases of Triton
 
 
-@torch.compiler.disable
 def bag_sum(indices: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> Tensor:
     """Sum `values[i] * table[indices[i]]` over the entries i of each bag; gradients reach `values` alone.
 
@@ -34,7 +33,7 @@ def bag_sum(indices: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> T
     Returns:
         `(bags, width)` in the table's dtype; zeros for a bag without entries.
     """
-    result: Tensor = _BagSum.apply(indices, table.contiguous(), starts, values)  # type: ignore[no-untyped-call]
+    result: Tensor = _apply_bag_sum(indices, table.contiguous(), starts, values)
     return result
 
 
@@ -67,7 +66,6 @@ def bag_dot(indices: Tensor, table: Tensor, starts: Tensor, bags: Tensor, like: 
     return out
 
 
-@torch.compiler.disable
 def jump_relu_gradients(
     grad: Tensor, pre: Tensor, threshold: Tensor, bandwidth: float, *, to_input: bool
 ) -> tuple[Tensor, Tensor]:
@@ -81,13 +79,14 @@ def jump_relu_gradients(
         to_input: let the gradient of this kernel also reach `pre`.
     """
     d_pre = torch.empty_like(pre, memory_format=torch.contiguous_format)
-    return d_pre, _threshold_gradient(grad, pre, threshold, bandwidth, d_pre, to_input)
+    d_threshold: Tensor = _threshold_gradient(grad, pre, threshold, bandwidth, d_pre, to_input)
+    return d_pre, d_threshold
 
 
-@torch.compiler.disable
 def step_gradient(grad: Tensor, pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """Gradient of `straight_through.step` for `threshold`: `(d_sae,)`; arguments as in `jump_relu_gradients`."""
-    return _threshold_gradient(grad, pre, threshold, bandwidth, None, False)
+    d_threshold: Tensor = _threshold_gradient(grad, pre, threshold, bandwidth, None, False)
+    return d_threshold
 
 
 class _BagSum(torch.autograd.Function):
@@ -117,6 +116,10 @@ class _BagSum(torch.autograd.Function):
         return None, None, None, bag_dot(indices, table, starts, grad, values)
 
 
+_apply_bag_sum = torch.compiler.disable(_BagSum.apply)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _threshold_gradient(
     grad: Tensor, pre: Tensor, threshold: Tensor, bandwidth: float, d_pre: Tensor | None, to_input: bool
 ) -> Tensor:
