@@ -1,9 +1,9 @@
 """Sparse encoding, decoding and weight gradients, computed from active latents only.
 
 In: the active entries of a batch as a `Code`. Out: reconstructions, whose backward pass never builds
-the `(batch, d_sae)` latents or their gradient. All sums are `embedding_bag`, which torch has for every
-device: decoding sums rows of `W_dec` over the entries of a row of the batch, and a weight gradient sums
-rows of the batch over the entries of a latent.
+the `(batch, d_sae)` latents or their gradient. All sums are bag sums: decoding sums rows of `W_dec` over the
+entries of a row of the batch, and a weight gradient sums rows of the batch over the entries of a latent. A Triton
+kernel computes them on CUDA, and `embedding_bag`, which torch has for every device, everywhere else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deeplens_lightning.model.cpu_kernels import linear
+from deeplens_lightning.sae.kernel_choice import uses_triton
 
 ENCODE_CHUNK_BYTES = 8 * 2**20  # so that pre-activations stay in the CPU's cache between matmul and top-k
 ENCODE_CHUNK_BYTES_GPU = 512 * 2**20
@@ -57,8 +58,10 @@ def make_code(rows: Tensor, latents: Tensor, n_rows: int, d_sae: int, widths: tu
     """
     bags, n_bags = rows, n_rows
     if widths:
-        inner = torch.tensor(widths[:-1], device=rows.device)
-        bags, n_bags = rows * len(widths) + torch.bucketize(latents, inner, right=True), n_rows * len(widths)
+        prefix = sum(
+            (latents >= width).long() for width in widths[:-1]
+        )  # a tensor of `widths` would wait for a GPU
+        bags, n_bags = rows * len(widths) + prefix, n_rows * len(widths)
     ordered, by_latent = latents.sort(stable=True)
     return Code(rows, latents, bags, _starts(bags, n_bags), by_latent, _starts(ordered, d_sae))
 
@@ -138,7 +141,7 @@ class _EncodeEntries(torch.autograd.Function):
         x, center, weight, values = ctx.saved_tensors
         code: Code = ctx.code
         grad = torch.where(values > 0, grad, 0)
-        d_bias = grad.new_zeros(len(weight)).index_add_(0, code.latents, grad)
+        d_bias = _total_by_latent(code, grad)
         centered = x if center is None else x - center
         d_weight = _sum_by_latent(code, code.rows, centered, grad)
         d_center = -(d_bias.to(weight.dtype) @ weight) if center is not None else None
@@ -170,7 +173,20 @@ def _sum_by_latent(code: Code, sources: Tensor, rows: Tensor, values: Tensor) ->
     return _bag_sum(sources[order], rows.contiguous(), code.latent_starts, values[order])
 
 
+def _total_by_latent(code: Code, values: Tensor) -> Tensor:
+    """For each latent, the sum of `values` over its entries, in float32 or wider: `(d_sae,)`.
+
+    `index_add_` would not be deterministic on CUDA.
+    """
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return _sum_by_latent(code, torch.zeros_like(code.rows), wide.new_ones(1, 1), wide).squeeze(1)
+
+
 def _bag_sum(indices: Tensor, table: Tensor, starts: Tensor, values: Tensor) -> Tensor:
+    if uses_triton(table):
+        from deeplens_lightning.sae.triton_kernels import bag_sum
+
+        return bag_sum(indices, table, starts, values)
     return F.embedding_bag(
         indices,
         table,

@@ -1,7 +1,7 @@
 """JumpReLU and the step function with straight-through gradients for the threshold.
 
 Rajamanoharan et al. 2024 (arXiv 2407.14435), equations 11 and 12, with a rectangular kernel of width
-`bandwidth` around the threshold.
+`bandwidth` around the threshold. On CUDA the gradients are Triton kernels.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from deeplens_lightning.sae.kernel_choice import uses_triton
 
 
 def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float, *, to_input: bool = False) -> Tensor:
@@ -49,6 +51,11 @@ class _JumpReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre, threshold = ctx.saved_tensors
+        if uses_triton(pre):
+            from deeplens_lightning.sae.triton_kernels import jump_relu_gradients
+
+            gradients = jump_relu_gradients(grad, pre, threshold, ctx.bandwidth, to_input=ctx.to_input)
+            return *gradients, None, None
         through = grad * threshold * _kernel(pre, threshold, ctx.bandwidth)
         d_pre = torch.where(pre > threshold, grad, 0)
         return d_pre + through if ctx.to_input else d_pre, -_over_rows(through, threshold), None, None
@@ -64,4 +71,8 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pre, threshold = ctx.saved_tensors
+        if uses_triton(pre):
+            from deeplens_lightning.sae.triton_kernels import step_gradient
+
+            return None, step_gradient(grad, pre, threshold, ctx.bandwidth), None
         return None, -_over_rows(grad * _kernel(pre, threshold, ctx.bandwidth), threshold), None
