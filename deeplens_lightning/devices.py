@@ -21,6 +21,7 @@ def device_of(name: str | torch.device) -> torch.device:
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device. From the CPU to CUDA it goes through pinned memory, so that the CPU does not wait."""
-    if device.type == "cuda" and x.device.type == "cpu":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+    if x.device.type != "cpu" or device.type in ("cpu", "mps"):
+        return x.to(device)
+    pinned = x.pin_memory() if device.type == "cuda" and not x.is_pinned() else x
+    return pinned.to(device, non_blocking=True)

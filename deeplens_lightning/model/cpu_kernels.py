@@ -53,9 +53,11 @@ def replaceable(model: nn.Module) -> list[nn.Module]:
     """The modules that `faster` can run with other kernels.
 
     There are none in a model with a parameter that is not a plain float32 tensor: in lower precision another kernel
-    rounds differently, and rows have to equal the model's own. A module with a replaced `forward` keeps it.
+    rounds differently, and rows have to equal the model's own. There are none in a model with a parameter on another
+    device, either. A module with a replaced `forward` keeps it.
     """
-    if not all(x.dtype == torch.float32 and type(x.data) is Tensor for x in model.parameters()):
+    plain = (torch.float32, Tensor, "cpu")
+    if not all((x.dtype, type(x.data), x.device.type) == plain for x in model.parameters()):
         return []
     kinds = (nn.Linear, *TANH_GELU)
     return [

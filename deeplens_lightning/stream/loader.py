@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deeplens_lightning.devices import on_device
 from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.stream.checkpoint import LoaderPosition
@@ -318,7 +319,9 @@ class ActivationLoader:
                 self.in_epoch = max(0, self.in_epoch - 1)
 
     def _finished(self, served: Served) -> Item:
-        return Item(finish(served.rows, self.scalings, self.dtype), served.provenance)
+        device = self._placement.batch_device  # before the cast: cached rows may have fewer bytes than the batch
+        rows = {name: on_device(x, device) for name, x in served.rows.items()}
+        return Item(finish(rows, self.scalings, self.dtype), served.provenance)
 
 
 def finish(rows: Mapping[str, Tensor], scalings: Mapping[str, Scaling], dtype: torch.dtype | None) -> Batch:

@@ -67,3 +67,8 @@ def test_modules_in_lower_precision_or_with_a_replaced_forward_are_left_alone() 
     own = model[0].forward
     model[0].forward = lambda x: own(x) + 1
     assert replaceable(model) == [model[1]]
+
+
+def test_modules_on_another_device_are_left_alone() -> None:
+    assert replaceable(nn.Linear(4, 4)) != []
+    assert replaceable(nn.Linear(4, 4, device="meta")) == []
