@@ -54,7 +54,8 @@ def fake_accelerator() -> Iterator[torch.device]:
     if not _registered:  # once a process: a backend keeps its name
         _setup_privateuseone_for_python_backend(NAME)
         _registered = True
-    with _Mode(allow_non_fake_inputs=True):
+    # One thread: autograd has none for a device that is registered after the first backward pass of the process.
+    with _Mode(allow_non_fake_inputs=True), torch.autograd.set_multithreading_enabled(False):
         yield torch.device(NAME, 0)
 
 
