@@ -57,8 +57,8 @@ def make_code(rows: Tensor, latents: Tensor, n_rows: int, d_sae: int, widths: tu
     """
     bags, n_bags = rows, n_rows
     if widths:
-        inner = torch.tensor(widths[:-1], device=rows.device)
-        bags, n_bags = rows * len(widths) + torch.bucketize(latents, inner, right=True), n_rows * len(widths)
+        prefix = sum(((latents >= width).long() for width in widths[:-1]), torch.zeros_like(latents))
+        bags, n_bags = rows * len(widths) + prefix, n_rows * len(widths)
     ordered, by_latent = latents.sort(stable=True)
     return Code(rows, latents, bags, _starts(bags, n_bags), by_latent, _starts(ordered, d_sae))
 
@@ -138,7 +138,10 @@ class _EncodeEntries(torch.autograd.Function):
         x, center, weight, values = ctx.saved_tensors
         code: Code = ctx.code
         grad = torch.where(values > 0, grad, 0)
-        d_bias = grad.new_zeros(len(weight)).index_add_(0, code.latents, grad)
+        wide = grad.to(
+            torch.promote_types(grad.dtype, torch.float32)
+        )  # a sum in bfloat16 stops growing early
+        d_bias = wide.new_zeros(len(weight)).index_add_(0, code.latents, wide)
         centered = x if center is None else x - center
         d_weight = _sum_by_latent(code, code.rows, centered, grad)
         d_center = -(d_bias.to(weight.dtype) @ weight) if center is not None else None
