@@ -98,7 +98,8 @@ class Dictionary(nn.Module):
             seed: seed of the initial weights.
             kernel: "sparse" computes with active latents only, "dense" with all of them; "auto" chooses.
             compile_step: run the loss through `torch.compile`.
-            on_nonfinite: at a row with NaN or infinity, "stop" and name it, or "skip" it and count it.
+            on_nonfinite: at a row with NaN or infinity, in training or validation, "stop" and name it, or "skip" it
+                and count it.
 
         Raises:
             ValueError: sizes, names or settings that cannot work together.
@@ -194,7 +195,7 @@ class Dictionary(nn.Module):
         return self.write.split(self._cast(self.write.to_raw(passes.decode(latents, self.weights))))
 
     def forward(self, x: Batch) -> Any:
-        """Raw reconstructions of raw activations x, in the shapes that `decode` gives."""
+        """Raw reconstructions of raw activations x, in the shapes of `decode` and the wider dtype of x and weights."""
         rows = self._cast(self.read.from_raw(x))
         raw = self.write.to_raw(passes.autoencode(rows, self.weights, self.activation))
         given = x if isinstance(x, Tensor) else next(iter(x.values()))

@@ -128,6 +128,23 @@ def test_a_transcoder_leaves_out_rows_that_it_cannot_read_or_write(tmp_path):
     assert all(value.isfinite() for value in fit.callback_metrics.values())
 
 
+@pytest.mark.parametrize(("every", "trained"), [(4, 3), (50, 6)])
+def test_on_an_accelerator_the_next_step_that_logs_or_the_end_stops_with_the_place(
+    tmp_path, monkeypatch, every, trained
+):
+    """Rows are only recorded in each step, as on a device for which the CPU would wait."""
+    monkeypatch.setattr(
+        NonFiniteRows, "watch", lambda self, bad, rows, anywhere, describe: self.add(bad, rows, describe)
+    )
+    first, second, *rest = batches(6)
+    sae, fit = small(), trainer(tmp_path, max_steps=6, log_every_n_steps=every)
+    place = r"step 1, first is row 7: document 7, position 1007, token 2007"
+    with pytest.raises(NonFiniteRowsError, match=rf"2 of \d+ rows .*\({place}\)"):
+        fit.fit(sae, Placed([first, spoiled(second), *rest]))
+    assert fit.global_step == trained
+    assert all(tensor.isfinite().all() for tensor in sae.state_dict().values())
+
+
 def flags(*rows: int) -> torch.Tensor:
     return torch.isin(torch.arange(8), torch.tensor(rows))
 
