@@ -11,6 +11,7 @@ from deeplens_lightning.sae.module import DictionaryTraining
 from tests.support.fake_accelerator import (
     WaitsError,
     fake_accelerator,
+    forked,
     moved,
     refuse_copies,
     refuse_float64,
@@ -66,6 +67,7 @@ def module(request) -> DictionaryTraining:
     return module
 
 
+@forked
 def test_a_training_step_neither_waits_nor_mixes_devices(module):
     with fake_accelerator() as device:
         moved(module, device)
@@ -84,9 +86,9 @@ def test_a_training_step_neither_waits_nor_mixes_devices(module):
                     each.project()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Accessing the data pointer of FakeTensor"
-)  # torchmetrics copies its state
+# torchmetrics copies its state.
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@forked
 def test_held_out_metrics_wait_only_when_they_are_computed(module):
     with fake_accelerator() as device:
         moved(module, device)
@@ -99,6 +101,7 @@ def test_held_out_metrics_wait_only_when_they_are_computed(module):
                 metrics.compute()
 
 
+@forked
 def test_normalisation_is_copied_to_a_device_once():
     scaling = Scaling(torch.ones(D), torch.full((D,), 2.0))
     with fake_accelerator() as device:
@@ -116,9 +119,9 @@ def test_a_normalisation_on_the_cpu_is_not_copied():
     torch.testing.assert_close(scaling.undo(scaling.apply(rows)), rows)
 
 
-@pytest.mark.parametrize(
-    ("wait", "error"),
-    [
+@forked
+def test_the_fake_accelerator_finds_waits_foreign_tensors_and_float64():
+    cases = [
         (lambda x: x.sum().item(), DataDependentOutputException),
         (lambda x: bool(x.any()), DataDependentOutputException),
         (lambda x: x.nonzero(), DynamicOutputShapeException),
@@ -129,15 +132,13 @@ def test_a_normalisation_on_the_cpu_is_not_copied():
         (lambda x: x + torch.zeros(4, D), RuntimeError),
         (lambda x: x.double(), TypeError),
         (lambda x: torch.zeros(1, dtype=torch.float64, device=x.device), TypeError),
-    ],
-)
-def test_the_fake_accelerator_finds_waits_foreign_tensors_and_float64(wait, error):
+    ]
     with fake_accelerator() as device:
-        x = torch.randn(4, D, device=device)
-        with refuse_copies(), refuse_float64(), pytest.raises(error):
-            wait(x)
+        for wait, error in cases:
+            with refuse_copies(), refuse_float64(), pytest.raises(error):
+                wait(torch.randn(4, D, device=device))
         with refuse_copies(), refuse_float64():
-            x.to("cpu", non_blocking=True).double()
+            torch.randn(4, D, device=device).to("cpu", non_blocking=True).double()
 
 
 def test_float64_can_be_refused_on_the_cpu_too():

@@ -10,20 +10,24 @@ Torch lets Python register a device (`privateuseone`), and fake tensors carry sh
 `refuse_copies()` inside it makes copies between host and device an error, which wait too unless they are pinned and
 asynchronous. `refuse_float64()` makes float64 an error, as MPS does.
 
-    with fake_accelerator() as device:
-        sae = moved(SparseAutoencoder(d_in=64, d_sae=1024, k=8), device)
-        rows = torch.randn(256, 64, device=device)
-        with refuse_copies(), refuse_float64():
-            sae.step(rows).loss.backward()
+    @forked
+    def test_a_step_does_not_wait():
+        with fake_accelerator() as device:
+            sae = moved(SparseAutoencoder(d_in=64, d_sae=1024, k=8), device)
+            rows = torch.randn(256, 64, device=device)
+            with refuse_copies(), refuse_float64():
+                sae.step(rows).loss.backward()
 
 It finds no fault of streams, pinned memory, kernels or rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +36,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from tests.support.ranks import launch
+
 NAME = "fakeacc"
 M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
 _registered = False
 
 
@@ -42,16 +49,31 @@ class WaitsError(RuntimeError):
 
 
 class _Mode(FakeTensorMode):
-    avoid_device_init = (
-        True  # or it computes copies of constants to the device, which has no kernels for that
-    )
+    # Otherwise it computes copies of constants to the device, which has no kernels for that.
+    avoid_device_init = True
+
+
+def forked(test: Callable[P, None]) -> Callable[P, None]:
+    """Run a test in a process of its own: the device stays registered there, and would change other tests."""
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        launch(1, lambda rank, ranks: test(*args, **kwargs))
+
+    return run
 
 
 @contextmanager
 def fake_accelerator() -> Iterator[torch.device]:
-    """Yield a device whose tensors, inside the context, have a shape, a dtype and a device but no data."""
+    """Yield a device whose tensors, inside the context, have a shape, a dtype and a device but no data.
+
+    Raises:
+        RuntimeError: the test is not `forked`.
+    """
     global _registered
-    if not _registered:  # once a process: a backend keeps its name
+    if multiprocessing.parent_process() is None:
+        raise RuntimeError("decorate this test with @forked, because the process keeps the device")
+    if not _registered:
         _setup_privateuseone_for_python_backend(NAME)
         _registered = True
     # One thread: autograd has none for a device that is registered after the first backward pass of the process.
