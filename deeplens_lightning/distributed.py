@@ -47,12 +47,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather(value: T, among: Ranks) -> list[T]:
-    """Gather a picklable value from every rank of `among`: a list in the order of the ranks."""
-    if among.ranks == 1:
+def gather(value: T, among: Ranks | None = None) -> list[T]:
+    """Gather a picklable value from every rank of `among`, by default of all processes: a list in the order of ranks."""
+    ranks, group = (world_size(), None) if among is None else (among.ranks, among.group)
+    if ranks == 1:
         return [value]
-    values: list[T | None] = [None] * among.ranks
-    dist.all_gather_object(values, value, group=among.group)
+    values: list[T | None] = [None] * ranks
+    dist.all_gather_object(values, value, group=group)
     return values  # type: ignore[return-value]
 
 

@@ -35,6 +35,9 @@ class Scaling:
 
     shift: Tensor
     scale: Tensor
+    _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def identity(cls, d_in: int) -> Scaling:
@@ -48,11 +51,19 @@ class Scaling:
 
     def apply(self, rows: Tensor) -> Tensor:
         """Normalise rows `(..., d_in)`: computed in float32, returned in the dtype and on the device of `rows`."""
-        return ((rows.float() - self.shift.to(rows.device)) * self.scale.to(rows.device)).to(rows.dtype)
+        shift, scale = self._on(rows.device)
+        return ((rows.float() - shift) * scale).to(rows.dtype)
 
     def undo(self, rows: Tensor) -> Tensor:
         """Turn normalised rows `(..., d_in)` back into raw activations, in the dtype and on the device of `rows`."""
-        return (rows.float() / self.scale.to(rows.device) + self.shift.to(rows.device)).to(rows.dtype)
+        shift, scale = self._on(rows.device)
+        return (rows.float() / scale + shift).to(rows.dtype)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """`shift` and `scale` on a device; copied once, because a copy waits for the device."""
+        if device not in self._copies:
+            self._copies[device] = self.shift.to(device), self.scale.to(device)
+        return self._copies[device]
 
     def state_dict(self) -> dict[str, Tensor]:
         """`shift` and `scale` on the CPU, tensors only, so that a checkpoint loads with `weights_only=True`."""
@@ -89,7 +100,7 @@ class Moments:
 
     def update(self, rows: Tensor) -> None:
         """Add rows `(n, d_in)` of any float dtype."""
-        x = rows.detach().to("cpu", torch.float64)
+        x = rows.detach().cpu().double()  # in this order, for devices without float64
         self.sums[0] += len(x)
         self.sums[1] += x.norm(dim=1).sum()
         self.sums[2] += x.square().sum()

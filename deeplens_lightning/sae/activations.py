@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from deeplens_lightning.sae.float32_state import Float32State
 from deeplens_lightning.sae.sparse import power_of_two_near
 from deeplens_lightning.sae.straight_through import jump_relu, step
 
@@ -148,7 +149,7 @@ class TopK(Activation):
         return torch.zeros_like(pre).scatter(-1, latents, values.relu())
 
 
-class BatchTopK(TopK):
+class BatchTopK(Float32State, TopK):
     """The k x batch largest pre-activations of a whole batch (Bussmann et al. 2024, arXiv 2412.06410).
 
     Inference uses a threshold, the running mean of each batch's smallest active value, so that the latents of
@@ -164,7 +165,7 @@ class BatchTopK(TopK):
         threshold_momentum: weight of the previous threshold in the running mean.
 
     Attributes:
-        threshold: scalar, latents above it are active in inference.
+        threshold: float32 scalar in every precision, latents above it are active in inference.
         threshold_batches: int64 scalar, number of batches in the running mean.
     """
 
@@ -183,11 +184,13 @@ class BatchTopK(TopK):
     ) -> None:
         super().__init__(d_sae, k, d_in, aux_k, aux_coefficient, prefixes)
         self.threshold_momentum = threshold_momentum
-        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.register_buffer("threshold_batches", torch.zeros((), dtype=torch.int64))
 
     def forward(self, pre: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG002, D102
-        return torch.where(pre > self.threshold.to(pre.dtype), pre, 0).relu()
+        return torch.where(
+            pre > self.threshold[None], pre, 0
+        ).relu()  # [None]: a 0-d tensor would be cast to pre.dtype
 
     def active(self, pre: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG002, D102
         flat = pre.relu().flatten()
@@ -198,20 +201,23 @@ class BatchTopK(TopK):
     def observe(self, smallest: Tensor) -> None:
         """Update the threshold with a batch's smallest active value, averaged over ranks.
 
-        The first batches have equal weights, so that the initial 0 has no weight.
+        The first batches have equal weights, so that the initial 0 has no weight. A value that is not finite, from a
+        batch without active latents, does not count.
         """
-        self.threshold_batches += 1
+        counts = smallest.isfinite()
+        self.threshold_batches += counts
         weight = (1 / self.threshold_batches.to(self.threshold)).clamp(min=1 - self.threshold_momentum)
-        self.threshold.lerp_(smallest.to(self.threshold), weight)
+        mean = self.threshold.lerp(smallest.to(self.threshold), weight)
+        self.threshold.copy_(torch.where(counts, mean, self.threshold))
 
 
-class JumpReLU(Activation):
+class JumpReLU(Float32State, Activation):
     """A learned threshold for each latent (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
     `penalty="l0"` is the one of this paper: the number of active latents, with gradients to the threshold alone.
     `penalty="tanh"` is Anthropic's (January 2025 update): the sum of tanh(tanh_scale * latent * decoder norm),
     with a straight-through gradient that also reaches the encoder. The parameters are the thresholds themselves,
-    not their logarithms, and are kept at 0 or above.
+    not their logarithms, are float32 in every precision, and are kept at 0 or above.
 
     Args:
         d_sae: number of latents.
@@ -241,7 +247,7 @@ class JumpReLU(Activation):
             raise ValueError(f"penalty={penalty!r} is unknown to jumprelu; choose 'l0' or 'tanh'")
         self.coefficient, self.kind, self.bandwidth = coefficient, penalty, bandwidth
         self.warmup, self.tanh_scale = warmup, tanh_scale
-        self.threshold = nn.Parameter(torch.full((d_sae,), init_threshold))
+        self.threshold = nn.Parameter(torch.full((d_sae,), init_threshold, dtype=torch.float32))
 
     def forward(self, pre: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG002, D102
         return jump_relu(pre, self.threshold, self.bandwidth, to_input=self.kind == "tanh")

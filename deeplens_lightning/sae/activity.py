@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from deeplens_lightning.distributed import max_over_ranks, world_size
+from deeplens_lightning.distributed import max_over_ranks
 
 
 class Activity(nn.Module):
@@ -28,15 +28,14 @@ class Activity(nn.Module):
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
-    def advance(self, fired: Tensor, rows: int) -> None:
+    def advance(self, fired: Tensor, rows: Tensor | int) -> None:
         """Count a batch.
 
         Args:
             fired: bool `(d_sae,)`, latents that were active in any row of this rank.
-            rows: rows of the batch on each rank.
+            rows: rows of the batches of all ranks together.
         """
-        fired, rows = max_over_ranks(fired), rows * world_size()
-        self.silent_tokens.add_(rows).masked_fill_(fired, 0)
+        self.silent_tokens.add_(rows).masked_fill_(max_over_ranks(fired), 0)
         self.tokens_seen.add_(rows)
 
     def dead_fraction(self, after: int) -> Tensor:

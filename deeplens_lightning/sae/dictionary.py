@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from deeplens_lightning.distributed import mean_over_ranks
 from deeplens_lightning.sae import forward as passes
-from deeplens_lightning.sae import initialize
+from deeplens_lightning.sae import initialize, nonfinite
 from deeplens_lightning.sae.activations import BatchTopK, TopK
 from deeplens_lightning.sae.activity import Activity
 from deeplens_lightning.sae.architectures import architecture_spec, make_activation
 from deeplens_lightning.sae.forward import Kernel, Pass, Step, Weights
-from deeplens_lightning.sae.metrics import HeldOutMetrics, fvu
-from deeplens_lightning.sae.nonfinite import raise_if_counted, replace_nonfinite
+from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.schedule import Optimization, default_lr
 from deeplens_lightning.sae.units import RowUnits, Scalings, choose_hooks
 from deeplens_lightning.types import Batch
@@ -45,7 +44,7 @@ class Dictionary(nn.Module):
         read: the hook points that are encoded, and their units.
         write: those that are reconstructed.
         activity: counters of silent latents.
-        nonfinite_rows: int64 scalar, rows with NaN or infinity that were left out.
+        nonfinite_rows: int64 scalar, rows with NaN or infinity that were left out, over all ranks.
         initialized: bool scalar, whether units and biases are set (from a first batch, or by an import).
         settings: the constructor's arguments as numbers, strings and containers of them.
         trained_on: `model_name` and `hook_name` of the training data, where known; exports contain them.
@@ -99,7 +98,8 @@ class Dictionary(nn.Module):
             seed: seed of the initial weights.
             kernel: "sparse" computes with active latents only, "dense" with all of them; "auto" chooses.
             compile_step: run the loss through `torch.compile`.
-            on_nonfinite: at a row with NaN or infinity, "stop" and name it, or "skip" it and count it.
+            on_nonfinite: at a row with NaN or infinity, in training or validation, "stop" and name it, or "skip" it
+                and count it.
 
         Raises:
             ValueError: sizes, names or settings that cannot work together.
@@ -165,6 +165,7 @@ class Dictionary(nn.Module):
         self._served: Scalings | None = None
         self._ready = False  # a copy of `initialized` that can be read without waiting for the device
         self._compiled: Callable[..., tuple[Step, Pass]] | None = None
+        self._nonfinite = nonfinite.NonFiniteRows()
 
     def record_settings(self) -> None:
         """Called by the constructor when `settings` is complete; a subclass may save them elsewhere."""
@@ -184,20 +185,24 @@ class Dictionary(nn.Module):
 
     def encode(self, x: Batch) -> Tensor:
         """Latents `(..., d_sae)` of raw activations `(..., d_in)`, or of a dict of them by hook point."""
-        return passes.encode(self.read.from_raw(x), self.weights, self.activation)
+        return passes.encode(self._cast(self.read.from_raw(x)), self.weights, self.activation)
 
     def decode(self, latents: Tensor) -> Any:
         """Raw activations `(..., d_in)` of latents `(..., d_sae)`; a dict if several hook points are written.
 
         The skip connection of a transcoder is left out, because it needs the input: `forward` adds it.
         """
-        return self.write.split(self.write.to_raw(passes.decode(latents, self.weights)))
+        return self.write.split(self._cast(self.write.to_raw(passes.decode(latents, self.weights))))
 
     def forward(self, x: Batch) -> Any:
-        """Raw reconstructions of raw activations x, in the shapes that `decode` gives."""
-        rows = self.read.from_raw(x)
-        out = passes.reconstruct(rows, passes.encode(rows, self.weights, self.activation), self.weights)
-        return self.write.split(self.write.to_raw(out))
+        """Raw reconstructions of raw activations x, in the shapes of `decode` and the wider dtype of x and weights."""
+        rows = self._cast(self.read.from_raw(x))
+        raw = self.write.to_raw(passes.autoencode(rows, self.weights, self.activation))
+        given = x if isinstance(x, Tensor) else next(iter(x.values()))
+        return self.write.split(raw.to(torch.promote_types(given.dtype, rows.dtype)))
+
+    def _cast(self, rows: Tensor) -> Tensor:
+        return rows.to(self.W_enc.dtype)
 
     # ---- training
 
@@ -222,70 +227,71 @@ class Dictionary(nn.Module):
 
         The bias is the geometric median (Bricken et al. 2023; Gao et al. 2024). For architectures in which
         half of all latents are active at first, the encoder is scaled so that reconstructions have the norm
-        of the rows (as in the released code of Gao et al. 2024).
+        of the rows (as in the released code of Gao et al. 2024). A batch does not count if all rows of all ranks hold
+        NaN or infinity.
         """
         if self._ready:
             return
-        self.read.measure(batch)
-        self.b_dec.copy_(self.write.measure(batch))
+        center, bias = self.read.measure(batch), self.write.measure(batch)
+        if not (center.isfinite().all() and bias.isfinite().all()):
+            return
+        self.b_dec.copy_(bias)
         self.initialized.fill_(True)
         self._ready = True
         for units in (self.read, self.write):
             units.expect(self._served)
         if self.activation.unit_norm and not isinstance(self.activation, TopK):
             x, _ = self.rows(batch)
-            made = (
-                passes.reconstruct(x, passes.encode(x, self.weights, self.activation), self.weights)
-                - self.b_dec
+            made = passes.autoencode(x, self.weights, self.activation) - self.b_dec
+            self.W_enc.div_(
+                nonfinite.mean_over_finite_ranks(initialize.rms_norm(made[made.isfinite().all(1)]))
             )
-            self.W_enc.div_(mean_over_ranks(initialize.rms_norm(made[made.isfinite().all(1)])))
 
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows to read `(batch, d_read)` and to reconstruct `(batch, d_write)` of a served batch, in own units."""
-        x = self.read.from_served(batch)
-        return x, x if self.centers else self.write.from_served(batch)
+        x = self._cast(self.read.from_served(batch))
+        return x, x if self.centers else self._cast(self.write.from_served(batch))
 
-    def step(
-        self, batch: Batch, progress: float = 1.0, report: Callable[[Tensor], str] | None = None
-    ) -> Step:
+    def step(self, batch: Batch, progress: float = 1.0, describe: nonfinite.Describe | None = None) -> Step:
         """Compute the loss of a served batch and update the counters.
 
         Args:
             batch: rows as the data module serves them.
             progress: share of the planned steps that is done, between 0 and 1.
-            report: from the indices of rows with NaN or infinity to a description for the error message.
+            describe: from the number of a row in the batch to its place, for the error message.
 
         Raises:
-            NonFiniteRowsError: a row holds NaN or infinity, on the CPU, and `on_nonfinite` is "stop".
+            NonFiniteRowsError: a row of any rank holds NaN or infinity, and `on_nonfinite` is "stop"; on an accelerator
+                only after some batches or from `check_rows`.
         """
-        x, y = replace_nonfinite(
-            *self.rows(batch), self.b_dec, self.nonfinite_rows, self.on_nonfinite, report
-        )
+        x, y, bad = nonfinite.replace_nonfinite(*self.rows(batch), self.b_dec)
+        rows, skipped = nonfinite.count_over_ranks(x, bad)
+        self.nonfinite_rows += skipped
+        if self.on_nonfinite == "stop":
+            self._nonfinite.watch(bad, len(x), skipped, describe)
         step, result = (self._compiled or self.losses)(x, y, progress)
-        self.activity.advance(result.fired, len(x))
+        self.activity.advance(result.fired, rows)
         if isinstance(self.activation, BatchTopK):
-            self.activation.observe(mean_over_ranks(result.smallest))
+            self.activation.observe(nonfinite.mean_over_finite_ranks(result.smallest.float()))
         return step
+
+    def check_rows(self) -> None:
+        """Raise the error of `step` on all ranks, if there were such rows since the last check."""
+        if len(self._nonfinite):
+            self._nonfinite.check()
 
     def losses(self, x: Tensor, y: Tensor, progress: float = 1.0) -> tuple[Step, Pass]:
         """Loss of reconstructing y `(batch, d_write)` from x `(batch, d_read)`, both in own units."""
         result = passes.training_pass(x, y, self.weights, self.activation, progress, self.kernel)
-        errors = (result.reconstructions - y).square().sum((1, 2))
-        deviation, energy = (y - y.mean(0)).square().sum(), y.square().sum()
-        loss = fvu(errors.mean(), deviation, energy) + result.penalty
+        dead = None
         if self.activation.aux_coefficient > 0:
             limit = AUX_CANDIDATES * self.activation.aux_k
-            candidates = self.activity.candidates(self.dead_after_tokens, limit)
-            if candidates is not None:
-                residual = y - result.reconstructions[-1]
-                aux = passes.aux_fvu(x, residual, self.weights, *candidates, k=self.activation.aux_k)
-                loss = loss + self.activation.aux_coefficient * aux
-        last = fvu(errors[-1].detach(), deviation, energy)
-        return Step(loss, last, result.active / len(x)), result
+            dead = self.activity.candidates(self.dead_after_tokens, limit)
+        return passes.training_loss(x, y, self.weights, self.activation, result, dead), result
 
     def encode_served(self, batch: Batch) -> Tensor:
         """Latents `(batch, d_sae)` of a batch as the data module serves it."""
-        return passes.encode(self.read.from_served(batch), self.weights, self.activation)
+        return passes.encode(self._cast(self.read.from_served(batch)), self.weights, self.activation)
 
     @property
     def dead_after_tokens(self) -> int:
@@ -295,18 +301,12 @@ class Dictionary(nn.Module):
         return min(DEAD_AFTER_TOKENS, self.planned_tokens // 10) if self.planned_tokens else DEAD_AFTER_TOKENS
 
     def scalars(self, step: Step) -> dict[str, Tensor]:
-        """Metrics of a step to log, averaged over ranks; on the CPU after a single transfer.
-
-        Raises:
-            NonFiniteRowsError: rows with NaN or infinity were counted, and `on_nonfinite` is "stop".
-        """
-        values = torch.stack([step.loss.detach(), step.fvu, step.l0]).float()
+        """Metrics of a step to log, averaged over ranks; on the CPU after a single transfer."""
+        values = torch.stack([value.detach().float() for value in (step.loss, step.fvu, step.l0)])
         dead = self.activity.dead_fraction(self.dead_after_tokens)
         loss, fvu_, l0, dead, skipped = torch.stack(
             [*mean_over_ranks(values), dead, self.nonfinite_rows.float()]
         ).cpu()
-        if self.on_nonfinite == "stop":
-            raise_if_counted(skipped)
         named = {"loss": loss, "fvu": fvu_, "l0": l0, "dead_fraction": dead}
         return named | ({"nonfinite_rows": skipped} if self.on_nonfinite == "skip" else {})
 
@@ -340,8 +340,11 @@ class Dictionary(nn.Module):
         return HeldOutMetrics(self.d_sae, self.write.width, self.device)
 
     @torch.no_grad()
-    def measure(self, batch: Batch, metrics: HeldOutMetrics) -> None:
-        """Update `metrics` with a served batch of held-out rows."""
-        x, y = self.rows(batch)
-        latents = passes.encode(x, self.weights, self.activation)
-        metrics.update(y, passes.reconstruct(x, latents, self.weights), latents)
+    def measure(
+        self, batch: Batch, metrics: HeldOutMetrics, describe: nonfinite.Describe | None = None
+    ) -> None:
+        """Update `metrics` with a served batch of held-out rows; `describe` is that of `step`."""
+        x, y, bad = nonfinite.replace_nonfinite(*self.rows(batch), self.b_dec)
+        metrics.nonfinite.add(bad, len(x), describe)
+        for part, latents, made in passes.in_chunks(x, self.weights, self.activation):
+            metrics.update(y[part], made, latents, None if bad is None else bad[part])

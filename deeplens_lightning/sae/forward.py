@@ -7,6 +7,7 @@ pass compute the same numbers; the sparse one never holds a `(batch, d_sae)` mat
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deeplens_lightning.sae.activations import Activation, BatchTopK, PenaltyInputs, TopK
+from deeplens_lightning.sae.metrics import fvu
 from deeplens_lightning.sae.sparse import (
     Code,
     decode_entries,
@@ -23,6 +25,8 @@ from deeplens_lightning.sae.sparse import (
     pre_activations,
     top_k,
 )
+
+CHUNK_BYTES = 32 * 2**20  # of float32 latents, in passes over many rows
 
 Kernel: TypeAlias = Literal["auto", "sparse", "dense"]
 """Whether a training pass computes with active latents only, or with all of them."""
@@ -58,7 +62,7 @@ class Pass:
         reconstructions: `(levels, batch, d_out)`; a level for each Matryoshka prefix, the last of all latents.
         fired: bool `(d_sae,)`, latents that are active in any row.
         active: scalar, number of active latents in all rows together.
-        smallest: scalar, the smallest active value.
+        smallest: scalar, the smallest active value; infinity if there is none.
         penalty: scalar sparsity penalty.
     """
 
@@ -96,6 +100,24 @@ def reconstruct(x: Tensor, latents: Tensor, w: Weights) -> Tensor:
     return out if w.skip is None else out + F.linear(x, w.skip)
 
 
+def in_chunks(x: Tensor, w: Weights, activation: Activation) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Encode and reconstruct x `(batch, d_in)` in chunks of rows, so that the latents of all rows never exist together.
+
+    Yields:
+        The rows of a chunk, their latents `(rows, d_sae)` and their reconstructions `(rows, d_out)`.
+    """
+    size = max(16, CHUNK_BYTES // (4 * activation.d_sae))
+    for first in range(0, len(x), size):
+        part = slice(first, first + size)
+        latents = encode(x[part], w, activation)
+        yield part, latents, reconstruct(x[part], latents, w)
+
+
+def autoencode(x: Tensor, w: Weights, activation: Activation) -> Tensor:
+    """Reconstructions `(..., d_out)` of x `(..., d_in)`, for inference."""
+    return reconstruct(x, encode(x, w, activation), w)
+
+
 def training_pass(
     x: Tensor, y: Tensor, w: Weights, activation: Activation, progress: float, kernel: Kernel
 ) -> Pass:
@@ -120,6 +142,35 @@ def training_pass(
     return dense_pass(x, y, w, activation, progress)
 
 
+def training_loss(
+    x: Tensor,
+    y: Tensor,
+    w: Weights,
+    activation: Activation,
+    result: Pass,
+    dead: tuple[Tensor, Tensor] | None,
+) -> Step:
+    """FVU averaged over the levels, plus the penalty and AuxK.
+
+    Args:
+        x: `(batch, d_in)`, rows to read.
+        y: `(batch, d_out)`, rows to reconstruct.
+        w: the weights.
+        activation: the activation.
+        result: the pass of these rows.
+        dead: candidates for AuxK and which of them are dead, as `aux_fvu` takes them; None for no AuxK.
+    """
+    errors = (result.reconstructions - y).square().sum((1, 2))
+    deviation, energy = (y - y.mean(0)).square().sum(), y.square().sum()
+    loss = fvu(errors.mean(), deviation, energy) + result.penalty
+    if dead is not None:
+        residual = y - result.reconstructions[-1]
+        aux = aux_fvu(x, residual, w, *dead, k=activation.aux_k)
+        loss = loss + activation.aux_coefficient * aux
+    last = fvu(errors[-1].detach(), deviation, energy)
+    return Step(loss, last, result.active.float() / len(x))
+
+
 def dense_pass(x: Tensor, y: Tensor, w: Weights, activation: Activation, progress: float) -> Pass:
     """The pass through a dense `(batch, d_sae)` matrix of latents, for any activation and device."""
     pre = F.linear(x if w.center is None else x - w.center, w.encoder, w.encoder_bias)
@@ -139,7 +190,8 @@ def sparse_pass(x: Tensor, w: Weights, activation: TopK) -> Pass:
     acts = encode_entries(x, w.center, w.encoder, w.encoder_bias, values, code)
     summed = decode_entries(acts, w.decoder, code)
     parts = summed.view(len(x), -1, summed.shape[1]).transpose(0, 1)
-    counts = values.new_zeros(activation.d_sae).index_add_(0, code.latents, (values > 0).to(values.dtype))
+    counts = torch.zeros(activation.d_sae, dtype=torch.float32, device=x.device)
+    counts.index_add_(0, code.latents, (values > 0).float())
     smallest = (
         torch.where(values > 0, values, torch.inf).min() if len(values) else values.new_full((), torch.inf)
     )

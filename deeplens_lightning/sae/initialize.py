@@ -42,7 +42,8 @@ def encoder_decoder(
 def geometric_median(rows: Tensor, iterations: int = 50, tolerance: float = 1e-5) -> Tensor:
     """The point `(d,)` with the smallest sum of distances to rows `(n, d)`, by Weiszfeld's algorithm.
 
-    Unlike the mean, it hardly moves with a few rows of very large norm. The median of equal rows is that row.
+    Unlike the mean, it hardly moves with a few rows of very large norm. The median of equal rows is that row, the median
+    of no rows is NaN.
     """
     point: Tensor = rows.mean(0)
     for _ in range(iterations):
@@ -55,9 +56,9 @@ def geometric_median(rows: Tensor, iterations: int = 50, tolerance: float = 1e-5
 
 
 def rms_norm(rows: Tensor) -> Tensor:
-    """Root mean square of the norms of rows `(n, d)`, 1 where every row is zero."""
+    """Root mean square of the norms of rows `(n, d)`: 1 where every row is zero, NaN where there is no row."""
     norm: Tensor = rows.square().sum(1).mean().sqrt()
-    return torch.where(norm > 0, norm, torch.ones_like(norm))
+    return torch.where(norm == 0, torch.ones_like(norm), norm)
 
 
 @torch.no_grad()

@@ -24,10 +24,11 @@ from deeplens_lightning.distributed import world_size
 from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.metrics import HeldOutMetrics
+from deeplens_lightning.sae.nonfinite import Describe
 from deeplens_lightning.sae.planned_steps import planned_steps
 from deeplens_lightning.sae.portable import PortableDictionary
 from deeplens_lightning.sae.schedule import lr_factor
-from deeplens_lightning.types import Batch
+from deeplens_lightning.types import Batch, Provenance
 
 
 class DictionaryTraining(LightningModule):
@@ -55,7 +56,9 @@ class DictionaryTraining(LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Initialise new dictionaries from the first batch; restored ones are initialised already."""
-        rows = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+        served = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
+        # An epoch's last batch may be shorter, and on some ranks only.
+        rows = activation_data(self.trainer).batch_size or served
         rows_per_step = rows * world_size() * self.trainer.accumulate_grad_batches
         for sae in self.dictionaries.values():
             sae.initialize_from(batch)
@@ -64,11 +67,12 @@ class DictionaryTraining(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """The sum of the dictionaries' losses on a served batch; dictionaries share no parameters."""
         progress = min(1.0, self.global_step / self._planned_steps) if self._planned_steps else 1.0
-        describe = partial(self._describe_rows, batch)
+        describe = self._describe(batch, f"step {self.global_step}", at_once=self.device.type == "cpu")
         steps = {name: sae.step(batch, progress, describe) for name, sae in self.dictionaries.items()}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and (self.global_step + 1) % every == 0:
             for name, sae in self.dictionaries.items():
+                sae.check_rows()
                 for metric, value in sae.scalars(steps[name]).items():
                     in_progress_bar = not name and metric in ("fvu", "l0")
                     self.log(_log_name("train", metric, name), value, prog_bar=in_progress_bar)
@@ -105,22 +109,38 @@ class DictionaryTraining(LightningModule):
         for sae in self.dictionaries.values():
             sae.project()
 
+    def on_train_end(self) -> None:
+        """Raise an error on all ranks if rows with NaN or infinity came after the last step that logged."""
+        for sae in self.dictionaries.values():
+            sae.check_rows()
+
     def on_validation_epoch_start(self) -> None:
         """Start new held-out metrics."""
         if self.trainer.state.fn != TrainerFn.FITTING:
             self._prepare()
         self._held_out = {name: sae.new_metrics() for name, sae in self.dictionaries.items()}
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a served batch of held-out rows."""
+        describe = self._describe(batch, f"held-out batch {batch_idx}")
         for name, sae in self.dictionaries.items():
-            sae.measure(batch, self._held_out[name])
+            sae.measure(batch, self._held_out[name], describe)
 
     def on_validation_epoch_end(self) -> None:
-        """Log held-out metrics over all rows of all ranks."""
+        """Log held-out metrics over all rows of all ranks.
+
+        Raises:
+            NonFiniteRowsError: a row of any rank holds NaN or infinity, and `on_nonfinite` is "stop".
+        """
         stage = "test" if self.trainer.testing else "val"
         for name, metrics in self._held_out.items():
-            for metric, value in metrics.compute().items():
+            stop = self.dictionaries[name].on_nonfinite == "stop"
+            if stop:
+                metrics.nonfinite.check()
+            figures = metrics.compute()
+            if stop:  # then it is 0
+                figures.pop("nonfinite_rows", None)
+            for metric, value in figures.items():
                 self.log(
                     _log_name(stage, metric, name),
                     value.float().cpu(),
@@ -158,17 +178,16 @@ class DictionaryTraining(LightningModule):
                 )
             sae.prepare(data.scaling)
 
-    def _describe_rows(self, batch: Batch, rows: Tensor) -> str:
-        """The step, and the first of these rows of the batch with its place in the text, for error messages."""
-        row = int(rows[0])
-        words = f"step {self.global_step}, first is row {row}"
-        source = activation_data(self.trainer).provenance(batch)
-        if source is None:
-            return words
-        return (
-            f"{words}: document {int(source.document_index[row])}, position {int(source.position[row])}, "
-            f"token {int(source.token_id[row])}"
-        )
+    def _describe(self, batch: Batch, words: str, *, at_once: bool = False) -> Describe:
+        """A description of a row of the batch, with its place in the text.
+
+        Args:
+            batch: the batch.
+            words: which batch it is.
+            at_once: the description is used while the batch is in memory; otherwise its provenance is kept instead.
+        """
+        find = partial(activation_data(self.trainer).provenance, batch)
+        return partial(_describe_row, words, find if at_once else find())
 
 
 class SparseAutoencoder(PortableDictionary, DictionaryTraining):
@@ -205,3 +224,14 @@ class SparseAutoencoder(PortableDictionary, DictionaryTraining):
 def _log_name(stage: str, metric: str, dictionary: str) -> str:
     """Name of a logged metric, such as "val/fvu" or, for one dictionary of several, "val/fvu/k=32"."""
     return f"{stage}/{metric}/{dictionary}" if dictionary else f"{stage}/{metric}"
+
+
+def _describe_row(words: str, source: Callable[[], Provenance | None] | Provenance | None, row: int) -> str:
+    words = f"{words}, first is row {row}"
+    found = source if source is None or isinstance(source, Provenance) else source()
+    if found is None:
+        return words
+    return (
+        f"{words}: document {int(found.document_index[row])}, position {int(found.position[row])}, "
+        f"token {int(found.token_id[row])}"
+    )

@@ -15,14 +15,17 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from deeplens_lightning.activation_data import activation_data
+from deeplens_lightning.distributed import max_over_ranks
+from deeplens_lightning.sae.float32_state import Float32State
 from deeplens_lightning.sae.interop.files import fresh_folder
 from deeplens_lightning.sae.metrics import HeldOutMetrics
+from deeplens_lightning.sae.nonfinite import replace_nonfinite
 from deeplens_lightning.sae.planned_steps import planned_steps
 from deeplens_lightning.sae.schedule import Optimization, lr_factor
 from deeplens_lightning.sae.units import RowUnits
 
 
-class SAELensModule(LightningModule):
+class SAELensModule(Float32State, LightningModule):
     """Train a `TrainingSAE` of SAELens.
 
     Args:
@@ -39,7 +42,7 @@ class SAELensModule(LightningModule):
         ValueError: `config` has no architecture.
 
     Attributes:
-        steps_since_fired: float32 `(d_sae,)`, steps since each latent was last active.
+        steps_since_fired: float32 `(d_sae,)`, steps since each latent was last active on any rank.
     """
 
     steps_since_fired: Tensor
@@ -72,7 +75,7 @@ class SAELensModule(LightningModule):
             torch.manual_seed(seed)
             self.sae = TrainingSAE.from_dict(full.to_dict())
         self.side = RowUnits({"": d_in})  # the name is part of the state dict
-        self.register_buffer("steps_since_fired", torch.zeros(full.d_sae))
+        self.register_buffer("steps_since_fired", torch.zeros(full.d_sae, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Raw reconstructions of raw activations `(..., d_in)`."""
@@ -98,7 +101,7 @@ class SAELensModule(LightningModule):
         )
         with torch.no_grad():
             latents = output.feature_acts.to_dense() if output.feature_acts.is_sparse else output.feature_acts
-            self.steps_since_fired.add_(1).masked_fill_((latents > 0).any(0), 0)
+            self.steps_since_fired.add_(1).masked_fill_(max_over_ranks((latents > 0).any(0)), 0)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and (self.global_step + 1) % every == 0:
             self.log("train/loss", output.loss.detach(), prog_bar=True)
@@ -131,9 +134,10 @@ class SAELensModule(LightningModule):
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:  # noqa: ARG002
         """Add a served batch of held-out rows."""
         (metrics,) = self._held_out
-        latents = self.sae.encode(batch.to(self.sae.dtype))
+        rows, _, bad = replace_nonfinite(batch, batch, batch.new_zeros(()))
+        latents = self.sae.encode(rows.to(self.sae.dtype))
         reconstruction = self.sae.decode(latents)
-        metrics.update(batch, reconstruction, latents.to_dense() if latents.is_sparse else latents)
+        metrics.update(rows, reconstruction, latents.to_dense() if latents.is_sparse else latents, bad)
 
     def on_validation_epoch_end(self) -> None:
         """Log held-out metrics over all rows of all ranks."""

@@ -58,9 +58,8 @@ def make_code(rows: Tensor, latents: Tensor, n_rows: int, d_sae: int, widths: tu
     """
     bags, n_bags = rows, n_rows
     if widths:
-        prefix = sum(
-            (latents >= width).long() for width in widths[:-1]
-        )  # a tensor of `widths` would wait for a GPU
+        # a tensor of `widths` would wait for a GPU
+        prefix = sum(((latents >= width).long() for width in widths[:-1]), torch.zeros_like(latents))
         bags, n_bags = rows * len(widths) + prefix, n_rows * len(widths)
     ordered, by_latent = latents.sort(stable=True)
     return Code(rows, latents, bags, _starts(bags, n_bags), by_latent, _starts(ordered, d_sae))

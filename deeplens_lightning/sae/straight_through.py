@@ -19,7 +19,7 @@ def jump_relu(pre: Tensor, threshold: Tensor, bandwidth: float, *, to_input: boo
 
     Args:
         pre: pre-activations `(..., d_sae)`.
-        threshold: `(d_sae,)`.
+        threshold: `(d_sae,)`, whose dtype may be wider.
         bandwidth: width of the kernel, in units of the pre-activations.
         to_input: let the kernel's gradient also reach the pre-activations (Anthropic's variant).
     """
@@ -38,7 +38,8 @@ def _kernel(pre: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 def _over_rows(grad: Tensor, like: Tensor) -> Tensor:
-    return grad.flatten(0, -2).sum(0).to(like.dtype)
+    wide = torch.promote_types(grad.dtype, like.dtype)
+    return grad.flatten(0, -2).sum(0, dtype=wide).to(like.dtype)
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -58,7 +59,8 @@ class _JumpReLU(torch.autograd.Function):
             return *gradients, None, None
         through = grad * threshold * _kernel(pre, threshold, ctx.bandwidth)
         d_pre = torch.where(pre > threshold, grad, 0)
-        return d_pre + through if ctx.to_input else d_pre, -_over_rows(through, threshold), None, None
+        d_pre = (d_pre + through).to(pre.dtype) if ctx.to_input else d_pre
+        return d_pre, -_over_rows(through, threshold), None, None
 
 
 class _Step(torch.autograd.Function):

@@ -11,22 +11,24 @@ from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from deeplens_lightning.distributed import mean_over_ranks
 from deeplens_lightning.normalization import Scaling
+from deeplens_lightning.sae.float32_state import Float32State
 from deeplens_lightning.sae.initialize import geometric_median, rms_norm
+from deeplens_lightning.sae.nonfinite import mean_over_finite_ranks
 from deeplens_lightning.types import Batch
 
 Scalings: TypeAlias = Scaling | Mapping[str, Scaling]
 """The normalisation of served batches; by hook point if there are several."""
 
 
-class RowUnits(nn.Module):
+class RowUnits(Float32State):
     """Units of the joined rows of one or several hook points, `width` being the sum of their widths.
 
     own units = (raw - shift) * scale / unit. `shift` and `scale` are a data module's normalisation;
-    `unit` is measured on the first batch.
+    `unit` is measured on the first batch. All of them are float32 in every precision, and rows are converted in float32,
+    or in float64 if they are given in it.
 
     Args:
         hooks: width of each hook point, in the order in which rows are joined.
@@ -51,19 +53,18 @@ class RowUnits(nn.Module):
         self.hooks = dict(hooks)
         self.width = sum(hooks.values())
         self.layer_norm = layer_norm
-        self.register_buffer("shift", torch.zeros(self.width))
-        self.register_buffer("scale", torch.ones(self.width))
-        self.register_buffer("unit", torch.ones(self.width))
-        self.register_buffer("factor", torch.ones(self.width), persistent=False)
-        self.register_buffer("offset", torch.zeros(self.width), persistent=False)
+        self.register_buffer("shift", torch.zeros(self.width, dtype=torch.float32))
+        self.register_buffer("scale", torch.ones(self.width, dtype=torch.float32))
+        self.register_buffer("unit", torch.ones(self.width, dtype=torch.float32))
+        self.register_buffer("factor", torch.ones(self.width, dtype=torch.float32), persistent=False)
+        self.register_buffer("offset", torch.zeros(self.width, dtype=torch.float32), persistent=False)
         self._has_offset = False
 
     def join(self, batch: Batch) -> Tensor:
-        """The rows of these hook points in a batch, joined, `(..., width)`."""
-        if isinstance(batch, Tensor):
-            return batch.to(self.scale.dtype)
-        chosen = [batch[hook].to(self.scale.dtype) for hook in self.hooks]
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
+        """The rows of these hook points in a batch, joined, float32 or float64 `(..., width)`."""
+        chosen = [batch] if isinstance(batch, Tensor) else [batch[hook] for hook in self.hooks]
+        wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in chosen]
+        return wide[0] if len(wide) == 1 else torch.cat(wide, dim=-1)
 
     def from_raw(self, x: Batch) -> Tensor:
         """Convert raw activations to own units, `(..., width)`."""
@@ -105,7 +106,8 @@ class RowUnits(nn.Module):
         """Set `unit` from a served batch, the same on all ranks.
 
         Returns:
-            The geometric median of the rows `(width,)`, in own units, averaged over ranks.
+            The geometric median of the rows `(width,)`, in own units, averaged over the ranks that have rows without NaN
+            or infinity; NaN if no rank has any, and `unit` is unchanged.
         """
         medians, units = [], []
         start = 0
@@ -114,11 +116,13 @@ class RowUnits(nn.Module):
             rows = joined[:, start : start + width].float()
             rows = rows[rows.isfinite().all(1)]
             start += width
-            median = mean_over_ranks(geometric_median(rows) if len(rows) else rows.new_zeros(width))
-            unit = mean_over_ranks(rms_norm(rows - median) if len(rows) else rows.new_ones(()))
+            median = mean_over_finite_ranks(geometric_median(rows))
+            unit = mean_over_finite_ranks(rms_norm(rows - median))
             medians.append(median / unit)
             units.append(unit.expand(width))
-        self.unit.copy_(torch.cat(units))
+        measured = torch.cat(units)
+        if measured.isfinite().all():
+            self.unit.copy_(measured)
         return torch.cat(medians)
 
     def _finish(self, rows: Tensor) -> Tensor:

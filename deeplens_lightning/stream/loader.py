@@ -319,7 +319,9 @@ class ActivationLoader:
                 self.in_epoch = max(0, self.in_epoch - 1)
 
     def _finished(self, served: Served) -> Item:
-        device = self._placement.batch_device  # before the cast: cached rows may have fewer bytes than the batch
+        device = (
+            self._placement.batch_device
+        )  # before the cast: cached rows may have fewer bytes than the batch
         rows = {name: on_device(x, device) for name, x in served.rows.items()}
         return Item(finish(rows, self.scalings, self.dtype), served.provenance)
 

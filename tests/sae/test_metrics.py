@@ -1,4 +1,4 @@
-"""Held-out metrics: float64 sums that are no part of the module, its checkpoint or its precision."""
+"""Held-out metrics: exact sums that are no part of the module, its checkpoint or its precision."""
 
 import warnings
 
@@ -8,6 +8,7 @@ import torch
 from torchmetrics import Metric
 
 from deeplens_lightning.sae import SparseAutoencoder
+from deeplens_lightning.sae import metrics as metrics_module
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from tests.support.synthetic import Rows, codes, dictionary
 from tests.support.training import trainer
@@ -64,3 +65,21 @@ def test_no_rows_give_no_metrics_and_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert HeldOutMetrics(64, D, CPU).compute() == {}
+
+
+def test_sums_on_a_device_without_float64_are_as_exact(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    rows = [
+        10 + torch.randn(32, D, generator=g) for _ in range(3000)
+    ]  # a hundred times the energy of what varies
+    latents = torch.zeros(32, 64)
+    figures = []
+    for types in (("cpu",), ()):
+        monkeypatch.setattr(metrics_module, "HAVE_FLOAT64", types)
+        metrics = HeldOutMetrics(64, D, CPU)
+        for x in rows:
+            metrics.update(x, x + 0.1, latents)
+        figures.append(metrics.compute())
+    assert metrics.sums.dtype == torch.float32
+    for name, value in figures[0].items():
+        torch.testing.assert_close(figures[1][name], value, rtol=1e-5, atol=0)

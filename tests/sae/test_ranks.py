@@ -3,11 +3,14 @@
 import warnings
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
 from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.sae.metrics import HeldOutMetrics
+from deeplens_lightning.sae.nonfinite import NonFiniteRowsError
+from deeplens_lightning.types import Provenance
 from tests.support.ranks import launch
 from tests.support.synthetic import Rows, codes, dictionary
 from tests.support.training import trainer
@@ -24,6 +27,28 @@ class Watched(SparseAutoencoder):
         super().initialize_from(batch)
         if self.start is None:
             self.start = snapshot(self)
+
+
+class Broadcast(L.Callback):
+    """Let DDP overwrite buffers by those of rank 0 in every forward pass, or not."""
+
+    def __init__(self, broadcast: bool) -> None:
+        self.broadcast = broadcast
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        trainer.strategy.model.broadcast_buffers = self.broadcast
+
+
+class Placed(Rows):
+    """Row i of every batch of a rank comes from document 100 * rank + i."""
+
+    def __init__(self, rank: int, *args) -> None:
+        super().__init__(*args)
+        self.rank = rank
+
+    def provenance(self, batch):
+        row = torch.arange(len(batch))
+        return Provenance(row, row + 100 * self.rank, row, row)
 
 
 def snapshot(sae: SparseAutoencoder) -> dict[str, torch.Tensor]:
@@ -53,7 +78,42 @@ def fit(rank: int, ranks: int, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         torch.save(metrics.compute(), folder / f"one-rank-has-rows-{rank}.pt")
+    left_out(rank, ranks, folder)
+    torch.save(stopped(rank, ranks, folder), folder / f"stopped-{rank}.pt")
     torch.distributed.barrier()
+
+
+def spoiled(x: torch.Tensor, *places: int) -> torch.Tensor:
+    x = x.clone()
+    x[list(places), 3] = torch.nan
+    return x
+
+
+def left_out(rank: int, ranks: int, folder: Path) -> None:
+    """Train on rows with NaN, another number on each rank, and on a last batch that is shorter on rank 1."""
+    data = [rows(rank, 1000 * rank + i) for i in range(4)]
+    data[1] = spoiled(data[1], *((5,) if rank == 0 else (7, 9)))
+    data[2] = torch.zeros_like(data[2]) if rank == 0 else data[2]
+    data[3] = data[3][: 64 - 24 * rank]
+    for broadcast in (True, False):
+        sae = SparseAutoencoder(16, 128, k=4, architecture="batch_topk", on_nonfinite="skip")
+        run = trainer(folder, None, [Broadcast(broadcast)], max_steps=4, strategy="ddp", devices=ranks)
+        run.fit(sae, Rows(data, [spoiled(rows(rank, 5000), *range(rank + 1))]))
+        result = {"end": snapshot(sae), "held out": run.callback_metrics["val/nonfinite_rows"]}
+        torch.save(result, folder / f"left-out-{broadcast}-{rank}.pt")
+
+
+def stopped(rank: int, ranks: int, folder: Path) -> list[str]:
+    """Errors of this rank where only rank 1 has rows with NaN: in training, and in validation."""
+    data = [rows(rank, 1000 * rank + i) for i in range(4)]
+    bad = [*data[:2], spoiled(data[2], 7, 9) if rank == 1 else data[2], data[3]]
+    errors = []
+    for batches in ((bad, data[:1]), (data, [data[0], bad[2]])):
+        run = trainer(folder, max_steps=4, strategy="ddp", devices=ranks)
+        with pytest.raises(NonFiniteRowsError) as error:
+            run.fit(SparseAutoencoder(16, 128, k=4), Placed(rank, *batches))
+        errors.append(str(error.value))
+    return errors
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +153,22 @@ def test_a_rank_without_rows_gets_the_metrics_of_the_others_without_a_warning(ru
     assert ranks[0] == ranks[1]
     assert ranks[0]["rows"] == 64
     assert ranks[0]["shrinkage"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("broadcast", [True, False])
+def test_counters_are_the_same_on_all_ranks_whether_ddp_broadcasts_them_or_not(runs, broadcast):
+    ranks = [torch.load(runs / f"left-out-{broadcast}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for run in ranks:
+        assert run["end"]["nonfinite_rows"] == run["held out"] == 3
+        assert run["end"]["activity.tokens_seen"] == 3 * 128 + 64 + 40
+        assert all(tensor.isfinite().all() for tensor in run["end"].values())
+    for name, tensor in ranks[0]["end"].items():
+        assert torch.equal(tensor, ranks[1]["end"][name]), name
+
+
+def test_all_ranks_raise_the_same_error_that_names_the_rank_and_the_place(runs):
+    mine, other = (torch.load(runs / f"stopped-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert mine == other
+    place = "first is row 7: document 107, position 7, token 7"
+    assert f"2 of 128 rows hold NaN or infinity (rank 1, step 2, {place})" in mine[0]
+    assert f"2 of 128 held-out rows hold NaN or infinity (rank 1, held-out batch 0, {place})" in mine[1]

@@ -69,3 +69,22 @@ def test_a_checkpoint_of_a_saelens_module_loads(tmp_path):
 def test_a_config_without_architecture_is_refused():
     with pytest.raises(ValueError, match="needs an architecture"):
         SAELensModule(D, {"d_sae": 64})
+
+
+def test_steps_are_counted_in_float32_in_every_precision():
+    module = SAELensModule(D, {"architecture": "topk", "k": 4, "d_sae": 96}).bfloat16()
+    assert module.steps_since_fired.dtype == torch.float32
+    assert module.sae.W_enc.dtype == torch.bfloat16
+
+
+def test_held_out_rows_with_nan_are_left_out_and_counted(tmp_path):
+    module, (clean,) = SAELensModule(D, {"architecture": "topk", "k": 4, "d_sae": 96}), batches(1)
+    spoiled = torch.cat([clean, torch.full((2, D), torch.nan)])
+    figures = []
+    for rows in (clean, spoiled):
+        fit = trainer(tmp_path)
+        fit.validate(module, Rows([], [rows]), verbose=False)
+        figures.append(dict(fit.callback_metrics))
+    assert (figures[0].pop("val/nonfinite_rows"), figures[1].pop("val/nonfinite_rows")) == (0, 2)
+    for name, value in figures[0].items():
+        torch.testing.assert_close(figures[1][name], value)
