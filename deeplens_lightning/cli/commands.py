@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -122,11 +123,36 @@ def verify(shards: str) -> None:
     print(f"{shards}: {found.shards} shard(s), {found.rows:,} rows, {found.nbytes:,} bytes, all intact")
 
 
+def doctor(
+    device: str = "auto",
+    hf_model: str = "demo:lm",
+    layer: int | None = None,
+    hook: str | None = None,
+    out: str | None = None,
+    strict: bool = False,
+) -> None:
+    """Check rows, resuming, kernels, ranks, waits, memory and speed on this machine; exit with 1 if one fails.
+
+    Args:
+        device: cpu, cuda, cuda:1, mps, or auto.
+        hf_model: hub id, folder, GGUF file, or demo:lm.
+        layer: layer of the hook point.
+        hook: kind of hook point, canonical name, TransformerLens name or module path.
+        out: JSON file to write the figures to.
+        strict: speeds below their targets fail too.
+    """
+    from deeplens_lightning.cli.doctor.command import doctor as run
+
+    if not run(device, hf_model, layer, hook, out, strict):
+        sys.exit(1)
+
+
 FUNCTIONS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "bench": bench,
     "extract": extract,
     "verify": verify,
     "report": report,
+    "doctor": doctor,
 }
 """The function of every command in `cli.help.OWN_COMMANDS`."""

@@ -148,7 +148,7 @@ def _refuse_d_in(words: Sequence[str]) -> None:
 def _run_own(command: str, words: list[str]) -> None:
     """Parse and run one of `OWN_COMMANDS`; the imports are slow, so that they wait until here."""
     from deeplens_lightning.cli.commands import FUNCTIONS
-    from deeplens_lightning.cli.parser import CommandParser
+    from deeplens_lightning.cli.parser import CommandParser, with_values
 
     parser = CommandParser(
         prog=f"deeplens-lightning {command}", description=OWN_COMMANDS[command], parser_mode="omegaconf+"
@@ -158,7 +158,7 @@ def _run_own(command: str, words: list[str]) -> None:
     parser.options = parser.add_function_arguments(FUNCTIONS[command], as_positional=positional)
     if "data" in parser.options:
         parser.set_defaults({"data": GROUPS["data"].class_path})
-    given = parser.instantiate(parser.parse_args(words))
+    given = parser.instantiate(parser.parse_args(with_values(words, FUNCTIONS[command])))
     given.pop("config", None)
     FUNCTIONS[command](**given.as_dict())
 

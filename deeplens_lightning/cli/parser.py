@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from pkgutil import resolve_name
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -41,6 +42,20 @@ class CommandParser(LightningArgumentParser):
         ):  # the parser of one class's arguments: the parser around it prints the error
             super().error(message, ex)
         self.exit(2, f"error: {sentence(message, self.options)}\n")
+
+
+def with_values(words: Sequence[str], function: Callable[..., None]) -> list[str]:
+    """Complete yes-or-no options that stand without a value: `--strict` becomes `--strict=true`.
+
+    Args:
+        words: options of the command line.
+        function: the function whose arguments the options are.
+    """
+    flags = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
+    return [
+        f"{word}=true" if word in flags and following.startswith("--") else word
+        for word, following in pairwise([*words, "--"])
+    ]
 
 
 def sentence(message: str, options: Sequence[str]) -> str:
