@@ -30,7 +30,7 @@ from deeplens_lightning.cli.doctor.ranks import two_ranks
 from deeplens_lightning.cli.doctor.speed import step_speed, stream_speed
 from deeplens_lightning.cli.doctor.subject import ACCELERATOR, Check, Sizes, Subject
 from deeplens_lightning.cli.doctor.training import resume, waits
-from deeplens_lightning.types import device_of
+from deeplens_lightning.devices import device_of
 
 CHECKS: tuple[Callable[[Subject], Check], ...] = (
     fidelity,
