@@ -31,6 +31,7 @@ from deeplens_lightning.model.hf_config import has_setting, setting
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.rope import has_dynamic_rope
 from deeplens_lightning.model.tracing import base_of, trace
+from deeplens_lightning.model.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ def load_config(hf_model: str, model_kwargs: Mapping[str, Any] | None = None) ->
 
 
 def load_tokenizer(
-    hf_model: str | PreTrainedModel,
+    hf_model: str | nn.Module,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     config: PretrainedConfig | None = None,
@@ -146,7 +147,8 @@ def load_tokenizer(
         ValueError: the tokenizer cannot be loaded, or has more tokens than the model's embedding has rows.
     """
     if tokenizer is None or isinstance(tokenizer, str):
-        source = tokenizer or (hf_model if isinstance(hf_model, str) else str(hf_model.name_or_path))
+        own = hf_model if isinstance(hf_model, str) else str(unwrapped(hf_model).name_or_path)
+        source = tokenizer or own
         tokenizer = _own_tokenizer(source, model_kwargs if tokenizer is None else None)
     rows = None if config is None else setting(config.get_text_config(), "vocab_size")
     if rows is not None and len(tokenizer) > rows:
@@ -191,9 +193,9 @@ def _has_any(files: Sequence[str], name: str, where: Mapping[str, Any]) -> bool:
     return any(has_file(name, (folder / file).as_posix(), local_files_only=True, **kwargs) for file in files)
 
 
-def max_positions(model: PretrainedConfig | PreTrainedModel) -> int | None:
+def max_positions(model: PretrainedConfig | nn.Module) -> int | None:
     """The longest sequence that a model takes, in tokens; None if there is no limit."""
-    config = model if isinstance(model, PretrainedConfig) else model.config
+    config = model if isinstance(model, PretrainedConfig) else unwrapped(model).config
     if has_dynamic_rope(config):
         return None
     text = config.get_text_config()
@@ -264,26 +266,35 @@ def cut(config: PretrainedConfig, layers: Sequence[int | None]) -> PretrainedCon
         layers: `HookPoint.layer` of each hook point; None needs every layer.
 
     Returns:
-        A copy of `config` with fewer layers; with all of them where they are needed, or where the computation of a
-        layer depends on the number of layers.
+        A copy of `config` with fewer layers; with all of them where they are needed, or where the model cannot end
+        earlier: the computation of a layer depends on the number of layers, or on a layer that would be cut off.
     """
     full = trace(config)
-    short = copy.deepcopy(config)
     needed = [layer for layer in layers if layer is not None]
     if len(needed) < len(layers) or max(needed) + 1 == full.depth:
-        return short
-    text, depth = short.get_text_config(), max(needed) + 1
-    for key in text.to_dict():
-        value = setting(text, key)
+        return copy.deepcopy(config)
+    kinds = setting(config.get_text_config(), "layer_types") or [""]
+    one_of_each = max(map(kinds.index, kinds)) + 1  # some models make a mask for each kind of layer
+    for depth in sorted({max(needed) + 1, max(max(needed) + 1, one_of_each)} - {full.depth}):
+        try:
+            short = _ending_after(config, depth)
+            if trace(short).operations[: depth + 1] == full.operations[: depth + 1]:
+                return short
+        except (NotImplementedError, ValueError, LookupError) as error:
+            # The configuration computes its depth from several numbers, or needs a layer that was cut off.
+            logger.info("the model cannot end after layer %d: %s", depth - 1, error)
+    logger.info("every layer is loaded, because the layers of this model depend on the number of layers")
+    return copy.deepcopy(config)
+
+
+def _ending_after(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """A copy of a configuration with `depth` layers."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    for key, value in text.to_dict().items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, key, value[:depth])
-    try:
-        text.num_hidden_layers = depth
-    except NotImplementedError:  # the configuration computes its depth from several numbers
-        return copy.deepcopy(config)
-    if trace(short).operations[: depth + 1] != full.operations[: depth + 1]:
-        logger.info("every layer is loaded, because the layers of this model depend on the number of layers")
-        return copy.deepcopy(config)
+    text.num_hidden_layers = depth
     return short
 
 

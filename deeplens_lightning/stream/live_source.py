@@ -24,6 +24,7 @@ from deeplens_lightning.model.pretrained import (
     locate,
     max_positions,
 )
+from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.stream.automatic_sizes import (
     buffer_rows,
@@ -64,7 +65,8 @@ class LiveSettings:
     @property
     def hf_model(self) -> str | PreTrainedModel:
         """The language model, or its name."""
-        return self.given.hf_model if self.given.hf_model is not None else DEMO_LM
+        given = DEMO_LM if self.given.hf_model is None else self.given.hf_model
+        return given if isinstance(given, str) else unwrapped(given)
 
     @cached_property
     def config(self) -> PretrainedConfig:

@@ -115,7 +115,7 @@ _MLA = {
 _LOCAL = {"attention_types": [[["global", "local", "global"], 1]], "window_size": 8}
 _EXPERTS = {"act": None, "down": None}
 _FALCON = {"attn": "self_attention", "z": "self_attention.dense", "norm": "ln_f"}
-_MOE = {
+MOE = {
     "num_local_experts": 4,
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -162,13 +162,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": _llama("phi3", act="mlp.activation_fn"),
     "minicpm3": _llama("minicpm3", scale=1.4 / 3**0.5, config=_MLA),
-    "mixtral": _llama("mixtral", config=_MOE, **_EXPERTS),
-    "qwen3_moe": _llama("qwen3_moe", config=_MOE, **_EXPERTS),
-    "gpt_oss": _llama("gpt_oss", config={**_MOE, "head_dim": 8, "sliding_window": 8}, **_EXPERTS),
+    "mixtral": _llama("mixtral", config=MOE, **_EXPERTS),
+    "qwen3_moe": _llama("qwen3_moe", config=MOE, **_EXPERTS),
+    "gpt_oss": _llama("gpt_oss", config={**MOE, "head_dim": 8, "sliding_window": 8}, **_EXPERTS),
     "deepseek_v3": _llama(
         "deepseek_v3",
         config={
-            **_MOE,
+            **MOE,
             "n_routed_experts": 4,
             "n_group": 1,
             "topk_group": 1,
@@ -296,14 +296,19 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def rope_config(name: str, **changes: Any) -> PretrainedConfig:
+def rope_config(name: str, original: int = 24, **changes: Any) -> PretrainedConfig:
     """A configuration with "dynamic_rope" or "longrope" scaling and an original context of 24 tokens."""
     if name == "dynamic_rope":
         rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-        return tiny_config("llama", rope_parameters=rope, max_position_embeddings=24, **changes)
+        return tiny_config("llama", rope_parameters=rope, max_position_embeddings=original, **changes)
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, **factors}
-    return tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=24, **changes)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": original,
+        **factors,
+    }
+    return tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=original, **changes)
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:
