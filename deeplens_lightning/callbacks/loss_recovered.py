@@ -21,7 +21,7 @@ from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
 from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_token_ids
 from deeplens_lightning.callbacks.spliced_loss import AblatedLoss, measure
-from deeplens_lightning.callbacks.support import add_written, evaluation_mode
+from deeplens_lightning.callbacks.support import add_written, evaluation_mode, exclusive_model
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import locate
@@ -138,7 +138,7 @@ class LossRecovered(Callback):
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         data = activation_data(trainer)
-        with evaluation_mode(module):
+        with evaluation_mode(module), exclusive_model(data):
             sae = require_sae(module, data.hook_names, "LossRecovered", self.sae)
             model, points = self._prepare(data, module, sae)
             with evaluation_mode(model):

@@ -7,7 +7,7 @@ train/eval flag, no number drawn from the global random generators, no hook left
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from deeplens_lightning.activation_data import activation_data
+from deeplens_lightning.activation_data import ActivationData, activation_data
+from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.normalization import Scaling
 
 
@@ -30,6 +31,16 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     finally:
         for child in training:
             child.training = True
+
+
+def exclusive_model(data: ActivationData) -> AbstractContextManager[Any]:
+    """Hold up the data module's forward passes until the context ends; for running or loading a language model.
+
+    A thread may compute rows meanwhile. A model that was handed in may be the one that a callback runs; and while
+    transformers loads weights, the default dtype of the process is another one.
+    """
+    frozen: FrozenModel | None = data.model
+    return nullcontext() if frozen is None else frozen.exclusive()
 
 
 def raw_rows(trainer: Trainer, batch: Any, hooks: Sequence[str]) -> dict[str, Tensor]:

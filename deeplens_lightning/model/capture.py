@@ -14,12 +14,15 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from deeplens_lightning.model.cpu_kernels import faster, replaceable
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.rope import length_scaled, original_frequencies
 from deeplens_lightning.model.tracing import first_input, first_output
+
+_locks = WeakIdKeyDictionary()  # by base model: several forward passes may be made of one model
 
 
 class _AllCaptured(BaseException):
@@ -38,7 +41,7 @@ class HookedForward:
         base: the base model.
         hook_points: as given.
         vocabulary: rows of the embedding.
-        lock: held during a forward pass.
+        lock: held during a forward pass; the same one for all forward passes of one base model.
     """
 
     def __init__(
@@ -47,11 +50,12 @@ class HookedForward:
         self.base = base
         self.hook_points = tuple(hook_points)
         self.vocabulary = int(cast(Tensor, base.get_input_embeddings().weight).shape[0])
-        self.lock = threading.Lock()
+        self.lock: threading.RLock = _locks.setdefault(base, threading.RLock())
         self._device = base.device
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._ropes = length_scaled(base)
-        self._replaceable = replaceable(base) if fast_kernels else []
+        with self.lock:  # another thread may run the model with replaced modules
+            self._replaceable = replaceable(base) if fast_kernels else []
 
     def __call__(
         self, tokens: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
