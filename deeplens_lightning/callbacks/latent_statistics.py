@@ -125,8 +125,8 @@ class LatentStatistics(Callback):
         name, shown = next(iter(found.items()))
         frequencies = shown.counts / shown.rows
         scalars = {
-            "latents/dead_fraction": float((shown.counts == 0).double().mean()),
-            "latents/dense_fraction": float((frequencies > self.dense_above).double().mean()),
+            "latents/dead_fraction": int((shown.counts == 0).sum()) / len(shown.counts),
+            "latents/dense_fraction": int((frequencies > self.dense_above).sum()) / len(shown.counts),
             "latents/rows": float(shown.rows),
         }
         data = {name: {"rows": total.rows, "counts": total.counts.tolist()} for name, total in found.items()}

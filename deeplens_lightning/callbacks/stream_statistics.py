@@ -81,5 +81,5 @@ def effective_number(labels: Tensor) -> float:
     Args:
         labels: int64 `(n,)`.
     """
-    shares = torch.unique(labels, return_counts=True)[1].double() / len(labels)
-    return float(1 / (shares**2).sum())
+    counts = torch.unique(labels, return_counts=True)[1]
+    return len(labels) ** 2 / int((counts**2).sum())

@@ -59,6 +59,39 @@ def test_identity_recovers_exactly_1_and_zero_exactly_0(fit: Callable[..., Any])
     assert zero["val/ce_clean"] == identity["val/ce_clean"]
 
 
+class _Recording(_Fixed):
+    """Keeps the rows that it reconstructs."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.rows: list[torch.Tensor] = []
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(x.clone())
+        return x
+
+
+class _Constant(_Fixed):
+    """Its reconstruction is the same for all rows."""
+
+    def __init__(self, row: torch.Tensor) -> None:
+        super().__init__(1.0)
+        self.row = row
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.row.expand_as(z)
+
+
+def test_the_mean_ablation_takes_the_mean_of_all_batches(fit: Callable[..., Any]) -> None:
+    recording = _Recording()
+    fit([LossRecovered(200, batch_size=1)], sae=recording, max_epochs=1)
+    assert len(recording.rows) > 2
+    mean = torch.cat(recording.rows).double().mean(0).float()
+    found = _values(fit([LossRecovered(200, batch_size=1)], sae=_Constant(mean), max_epochs=1))
+    assert found["val/ce_mean"] == pytest.approx(found["val/ce_sae"], rel=1e-5)
+    assert abs(found["val/ce_mean"] - found["val/ce_clean"]) > 1e-3
+
+
 def test_the_clean_loss_is_what_the_untouched_model_gives_segment_by_segment(
     fit: Callable[..., Any], lm_folder: str
 ) -> None:
