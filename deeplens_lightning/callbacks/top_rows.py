@@ -76,7 +76,8 @@ class TopRows:
         top, index = activations.float().topk(min(keep, len(activations)), dim=0)
         top, index = top.T, index.T  # (n, k)
         new = provenance.to(index.device, non_blocking=True)[index]  # (n, k, 4)
-        same = (new[:, :, None, [0, 2]] == self.provenance[:, None, :, [0, 2]]).all(-1)
+        # The columns of document hash and position: a slice, because a list of columns is copied to the device.
+        same = (new[:, :, None, :3:2] == self.provenance[:, None, :, :3:2]).all(-1)
         # A later epoch serves the same rows again: those that are kept already do not count twice.
         known = (same & (self.values[:, None, :] > _EMPTY)).any(-1)
         top = torch.where((top > 0) & ~known, top, _EMPTY)

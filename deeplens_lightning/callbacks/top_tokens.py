@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -74,6 +74,7 @@ class TopActivatingTokens(Callback):
         self.written: list[Path] = []
         self._every = Every(every_n_steps)
         self._encoded = 0
+        self._without = ""  # why a batch had no provenance
         self._path: Path | None = None
         self._top: TopRows | None = None
 
@@ -81,7 +82,7 @@ class TopActivatingTokens(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._path = run_folder(trainer) / "top_tokens" / "latents.json"
-            self._top, self._encoded = None, 0
+            self._top, self._encoded, self._without = None, 0, ""
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,7 +100,7 @@ class TopActivatingTokens(Callback):
     ) -> None:
         if not self._every.due(trainer.global_step) or not trainer.is_global_zero:
             return
-        provenance = _provenance(trainer, batch)
+        provenance = self._provenance(trainer, batch)
         if provenance is None:
             return
         sae = self._find_sae(trainer, pl_module)
@@ -118,15 +119,33 @@ class TopActivatingTokens(Callback):
         if not trainer.is_global_zero or self._path is None:
             return
         if self._top is None:
-            rank_zero_info(
-                "TopActivatingTokens saw no rows with provenance: the fit was shorter than every_n_steps="
-                f"{self._every.n}, or the data have no provenance (bare tensors as shards)"
-            )
+            short = f"the fit ended at step {trainer.global_step}, before every_n_steps={self._every.n}"
+            rank_zero_info(f"TopActivatingTokens has no rows to show: {self._without or short}")
             return
         sae = self._find_sae(trainer, pl_module)
         with evaluation_mode(pl_module):
             self._top.refresh(sae.encode)
             self._write(trainer, sae, self._top, self._path)
+
+    def _provenance(self, trainer: Trainer, batch: Any) -> Tensor | None:
+        """Provenance of a batch, int64 `(batch, 4)` as `TopRows.add` needs it; None, and the reason kept, without."""
+        data = activation_data(trainer)
+        found = data.provenance(batch)
+        if found is not None and not bool((found.token_id < 0).all()):
+            return found.stacked().to(torch.int64)
+        name = type(data).__name__
+        if found is None:
+            if not self._without:
+                rank_zero_warn(
+                    f"{name}.provenance(batch) returned None for a training batch, so TopActivatingTokens leaves its "
+                    "rows out. ActivationDataModule does not recognise a batch that other code replaced, such as an "
+                    "overridden on_after_batch_transfer without super(). A data module of your own must override "
+                    "provenance"
+                )
+            self._without = f"{name}.provenance(batch) returned None"
+        else:
+            self._without = f"{name} serves rows of unknown tokens, as from shards that hold bare tensors"
+        return None
 
     def _find_sae(self, trainer: Trainer, module: LightningModule) -> SaeView:
         return require_sae(module, activation_data(trainer).hook_names, "TopActivatingTokens", self.sae)
@@ -159,14 +178,6 @@ class TopActivatingTokens(Callback):
         add_written(self.written, path)
         columns = ["latent", "frequency", "activation", "context"]
         log_table(trainer.loggers, "top_tokens", columns, table, trainer.global_step)
-
-
-def _provenance(trainer: Trainer, batch: Any) -> Tensor | None:
-    """Provenance of a batch, int64 `(batch, 4)` as `TopRows.add` needs it; None where it is unknown."""
-    found = activation_data(trainer).provenance(batch)
-    if found is None or bool((found.token_id < 0).all()):
-        return None
-    return found.stacked().to(torch.int64)
 
 
 def _line(context: Context) -> str:
