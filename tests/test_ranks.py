@@ -24,7 +24,7 @@ from deeplens_lightning.text.sources import open_source
 from tests.support.ranks import HANGS, launch, start
 from tests.support.recorder import Recorder, provenance
 from tests.support.texts import texts
-from tests.support.training import data, sae, trainer
+from tests.support.training import data, trainer
 
 FIELDS = {"val_fraction": 0.0, "tokenizer": None}
 

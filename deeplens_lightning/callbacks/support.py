@@ -43,28 +43,47 @@ def exclusive_model(data: ActivationData) -> AbstractContextManager[Any]:
     return nullcontext() if frozen is None else frozen.exclusive()
 
 
-def raw_rows(trainer: Trainer, batch: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
-    """Rows of a batch with the data module's normalisation undone: `(batch, d_in)` by hook point.
+class RawRows:
+    """Undo the data module's normalisation of batches; make one for each fit.
 
-    Args:
-        trainer: the Trainer whose data module served the batch.
-        batch: the batch as `training_step` received it: a Tensor, or a dict of Tensors by hook point.
-        hooks: hook points to return. For a Tensor, give one name; it becomes the key of the result.
-
-    Raises:
-        TypeError: the batch is neither a Tensor nor a dict of Tensors.
+    The normalisation is copied to the device of the rows at the first batch: each copy waits for an accelerator.
     """
-    scaling = activation_data(trainer).scaling
-    rows = {}
-    for hook in hooks:
-        x = batch[hook] if isinstance(batch, Mapping) else batch
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"a batch must be a Tensor (batch, d_in) or a dict of them, got {type(x).__name__}"
-            )
-        s = scaling.get(hook) if isinstance(scaling, Mapping) else scaling
-        rows[hook] = s.undo(x) if isinstance(s, Scaling) and not s.is_identity else x
-    return rows
+
+    def __init__(self) -> None:
+        self._scalings: dict[str, Scaling | None] = {}  # None where rows are raw already
+
+    def of(self, trainer: Trainer, batch: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
+        """Raw rows of a batch, `(batch, d_in)` by hook point.
+
+        Args:
+            trainer: the Trainer whose data module served the batch.
+            batch: the batch as `training_step` received it: a Tensor, or a dict of Tensors by hook point.
+            hooks: hook points to return. For a Tensor, give one name; it becomes the key of the result.
+
+        Raises:
+            TypeError: the batch is neither a Tensor nor a dict of Tensors.
+        """
+        rows = {}
+        for hook in hooks:
+            x = batch[hook] if isinstance(batch, Mapping) else batch
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"a batch must be a Tensor (batch, d_in) or a dict of them, got {type(x).__name__}"
+                )
+            if hook not in self._scalings:
+                self._scalings[hook] = _scaling_on(activation_data(trainer), hook, x.device)
+            s = self._scalings[hook]
+            rows[hook] = x if s is None else s.undo(x)
+        return rows
+
+
+def _scaling_on(data: ActivationData, hook: str, device: torch.device) -> Scaling | None:
+    """Normalisation of a hook point, copied to a device; None where it leaves rows unchanged."""
+    scaling = data.scaling
+    s = scaling.get(hook) if isinstance(scaling, Mapping) else scaling
+    if s is None or s.is_identity:
+        return None
+    return Scaling(s.shift.to(device), s.scale.to(device))
 
 
 def batch_rows(batch: Any) -> int:

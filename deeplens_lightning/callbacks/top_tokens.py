@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.callbacks.support import Every, add_written, evaluation_mode, raw_rows
+from deeplens_lightning.callbacks.support import Every, RawRows, add_written, evaluation_mode
 from deeplens_lightning.callbacks.token_contexts import Context, ContextReader
-from deeplens_lightning.callbacks.top_rows import TopRows
+from deeplens_lightning.callbacks.top_rows import TopRow, TopRows
 from deeplens_lightning.reporting.loggers import log_table
 from deeplens_lightning.reporting.readable_tokens import readable
 from deeplens_lightning.reporting.run_folder import run_folder, write_json
@@ -73,8 +73,9 @@ class TopActivatingTokens(Callback):
         self.sae = sae
         self.written: list[Path] = []
         self._every = Every(every_n_steps)
+        self._raw = RawRows()
         self._encoded = 0
-        self._without = ""  # why a batch had no provenance
+        self._unknown = False  # whether the data module did not know a batch
         self._path: Path | None = None
         self._top: TopRows | None = None
 
@@ -82,7 +83,7 @@ class TopActivatingTokens(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._path = run_folder(trainer) / "top_tokens" / "latents.json"
-            self._top, self._encoded, self._without = None, 0, ""
+            self._raw, self._top, self._encoded, self._unknown = RawRows(), None, 0, False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,7 +106,7 @@ class TopActivatingTokens(Callback):
             return
         sae = self._find_sae(trainer, pl_module)
         with evaluation_mode(pl_module):
-            rows = raw_rows(trainer, batch, sae.reads)
+            rows = self._raw.of(trainer, batch, sae.reads)
             latents = sae.encode(rows)
             if self._top is None:
                 self._top = TopRows(self._choose(latents), self.keep)
@@ -120,32 +121,35 @@ class TopActivatingTokens(Callback):
             return
         if self._top is None:
             short = f"the fit ended at step {trainer.global_step}, before every_n_steps={self._every.n}"
-            rank_zero_info(f"TopActivatingTokens has no rows to show: {self._without or short}")
+            self._say_empty("their provenance is unknown" if self._unknown else short)
             return
         sae = self._find_sae(trainer, pl_module)
         with evaluation_mode(pl_module):
             self._top.refresh(sae.encode)
-            self._write(trainer, sae, self._top, self._path)
+            rows = self._top.firing()
+            if rows and all(row.token_id < 0 for row in rows):
+                self._say_empty("the data have no token ids, as in shards that hold bare tensors")
+                return
+            self._write(trainer, sae, self._top, rows, self._path)
 
     def _provenance(self, trainer: Trainer, batch: Any) -> Tensor | None:
-        """Provenance of a batch, int64 `(batch, 4)` as `TopRows.add` needs it; None, and the reason kept, without."""
+        """Provenance of a batch, int64 `(batch, 4)` as `TopRows.add` needs it; None, with a warning, if unknown."""
         data = activation_data(trainer)
         found = data.provenance(batch)
-        if found is not None and not bool((found.token_id < 0).all()):
+        if found is not None:
             return found.stacked().to(torch.int64)
-        name = type(data).__name__
-        if found is None:
-            if not self._without:
-                rank_zero_warn(
-                    f"{name}.provenance(batch) returned None for a training batch, so TopActivatingTokens leaves its "
-                    "rows out. ActivationDataModule does not recognise a batch that other code replaced, such as an "
-                    "overridden on_after_batch_transfer without super(). A data module of your own must override "
-                    "provenance"
-                )
-            self._without = f"{name}.provenance(batch) returned None"
-        else:
-            self._without = f"{name} serves rows of unknown tokens, as from shards that hold bare tensors"
+        if not self._unknown:
+            self._unknown = True
+            rank_zero_warn(
+                f"{type(data).__name__}.provenance(batch) returned None for a training batch, so TopActivatingTokens "
+                "leaves its rows out. ActivationDataModule does not recognise a batch that other code replaced, such "
+                "as an overridden on_after_batch_transfer without super(); a data module of your own must override "
+                "provenance"
+            )
         return None
+
+    def _say_empty(self, reason: str) -> None:
+        rank_zero_info(f"TopActivatingTokens has no rows to show: {reason}")
 
     def _find_sae(self, trainer: Trainer, module: LightningModule) -> SaeView:
         return require_sae(module, activation_data(trainer).hook_names, "TopActivatingTokens", self.sae)
@@ -154,14 +158,15 @@ class TopActivatingTokens(Callback):
         d_sae = latents.shape[1]
         if isinstance(self.latents, int):
             drawn = np.random.default_rng(self.seed).permutation(d_sae)[: self.latents]
-            return torch.tensor(sorted(drawn.tolist()), device=latents.device)
+            return _on_device(sorted(drawn.tolist()), latents.device)
         wrong = [i for i in self.latents if not 0 <= i < d_sae]
         if wrong:
             raise ValueError(f"latents={wrong} do not exist: this SAE has latents 0 to {d_sae - 1}")
-        return torch.tensor(list(self.latents), device=latents.device)
+        return _on_device(self.latents, latents.device)
 
-    def _write(self, trainer: Trainer, sae: SaeView, top: TopRows, path: Path) -> None:
-        rows = top.firing()
+    def _write(
+        self, trainer: Trainer, sae: SaeView, top: TopRows, rows: Sequence[TopRow], path: Path
+    ) -> None:
         contexts = ContextReader(activation_data(trainer), sae, self.before, self.after).read(rows)
         entries = []
         table: list[list[str | int | float | None]] = []
@@ -178,6 +183,10 @@ class TopActivatingTokens(Callback):
         add_written(self.written, path)
         columns = ["latent", "frequency", "activation", "context"]
         log_table(trainer.loggers, "top_tokens", columns, table, trainer.global_step)
+
+
+def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(numbers)).to(device, non_blocking=True)
 
 
 def _line(context: Context) -> str:

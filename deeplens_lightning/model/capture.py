@@ -11,10 +11,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 
 from deeplens_lightning.model.cpu_kernels import faster, replaceable
@@ -22,7 +22,14 @@ from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.rope import length_scaled, original_frequencies
 from deeplens_lightning.model.tracing import first_input, first_output
 
-_locks = WeakIdKeyDictionary()  # by base model: several forward passes may be made of one model
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_CHOOSING = threading.Lock()
+
+
+def lock_of(base: nn.Module) -> threading.RLock:
+    """The lock of a base model: one for all that run it, which the thread that holds it may take again."""
+    with _CHOOSING:
+        return _LOCKS.setdefault(base, threading.RLock())
 
 
 class _AllCaptured(BaseException):
@@ -50,7 +57,7 @@ class HookedForward:
         self.base = base
         self.hook_points = tuple(hook_points)
         self.vocabulary = int(cast(Tensor, base.get_input_embeddings().weight).shape[0])
-        self.lock: threading.RLock = _locks.setdefault(base, threading.RLock())
+        self.lock = lock_of(base)
         self._device = base.device
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._ropes = length_scaled(base)

@@ -127,8 +127,8 @@ def test_rows_of_unknown_place_are_left_out_and_the_reason_is_said(
     with caplog.at_level("INFO"):
         fit([TopActivatingTokens(every_n_steps=1)], datamodule=live(kind=_Anywhere))
     reasons = [message for message in caplog.messages if "no rows to show" in message]
-    assert "_Replacing.provenance(batch) returned None" in reasons[0]
-    assert "_Anywhere serves rows of unknown tokens" in reasons[1]
+    assert "their provenance is unknown" in reasons[0]
+    assert "the data have no token ids" in reasons[1]
     assert not (tmp_path / "run" / "top_tokens").exists()
 
 
