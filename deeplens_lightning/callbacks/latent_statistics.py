@@ -165,8 +165,9 @@ class _Counter:
 
     def add(self, sae: SaeView, rows: dict[str, Tensor]) -> None:
         """Encode a batch of raw rows and add it to the counts."""
-        fired = (sae.encode(rows) > 0).sum(0)
-        self.fired = fired if self.fired is None else self.fired + fired
+        for latents in sae.encode_parts(rows):
+            fired = (latents > 0).sum(0)
+            self.fired = fired if self.fired is None else self.fired + fired
         self.rows += len(next(iter(rows.values())))
 
     def total(self, device: torch.device) -> _Total | None:

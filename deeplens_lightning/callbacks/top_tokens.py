@@ -107,13 +107,13 @@ class TopActivatingTokens(Callback):
         sae = self._find_sae(trainer, pl_module)
         with evaluation_mode(pl_module):
             rows = self._raw.of(trainer, batch, sae.reads)
-            latents = sae.encode(rows)
             if self._top is None:
-                self._top = TopRows(self._choose(latents), self.keep)
-            self._top.add(rows, latents[:, self._top.latents], provenance)
+                one_row = sae.encode({name: x[:1] for name, x in rows.items()})
+                self._top = TopRows(self._choose(one_row), self.keep)
+            self._top.add(rows, self._top.watched(sae.encode_parts(rows)), provenance)
             self._encoded += 1
             if self._encoded % _REFRESH_EVERY == 0:
-                self._top.refresh(sae.encode)
+                self._top.refresh(sae.encode_parts)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,7 +125,7 @@ class TopActivatingTokens(Callback):
             return
         sae = self._find_sae(trainer, pl_module)
         with evaluation_mode(pl_module):
-            self._top.refresh(sae.encode)
+            self._top.refresh(sae.encode_parts)
             rows = self._top.firing()
             if rows and all(row.token_id < 0 for row in rows):
                 self._say_empty("the data have no token ids, as in shards that hold bare tensors")
