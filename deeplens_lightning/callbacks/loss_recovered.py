@@ -21,7 +21,7 @@ from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
 from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_token_ids
 from deeplens_lightning.callbacks.spliced_loss import AblatedLoss, measure
-from deeplens_lightning.callbacks.support import add_written, evaluation_mode, exclusive_model
+from deeplens_lightning.callbacks.support import add_written, evaluation_mode, exclusive_model, from_rank_zero
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import locate
@@ -132,9 +132,7 @@ class LossRecovered(Callback):
     def _shared(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Measure on rank 0 and return the values on every rank: a checkpoint callback may monitor them."""
         self._measured = trainer.global_step
-        values = self._measure(trainer, module) if trainer.is_global_zero else {}
-        shared: dict[str, float] = trainer.strategy.broadcast(values)
-        return shared
+        return from_rank_zero(trainer, lambda: self._measure(trainer, module))
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         data = activation_data(trainer)

@@ -6,10 +6,10 @@ train/eval flag, no number drawn from the global random generators, no hook left
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from lightning.pytorch import Trainer
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.normalization import Scaling
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -90,6 +92,29 @@ def batch_rows(batch: Any) -> int:
     """Number of rows in a batch; one row is the activation vector of one token."""
     rows = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
     return len(rows)
+
+
+def from_rank_zero(trainer: Trainer, make: Callable[[], T]) -> T:
+    """Call a function on rank 0 and return its result on every rank. A collective: every rank calls it.
+
+    Raises:
+        Exception: on rank 0, the error of `make`.
+        RuntimeError: on the other ranks, if `make` failed; the message has its error.
+    """
+    value: T | None = None
+    failure: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            value = make()
+        except Exception as error:  # noqa: BLE001  raised again below, when the other ranks know of it
+            failure = error
+    told = None if failure is None else f"{type(failure).__name__}: {failure}"
+    shared: tuple[T, str | None] = trainer.strategy.broadcast((value, told))
+    if failure is not None:
+        raise failure
+    if shared[1] is not None:
+        raise RuntimeError(f"rank 0 failed with {shared[1]}")
+    return shared[0]
 
 
 def log_every(trainer: Trainer) -> int:
