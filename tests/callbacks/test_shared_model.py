@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -58,7 +59,11 @@ def test_training_and_callbacks_that_share_a_model_with_a_thread_are_bit_identic
     undisturbed: Callable[[Run, Run], None],
     lm_folder: str,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # Drawing would take most of the time of this test.
+    nothing = np.zeros((1, 1, 4), dtype=np.uint8)
+    monkeypatch.setattr("deeplens_lightning.callbacks.single_sample.sample_picture", lambda *_: nothing)
     model = AutoModelForCausalLM.from_pretrained(lm_folder).train()
     options: dict[str, Any] = {
         "max_epochs": 1,
