@@ -101,7 +101,7 @@ def from_rank_zero(trainer: Trainer, make: Callable[[], T]) -> T:
         Exception: on rank 0, the error of `make`.
         RuntimeError: on the other ranks, if `make` failed; the message has its error.
     """
-    value: T | None = None
+    value: Any = None
     failure: Exception | None = None
     if trainer.is_global_zero:
         try:

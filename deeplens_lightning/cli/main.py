@@ -101,7 +101,7 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
 
         def before_fit(self) -> None:
             """Save when a cluster ends the job, with a LightningModule of any class."""
-            self.trainer.callbacks.extend(default_preemption(self.trainer))
+            self.trainer.callbacks.extend(default_preemption(self.trainer))  # type: ignore[attr-defined]
 
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with _program_arguments(words):
