@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data
@@ -56,7 +56,8 @@ class ExtractSingleSample(Callback):
     too.
 
     Args:
-        hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model. Default: `gpt2` without a Trainer, the
+        hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model, which may be wrapped by
+            `torch.compile` or PEFT. Default: `gpt2` without a Trainer, the
             data module's own model in a Trainer.
         layer: layer of the hook point. Default: 3 without a Trainer, the data module's in a Trainer.
         max_length: longer texts are cut to this number of tokens; the first cut gives a warning.
@@ -82,7 +83,7 @@ class ExtractSingleSample(Callback):
 
     def __init__(
         self,
-        hf_model: str | PreTrainedModel | None = None,
+        hf_model: str | nn.Module | None = None,
         layer: int | None = None,
         max_length: int = 1024,
         device: str = "auto",

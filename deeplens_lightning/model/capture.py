@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +20,6 @@ from deeplens_lightning.model.cpu_kernels import faster, replaceable
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.rope import length_scaled, original_frequencies
 from deeplens_lightning.model.tracing import first_input, first_output
-
-_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
-_CHOOSING = threading.Lock()
-
-
-def lock_of(base: nn.Module) -> threading.RLock:
-    """The lock of a base model: one for all that run it, which the thread that holds it may take again."""
-    with _CHOOSING:
-        return _LOCKS.setdefault(base, threading.RLock())
 
 
 class _AllCaptured(BaseException):
@@ -48,7 +38,7 @@ class HookedForward:
         base: the base model.
         hook_points: as given.
         vocabulary: rows of the embedding.
-        lock: held during a forward pass; the same one for all forward passes of one base model.
+        lock: held during a forward pass.
     """
 
     def __init__(
@@ -57,12 +47,11 @@ class HookedForward:
         self.base = base
         self.hook_points = tuple(hook_points)
         self.vocabulary = int(cast(Tensor, base.get_input_embeddings().weight).shape[0])
-        self.lock = lock_of(base)
+        self.lock = threading.Lock()
         self._device = base.device
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._ropes = length_scaled(base)
-        with self.lock:  # another thread may run the model with replaced modules
-            self._replaceable = replaceable(base) if fast_kernels else []
+        self._replaceable = replaceable(base) if fast_kernels else []
 
     def __call__(
         self, tokens: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None

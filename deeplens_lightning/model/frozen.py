@@ -7,8 +7,8 @@ In: a hub id, folder, GGUF file, `demo:lm` or loaded model, and hook points. Out
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -143,13 +143,6 @@ class FrozenModel:
             RuntimeError: the model was closed.
         """
         return self._open_forward().base
-
-    @contextmanager
-    def exclusive(self) -> Iterator[PreTrainedModel]:
-        """Keep other threads from running the model until the context ends; yields the base model."""
-        forward = self._open_forward()
-        with forward.lock:
-            yield forward.base
 
     def activations(
         self, tokens: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None

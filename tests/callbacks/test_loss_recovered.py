@@ -174,6 +174,24 @@ def test_a_model_that_was_handed_in_is_used_and_left_as_it_was(
         fit([LossRecovered(150, hf_model=AutoModel.from_pretrained(lm_folder))])
 
 
+def test_a_wrapped_or_compiled_model_is_measured_as_the_model_inside(
+    fit: Callable[..., Any], lm_folder: str
+) -> None:
+    def values(hf_model: torch.nn.Module) -> dict[str, float]:
+        return _values(fit([LossRecovered(60, hf_model=hf_model)], sae=_Fixed(0.5), max_epochs=1))
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(lm_folder)
+
+    expected = values(model())
+    assert values(torch.compile(model(), backend="eager")) == expected
+    in_place = model()
+    in_place.transformer.h[1].mlp.compile(backend="eager")
+    call = in_place.transformer.h[1].mlp._compiled_call_impl
+    assert values(in_place) == expected
+    assert in_place.transformer.h[1].mlp._compiled_call_impl is call
+
+
 def test_loss_recovered_without_texts_is_refused_on_shards(
     fit: Callable[..., Any], shards: Callable[[], Any]
 ) -> None:

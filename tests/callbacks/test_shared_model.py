@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +17,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deeplens_lightning.callbacks import ExtractSingleSample, LossRecovered
-from deeplens_lightning.model.frozen import FrozenModel
-from deeplens_lightning.model.hook_points import resolve
 from tests.callbacks.conftest import Run
 
 TEXT = "The capital of France is Paris."
@@ -113,28 +110,3 @@ def test_single_samples_without_a_trainer_do_not_meet_the_thread(
     assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
     assert len(read) == 8
     assert all(torch.equal(rows, expected) for rows in read)
-
-
-@pytest.mark.parametrize("other", ["the same forward", "another of the same model"])
-def test_exclusive_holds_up_other_threads_and_not_its_own(other: str, lm_folder: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(lm_folder)
-    points = resolve(model, 1, "mlp_act")
-    frozen = FrozenModel.load(model, points, device="cpu", isolation="padded")
-    second = (
-        frozen
-        if other == "the same forward"
-        else FrozenModel.load(model, points, device="cpu", isolation="padded")
-    )
-    tokens, done = torch.arange(4)[None], threading.Event()
-
-    def run() -> None:
-        second.activations(tokens)
-        done.set()
-
-    thread = threading.Thread(target=run)
-    with frozen.exclusive():
-        thread.start()
-        frozen.activations(tokens)  # the lock's own thread goes on
-        assert not done.wait(0.2)
-    thread.join()
-    assert done.is_set()
