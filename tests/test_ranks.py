@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import resource
-import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +18,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 
-from deeplens_lightning.callbacks import Preemption
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.options import BufferOptions
 from deeplens_lightning.shards import verify
@@ -237,42 +232,6 @@ def test_the_number_of_ranks_can_change_twice_without_losing_a_row(tiny: Any, tm
     twice = again(second) + again(third)
     assert sum(count.total() for count in rows) + third[0]["dropped"] == sum(counts) + twice
     assert len(rows[0] | rows[1] | rows[2]) >= sum(counts) - third[0]["dropped"]
-
-
-class _Term(L.Callback):
-    """Sends this process a SIGTERM in the middle of a batch."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-
-    def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.batch:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _preempted(rank: int, ranks: int, folder: Path, lm: str, ckpt_path: str | None) -> dict[str, Any]:
-    dm, recorder = data(lm), Recorder()
-    callbacks: list[L.Callback] = [Preemption()]
-    if ckpt_path is None and rank == 1:
-        callbacks.append(_Term(7))  # only one rank gets the signal
-    run = trainer(
-        folder, recorder, callbacks, strategy="ddp", devices=ranks, max_steps=12, limit_val_batches=0
-    )
-    with suppress(SIGTERMException):
-        run.fit(sae(dm), dm, ckpt_path=ckpt_path)
-    return {"step": run.global_step, "rows": [rows.numpy() for _, rows in recorder.batches]}
-
-
-def test_a_signal_to_one_rank_stops_all_ranks_and_all_resume(tiny: Any, tmp_path: Path) -> None:
-    lm = tiny("gpt2")
-    first = launch(2, _preempted, tmp_path, lm, None)
-    assert [one["step"] for one in first] == [8, 8], "a rank stopped inside its batch"
-    second = launch(2, _preempted, tmp_path, lm, str(tmp_path / Preemption.FILE))
-    calm = launch(2, partial(fit, max_steps=12), tmp_path, partial(data, lm))
-    for before, after, whole in zip(first, second, calm, strict=True):
-        found = [*before["rows"], *after["rows"]]
-        assert len(found) == len(whole["rows"]) == 12
-        assert all((a == b).all() for a, b in zip(found, whole["rows"], strict=True))
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "ddp_spawn", "ddp_fork"])

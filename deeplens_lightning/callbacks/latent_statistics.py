@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.callbacks.support import Every, add_written, evaluation_mode, raw_rows
+from deeplens_lightning.callbacks.support import Every, RawRows, add_written, evaluation_mode
 from deeplens_lightning.distributed import max_over_ranks, sum_over_ranks
 from deeplens_lightning.reporting.figures import figure_pixels, plot_firing_histogram, save_pixels
 from deeplens_lightning.reporting.loggers import log_image, log_scalars
@@ -63,13 +63,14 @@ class LatentStatistics(Callback):
         self._every = Every(every_n_steps)
         self._training = _Counter()
         self._heldout = _Counter()
+        self._raw = RawRows()
         self._folder: Path | None = None
         self._reported = -1
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._folder = run_folder(trainer) / "latent_statistics"
-        self._reported = -1
+        self._raw, self._reported = RawRows(), -1
 
     @override
     def on_train_batch_end(
@@ -108,7 +109,7 @@ class LatentStatistics(Callback):
     def _count(self, counter: _Counter, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         sae = require_sae(module, activation_data(trainer).hook_names, "LatentStatistics", self.sae)
         with evaluation_mode(module):
-            counter.add(sae, raw_rows(trainer, batch, sae.reads))
+            counter.add(sae, self._raw.of(trainer, batch, sae.reads))
 
     def _report(self, trainer: Trainer) -> None:
         """Sum the counts over ranks, then log and write them on rank 0. A collective: every rank calls it."""
@@ -125,8 +126,8 @@ class LatentStatistics(Callback):
         name, shown = next(iter(found.items()))
         frequencies = shown.counts / shown.rows
         scalars = {
-            "latents/dead_fraction": float((shown.counts == 0).double().mean()),
-            "latents/dense_fraction": float((frequencies > self.dense_above).double().mean()),
+            "latents/dead_fraction": int((shown.counts == 0).sum()) / len(shown.counts),
+            "latents/dense_fraction": int((frequencies > self.dense_above).sum()) / len(shown.counts),
             "latents/rows": float(shown.rows),
         }
         data = {name: {"rows": total.rows, "counts": total.counts.tolist()} for name, total in found.items()}
@@ -164,8 +165,9 @@ class _Counter:
 
     def add(self, sae: SaeView, rows: dict[str, Tensor]) -> None:
         """Encode a batch of raw rows and add it to the counts."""
-        fired = (sae.encode(rows) > 0).sum(0)
-        self.fired = fired if self.fired is None else self.fired + fired
+        for latents in sae.encode_parts(rows):
+            fired = (latents > 0).sum(0)
+            self.fired = fired if self.fired is None else self.fired + fired
         self.rows += len(next(iter(rows.values())))
 
     def total(self, device: torch.device) -> _Total | None:

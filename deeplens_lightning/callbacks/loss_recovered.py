@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import override
 
@@ -21,12 +22,13 @@ from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
 from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_token_ids
 from deeplens_lightning.callbacks.spliced_loss import AblatedLoss, measure
-from deeplens_lightning.callbacks.support import add_written, evaluation_mode
+from deeplens_lightning.callbacks.support import add_written, evaluation_mode, exclusive_model, from_rank_zero
 from deeplens_lightning.devices import device_of
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import locate
 from deeplens_lightning.model.single_text import TextActivations
+from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.reporting.loggers import log_scalars
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder
 from deeplens_lightning.text.packing import Blocks
@@ -50,7 +52,7 @@ class LossRecovered(Callback):
         batch_size: segments in a model batch, at least 1.
         texts: texts to measure on instead of the data module's held-out text; needed with cached shards, which hold no
             text.
-        hf_model: the model, or its name; default the data module's.
+        hf_model: the model, which may be wrapped by `torch.compile` or PEFT, or its name; default the data module's.
         device: device of the whole model; "auto" is the device of the data module's model where it has one, else the
             SAE's.
         model_kwargs: arguments for `from_pretrained`; default the data module's.
@@ -68,7 +70,7 @@ class LossRecovered(Callback):
         batch_size: int = 8,
         *,
         texts: Sequence[str] = (),
-        hf_model: str | PreTrainedModel | None = None,
+        hf_model: str | nn.Module | None = None,
         device: str = "auto",
         model_kwargs: dict[str, Any] | None = None,
         sae: str | None = None,
@@ -132,13 +134,11 @@ class LossRecovered(Callback):
     def _shared(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         """Measure on rank 0 and return the values on every rank: a checkpoint callback may monitor them."""
         self._measured = trainer.global_step
-        values = self._measure(trainer, module) if trainer.is_global_zero else {}
-        shared: dict[str, float] = trainer.strategy.broadcast(values)
-        return shared
+        return from_rank_zero(trainer, lambda: self._measure(trainer, module))
 
     def _measure(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
         data = activation_data(trainer)
-        with evaluation_mode(module):
+        with evaluation_mode(module), exclusive_model(data):
             sae = require_sae(module, data.hook_names, "LossRecovered", self.sae)
             model, points = self._prepare(data, module, sae)
             with evaluation_mode(model):
@@ -185,11 +185,12 @@ class LossRecovered(Callback):
         return list(from_blocks(blocks, self.rows, whole_rows=whole_rows, batch_size=self.batch_size))
 
     def _source(self, data: ActivationData) -> str | PreTrainedModel:
-        source: str | PreTrainedModel | None = self.hf_model or data.hf_model
-        if source is None:
+        given = data.hf_model if self.hf_model is None else self.hf_model
+        if given is None:
             raise ValueError(
                 'LossRecovered has no model to run: the data module names none; pass hf_model="..."'
             )
+        source: str | PreTrainedModel = given if isinstance(given, str) else unwrapped(given)
         if isinstance(source, PreTrainedModel) and source.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"{type(source).__name__} has no language model head, so there is no next-token loss; pass "

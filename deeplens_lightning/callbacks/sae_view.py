@@ -6,7 +6,7 @@ SAEs, and a user's own module may have no notion of hook points. `SaeView` hides
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from deeplens_lightning.sae import Dictionary
 from deeplens_lightning.sae.module import DictionaryTraining
+
+_ENTRIES = 2**25  # of dense latents at a time, 128 MB in float32: a batch of a wide SAE has gigabytes
 
 
 @runtime_checkable
@@ -58,10 +60,25 @@ class SaeView:
         """Latents `(n, d_sae)` of raw rows `(n, d_in)` by hook point."""
         return self.module.encode(self._input(rows))
 
+    def encode_parts(self, rows: Mapping[str, Tensor]) -> Iterator[Tensor]:
+        """Latents `(m, d_sae)` of one part of the rows after another, each with at most 2²⁵ entries."""
+        return map(self.encode, self._parts(rows))
+
     def reconstruct(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Raw reconstructions `(n, d_in)` by hook point written, from raw rows `(n, d_in)` by hook point read."""
+        parts = [self._reconstruct(part) for part in self._parts(rows)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _reconstruct(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         out = self.reconstruction(self._input(rows))
         return dict(out) if isinstance(out, Mapping) else {self.writes[0]: out}
+
+    def _parts(self, rows: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Consecutive parts of rows by hook point; all of them at once where the number of latents is not known."""
+        count = len(next(iter(rows.values())))
+        size = max(1, _ENTRIES // self.module.d_sae) if isinstance(self.module, Dictionary) else max(1, count)
+        for start in range(0, max(1, count), size):
+            yield {name: x[start : start + size] for name, x in rows.items()}
 
     def _input(self, rows: Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
         if len(self.reads) == 1:

@@ -12,8 +12,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data
@@ -28,7 +28,7 @@ from deeplens_lightning.callbacks.single_sample_records import (
     table_rows,
     token_records,
 )
-from deeplens_lightning.callbacks.support import Every, add_written, evaluation_mode
+from deeplens_lightning.callbacks.support import Every, add_written, evaluation_mode, exclusive_model
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.single_text import TextActivations, read_batch
 from deeplens_lightning.reporting.figures import save_pixels
@@ -56,7 +56,8 @@ class ExtractSingleSample(Callback):
     too.
 
     Args:
-        hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model. Default: `gpt2` without a Trainer, the
+        hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model, which may be wrapped by
+            `torch.compile` or PEFT. Default: `gpt2` without a Trainer, the
             data module's own model in a Trainer.
         layer: layer of the hook point. Default: 3 without a Trainer, the data module's in a Trainer.
         max_length: longer texts are cut to this number of tokens; the first cut gives a warning.
@@ -82,7 +83,7 @@ class ExtractSingleSample(Callback):
 
     def __init__(
         self,
-        hf_model: str | PreTrainedModel | None = None,
+        hf_model: str | nn.Module | None = None,
         layer: int | None = None,
         max_length: int = 1024,
         device: str = "auto",
@@ -272,7 +273,7 @@ class ExtractSingleSample(Callback):
         self._recorded = (step, draw)
         assert self._folder is not None
         for index, sample in enumerate(self._samples):
-            record = self._measure(module, sample, _PICTURE_LATENTS if draw else 0)
+            record = self._measure(trainer, module, sample, _PICTURE_LATENTS if draw else 0)
             if not written:
                 self._write(trainer, self._folder, index, sample, record)
             if draw:
@@ -281,10 +282,13 @@ class ExtractSingleSample(Callback):
                 log_image(trainer.loggers, f"single_sample/{index}/heatmap", pixels, step)
         add_written(self.written, self._folder)
 
-    def _measure(self, module: LightningModule, sample: Sample, n_columns: int) -> SampleRecord:
+    def _measure(
+        self, trainer: Trainer, module: LightningModule, sample: Sample, n_columns: int
+    ) -> SampleRecord:
         assert self._reader is not None
         with evaluation_mode(module):
-            rows = self._reader.rows(sample.ids, self._points)
+            with exclusive_model(activation_data(trainer)):
+                rows = self._reader.rows(sample.ids, self._points)
             rows = {name: x.to(module.device) for name, x in rows.items()}
             return record_sample(rows, self._sae, self.n_latents, n_columns)
 

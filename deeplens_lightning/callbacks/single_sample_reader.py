@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from deeplens_lightning.activation_data import ActivationData
 from deeplens_lightning.callbacks.sae_view import SaeView, choose_hook
@@ -20,7 +21,7 @@ from deeplens_lightning.model.single_text import TextActivations
 def reader_for(
     data: ActivationData,
     *,
-    hf_model: str | PreTrainedModel | None,
+    hf_model: str | nn.Module | None,
     load_own: bool,
     max_length: int,
     device: str,

@@ -5,11 +5,15 @@ In: a whole model, an SAE and held-out segments. Out: cross-entropies, a KL dive
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
@@ -121,13 +125,13 @@ def _predict(model: PreTrainedModel, batch: Segments, splices: Mapping[HookPoint
         logits = model(
             input_ids=batch.tokens.to(device), attention_mask=batch.mask.to(device), use_cache=False
         ).logits
-        return log_softmax(logits[batch.scored.to(device)].float(), dim=-1)
+        return log_softmax(logits[batch.scored.to(logits.device)].float(), dim=-1)
 
 
 def _loss(predictions: Tensor, batch: Segments) -> float:
     """Sum of the cross-entropies, in nats, of log-probabilities from `_predict`."""
     following = batch.tokens.roll(-1, dims=1)[batch.scored].to(predictions.device)
-    return -float(predictions.gather(1, following[:, None]).double().sum())
+    return -math.fsum(predictions.gather(1, following[:, None])[:, 0].tolist())
 
 
 def _recorder(rows: dict[str, Tensor], name: str, batch: Segments) -> Splice:
@@ -154,16 +158,17 @@ def _writer(new: Tensor, batch: Segments) -> Splice:
 def _means(
     model: PreTrainedModel, points: Sequence[HookPoint], batches: Sequence[Segments]
 ) -> dict[str, Tensor]:
-    """Mean of the kept rows, `(d_in,)` by hook point."""
-    sums: dict[str, Tensor] = {}
+    """Mean of the kept rows, float32 `(d_in,)` on the CPU by hook point."""
+    sums: dict[str, NDArray[Any]] = {}
     count = 0
     for batch in batches:
         rows: dict[str, Tensor] = {}
         _predict(model, batch, {point: _recorder(rows, point.name, batch) for point in points})
         count += int(batch.keep.sum())
         for name, x in rows.items():
-            sums[name] = sums.get(name, 0) + x.double().sum(0) if x.device.type != "mps" else x.sum(0)
-    return {name: (total / count).float() for name, total in sums.items()}
+            # On the host, because MPS has no float64.
+            sums[name] = sums.get(name, 0) + x.float().cpu().numpy().sum(0, dtype=np.float64)
+    return {name: torch.from_numpy((total / count).astype(np.float32)) for name, total in sums.items()}
 
 
 def _recovered(clean: float, reconstructed: float, ablated: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data
-from deeplens_lightning.callbacks.support import batch_rows, log_every
+from deeplens_lightning.callbacks.support import batch_rows, data_parallel_ranks, log_every
 from deeplens_lightning.stream.loader import ActivationLoader
 
 
@@ -55,7 +55,7 @@ class StreamStatistics(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.rows += batch_rows(batch) * trainer.world_size
+        self.rows += batch_rows(batch) * data_parallel_ranks(trainer)
         step, every = trainer.global_step, log_every(trainer)
         loader = trainer.train_dataloader
         if every <= 0 or step % every or not isinstance(loader, ActivationLoader):
@@ -81,5 +81,5 @@ def effective_number(labels: Tensor) -> float:
     Args:
         labels: int64 `(n,)`.
     """
-    shares = torch.unique(labels, return_counts=True)[1].double() / len(labels)
-    return float(1 / (shares**2).sum())
+    counts = torch.unique(labels, return_counts=True)[1]
+    return len(labels) ** 2 / int((counts**2).sum())

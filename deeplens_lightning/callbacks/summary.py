@@ -15,7 +15,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data
-from deeplens_lightning.callbacks.support import WritesFiles, batch_rows, log_every
+from deeplens_lightning.callbacks.support import WritesFiles, batch_rows, data_parallel_ranks, log_every
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, write_json
 
 # Rows of the table, in this order, for the metrics that the run measured: metric, heading, format.
@@ -118,7 +118,7 @@ class FitSummary(Callback):
 
     def summary(self, trainer: Trainer) -> Summary:
         """The figures of the fit up to now."""
-        tokens = self._tokens * trainer.world_size
+        tokens = self._tokens * data_parallel_ranks(trainer)
         data = activation_data(trainer)
         return Summary(
             tokens=tokens,

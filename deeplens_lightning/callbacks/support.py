@@ -6,17 +6,21 @@ train/eval flag, no number drawn from the global random generators, no hook left
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
-from deeplens_lightning.activation_data import activation_data
+from deeplens_lightning.activation_data import ActivationData, activation_data
+from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.normalization import Scaling
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -32,34 +36,93 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def raw_rows(trainer: Trainer, batch: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
-    """Rows of a batch with the data module's normalisation undone: `(batch, d_in)` by hook point.
+def exclusive_model(data: ActivationData) -> AbstractContextManager[Any]:
+    """Hold up the data module's forward passes until the context ends; for running or loading a language model.
 
-    Args:
-        trainer: the Trainer whose data module served the batch.
-        batch: the batch as `training_step` received it: a Tensor, or a dict of Tensors by hook point.
-        hooks: hook points to return. For a Tensor, give one name; it becomes the key of the result.
-
-    Raises:
-        TypeError: the batch is neither a Tensor nor a dict of Tensors.
+    A thread may compute rows meanwhile. A model that was handed in may be the one that a callback runs; and while
+    transformers loads weights, the default dtype of the process is another one.
     """
-    scaling = activation_data(trainer).scaling
-    rows = {}
-    for hook in hooks:
-        x = batch[hook] if isinstance(batch, Mapping) else batch
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"a batch must be a Tensor (batch, d_in) or a dict of them, got {type(x).__name__}"
-            )
-        s = scaling.get(hook) if isinstance(scaling, Mapping) else scaling
-        rows[hook] = s.undo(x) if isinstance(s, Scaling) and not s.is_identity else x
-    return rows
+    frozen: FrozenModel | None = data.model
+    return nullcontext() if frozen is None else frozen.exclusive()
+
+
+class RawRows:
+    """Undo the data module's normalisation of batches; make one for each fit.
+
+    The normalisation is copied to the device of the rows at the first batch: each copy waits for an accelerator.
+    """
+
+    def __init__(self) -> None:
+        self._scalings: dict[str, Scaling | None] = {}  # None where rows are raw already
+
+    def of(self, trainer: Trainer, batch: Any, hooks: Sequence[str]) -> dict[str, Tensor]:
+        """Raw rows of a batch, `(batch, d_in)` by hook point.
+
+        Args:
+            trainer: the Trainer whose data module served the batch.
+            batch: the batch as `training_step` received it: a Tensor, or a dict of Tensors by hook point.
+            hooks: hook points to return. For a Tensor, give one name; it becomes the key of the result.
+
+        Raises:
+            TypeError: the batch is neither a Tensor nor a dict of Tensors.
+        """
+        rows = {}
+        for hook in hooks:
+            x = batch[hook] if isinstance(batch, Mapping) else batch
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"a batch must be a Tensor (batch, d_in) or a dict of them, got {type(x).__name__}"
+                )
+            if hook not in self._scalings:
+                self._scalings[hook] = _scaling_on(activation_data(trainer), hook, x.device)
+            s = self._scalings[hook]
+            rows[hook] = x if s is None else s.undo(x)
+        return rows
+
+
+def _scaling_on(data: ActivationData, hook: str, device: torch.device) -> Scaling | None:
+    """Normalisation of a hook point, copied to a device; None where it leaves rows unchanged."""
+    scaling = data.scaling
+    s = scaling.get(hook) if isinstance(scaling, Mapping) else scaling
+    if s is None or s.is_identity:
+        return None
+    return Scaling(s.shift.to(device), s.scale.to(device))
 
 
 def batch_rows(batch: Any) -> int:
     """Number of rows in a batch; one row is the activation vector of one token."""
     rows = next(iter(batch.values())) if isinstance(batch, Mapping) else batch
     return len(rows)
+
+
+def from_rank_zero(trainer: Trainer, make: Callable[[], T]) -> T:
+    """Call a function on rank 0 and return its result on every rank. A collective: every rank calls it.
+
+    Raises:
+        Exception: on rank 0, the error of `make`.
+        RuntimeError: on the other ranks, if `make` failed; the message has its error.
+    """
+    value: Any = None
+    failure: Exception | None = None
+    if trainer.is_global_zero:
+        try:
+            value = make()
+        except Exception as error:  # noqa: BLE001  raised again below, when the other ranks know of it
+            failure = error
+    told = None if failure is None else f"{type(failure).__name__}: {failure}"
+    shared: tuple[T, str | None] = trainer.strategy.broadcast((value, told))
+    if failure is not None:
+        raise failure
+    if shared[1] is not None:
+        raise RuntimeError(f"rank 0 failed with {shared[1]}")
+    return shared[0]
+
+
+def data_parallel_ranks(trainer: Trainer) -> int:
+    """Number of ranks that train on different rows; with tensor parallelism several processes share the same rows."""
+    strategy = trainer.strategy
+    sampled = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
+    return int(sampled.get("num_replicas", 1))
 
 
 def log_every(trainer: Trainer) -> int:

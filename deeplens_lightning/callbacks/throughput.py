@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.support import batch_rows, log_every
+from deeplens_lightning.callbacks.support import batch_rows, data_parallel_ranks, log_every
 
 
 class Throughput(Callback):
@@ -75,7 +75,7 @@ class Throughput(Callback):
 
     def _log(self, trainer: Trainer, module: LightningModule, now: float) -> None:
         seconds = max(now - self._window_start - self._excluded, 1e-9)
-        rows = self._rows * trainer.world_size
+        rows = self._rows * data_parallel_ranks(trainer)
         module.log("tokens_per_second", rows / seconds, prog_bar=True, rank_zero_only=True)
         module.log("data_wait_fraction", min(1.0, self._waited / seconds), rank_zero_only=True)
         module.log("memory/peak_rss_gb", peak_rss() / 1e9, rank_zero_only=True)

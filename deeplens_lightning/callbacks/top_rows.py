@@ -5,7 +5,7 @@ In: raw rows, activations and provenance of one batch after another. Out: for ea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,10 @@ class TopRows:
         self.fired = torch.zeros(n, dtype=torch.int64, device=latents.device)
         self.seen = 0
 
+    def watched(self, parts: Iterable[Tensor]) -> Tensor:
+        """Activations of the watched latents alone, `(rows, n)`, from latents `(m, d_sae)` of parts of the rows."""
+        return torch.cat([part[:, self.latents] for part in parts])
+
     def add(self, rows: Mapping[str, Tensor], activations: Tensor, provenance: Tensor) -> None:
         """Merge one batch.
 
@@ -76,7 +80,8 @@ class TopRows:
         top, index = activations.float().topk(min(keep, len(activations)), dim=0)
         top, index = top.T, index.T  # (n, k)
         new = provenance.to(index.device, non_blocking=True)[index]  # (n, k, 4)
-        same = (new[:, :, None, [0, 2]] == self.provenance[:, None, :, [0, 2]]).all(-1)
+        # The columns of document hash and position: a slice, because a list of columns is copied to the device.
+        same = (new[:, :, None, :3:2] == self.provenance[:, None, :, :3:2]).all(-1)
         # A later epoch serves the same rows again: those that are kept already do not count twice.
         known = (same & (self.values[:, None, :] > _EMPTY)).any(-1)
         top = torch.where((top > 0) & ~known, top, _EMPTY)
@@ -88,18 +93,18 @@ class TopRows:
             held = x.new_zeros(n, keep, x.shape[1]) if held is None else held
             self.rows[name] = _take(torch.cat([held, x[index]], dim=1), order)
 
-    def refresh(self, encode: Callable[[Mapping[str, Tensor]], Tensor]) -> None:
+    def refresh(self, encode_parts: Callable[[Mapping[str, Tensor]], Iterable[Tensor]]) -> None:
         """Compute the activations of the kept rows again and sort them; rows that no longer fire are removed.
 
         Args:
-            encode: raw rows `(m, d_in)` by hook point to latents `(m, d_sae)`.
+            encode_parts: from raw rows `(m, d_in)` by hook point to the latents `(..., d_sae)` of parts of them.
         """
         if not self.rows:
             return
         n, keep = self.values.shape
-        latents = encode({name: x.flatten(0, 1) for name, x in self.rows.items()})
-        column = self.latents[:, None].expand(n, keep).reshape(-1, 1)
-        now = latents.float().gather(1, column).reshape(n, keep)
+        watched = self.watched(encode_parts({name: x.flatten(0, 1) for name, x in self.rows.items()}))
+        own = torch.arange(n, device=watched.device)
+        now = watched.float().reshape(n, keep, n)[own, :, own]  # each row's activation of its own latent
         now = torch.where((self.values > _EMPTY) & (now > 0), now, _EMPTY)
         self.values, order = now.sort(dim=1, descending=True)
         self.provenance = _take(self.provenance, order)

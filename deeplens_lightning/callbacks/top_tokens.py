@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.callbacks.support import Every, add_written, evaluation_mode, raw_rows
+from deeplens_lightning.callbacks.support import Every, RawRows, add_written, evaluation_mode
 from deeplens_lightning.callbacks.token_contexts import Context, ContextReader
-from deeplens_lightning.callbacks.top_rows import TopRows
+from deeplens_lightning.callbacks.top_rows import TopRow, TopRows
 from deeplens_lightning.reporting.loggers import log_table
 from deeplens_lightning.reporting.readable_tokens import readable
 from deeplens_lightning.reporting.run_folder import run_folder, write_json
@@ -73,7 +73,9 @@ class TopActivatingTokens(Callback):
         self.sae = sae
         self.written: list[Path] = []
         self._every = Every(every_n_steps)
+        self._raw = RawRows()
         self._encoded = 0
+        self._unknown = False  # whether the data module did not know a batch
         self._path: Path | None = None
         self._top: TopRows | None = None
 
@@ -81,7 +83,7 @@ class TopActivatingTokens(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._path = run_folder(trainer) / "top_tokens" / "latents.json"
-            self._top, self._encoded = None, 0
+            self._raw, self._top, self._encoded, self._unknown = RawRows(), None, 0, False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -99,34 +101,55 @@ class TopActivatingTokens(Callback):
     ) -> None:
         if not self._every.due(trainer.global_step) or not trainer.is_global_zero:
             return
-        provenance = _provenance(trainer, batch)
+        provenance = self._provenance(trainer, batch)
         if provenance is None:
             return
         sae = self._find_sae(trainer, pl_module)
         with evaluation_mode(pl_module):
-            rows = raw_rows(trainer, batch, sae.reads)
-            latents = sae.encode(rows)
+            rows = self._raw.of(trainer, batch, sae.reads)
             if self._top is None:
-                self._top = TopRows(self._choose(latents), self.keep)
-            self._top.add(rows, latents[:, self._top.latents], provenance)
+                one_row = sae.encode({name: x[:1] for name, x in rows.items()})
+                self._top = TopRows(self._choose(one_row), self.keep)
+            self._top.add(rows, self._top.watched(sae.encode_parts(rows)), provenance)
             self._encoded += 1
             if self._encoded % _REFRESH_EVERY == 0:
-                self._top.refresh(sae.encode)
+                self._top.refresh(sae.encode_parts)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or self._path is None:
             return
         if self._top is None:
-            rank_zero_info(
-                "TopActivatingTokens saw no rows with provenance: the fit was shorter than every_n_steps="
-                f"{self._every.n}, or the data have no provenance (bare tensors as shards)"
-            )
+            short = f"the fit ended at step {trainer.global_step}, before every_n_steps={self._every.n}"
+            self._say_empty("their provenance is unknown" if self._unknown else short)
             return
         sae = self._find_sae(trainer, pl_module)
         with evaluation_mode(pl_module):
-            self._top.refresh(sae.encode)
-            self._write(trainer, sae, self._top, self._path)
+            self._top.refresh(sae.encode_parts)
+            rows = self._top.firing()
+            if rows and all(row.token_id < 0 for row in rows):
+                self._say_empty("the data have no token ids, as in shards that hold bare tensors")
+                return
+            self._write(trainer, sae, self._top, rows, self._path)
+
+    def _provenance(self, trainer: Trainer, batch: Any) -> Tensor | None:
+        """Provenance of a batch, int64 `(batch, 4)` as `TopRows.add` needs it; None, with a warning, if unknown."""
+        data = activation_data(trainer)
+        found = data.provenance(batch)
+        if found is not None:
+            return found.stacked().to(torch.int64)
+        if not self._unknown:
+            self._unknown = True
+            rank_zero_warn(
+                f"{type(data).__name__}.provenance(batch) returned None for a training batch, so TopActivatingTokens "
+                "leaves its rows out. ActivationDataModule does not recognise a batch that other code replaced, such "
+                "as an overridden on_after_batch_transfer without super(); a data module of your own must override "
+                "provenance"
+            )
+        return None
+
+    def _say_empty(self, reason: str) -> None:
+        rank_zero_info(f"TopActivatingTokens has no rows to show: {reason}")
 
     def _find_sae(self, trainer: Trainer, module: LightningModule) -> SaeView:
         return require_sae(module, activation_data(trainer).hook_names, "TopActivatingTokens", self.sae)
@@ -135,14 +158,15 @@ class TopActivatingTokens(Callback):
         d_sae = latents.shape[1]
         if isinstance(self.latents, int):
             drawn = np.random.default_rng(self.seed).permutation(d_sae)[: self.latents]
-            return torch.tensor(sorted(drawn.tolist()), device=latents.device)
+            return _on_device(sorted(drawn.tolist()), latents.device)
         wrong = [i for i in self.latents if not 0 <= i < d_sae]
         if wrong:
             raise ValueError(f"latents={wrong} do not exist: this SAE has latents 0 to {d_sae - 1}")
-        return torch.tensor(list(self.latents), device=latents.device)
+        return _on_device(self.latents, latents.device)
 
-    def _write(self, trainer: Trainer, sae: SaeView, top: TopRows, path: Path) -> None:
-        rows = top.firing()
+    def _write(
+        self, trainer: Trainer, sae: SaeView, top: TopRows, rows: Sequence[TopRow], path: Path
+    ) -> None:
         contexts = ContextReader(activation_data(trainer), sae, self.before, self.after).read(rows)
         entries = []
         table: list[list[str | int | float | None]] = []
@@ -161,12 +185,8 @@ class TopActivatingTokens(Callback):
         log_table(trainer.loggers, "top_tokens", columns, table, trainer.global_step)
 
 
-def _provenance(trainer: Trainer, batch: Any) -> Tensor | None:
-    """Provenance of a batch, int64 `(batch, 4)` as `TopRows.add` needs it; None where it is unknown."""
-    found = activation_data(trainer).provenance(batch)
-    if found is None or bool((found.token_id < 0).all()):
-        return None
-    return found.stacked().to(torch.int64)
+def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(numbers)).to(device, non_blocking=True)
 
 
 def _line(context: Context) -> str:

@@ -85,6 +85,7 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
     from deeplens_lightning.callbacks.throughput import Throughput
     from deeplens_lightning.cli.newest_checkpoint import with_newest
     from deeplens_lightning.cli.parser import CommandParser
+    from deeplens_lightning.preemption import default_preemption
 
     words = with_newest(sys.argv[1:] if words is None else words)
     _refuse_d_in(words)
@@ -97,6 +98,10 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
 
         def _parse_ckpt_path(self) -> None:
             """Leave the settings in the checkpoint of `--ckpt_path` unused; the SAE refuses one with other settings."""
+
+        def before_fit(self) -> None:
+            """Save when a cluster ends the job, with a LightningModule of any class."""
+            self.trainer.callbacks.extend(default_preemption(self.trainer))  # type: ignore[attr-defined]
 
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with _program_arguments(words):

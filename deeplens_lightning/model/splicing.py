@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.tracing import base_of
+from deeplens_lightning.model.wrappers import uncompiled
 
 
 @contextmanager
@@ -25,7 +26,9 @@ def spliced(
     """Replace activations `x` at a hook point by `fn(x)` until the context ends.
 
     Args:
-        model: with or without its head. Neither its weights nor its train/eval flags are changed.
+        model: with or without its head. Neither its weights nor its train/eval flags are changed. Modules that were
+            compiled in place run without their compiled calls. Other threads, such as a data module's that computes
+            rows with this model, must not run it meanwhile: hold `data.model.exclusive()` around the context.
         hook_point: from `resolve`, or its full name, e.g. `layers.6.mlp_out`.
         fn: takes the activations `(..., d_in)` that the hook point reads, and returns their replacement of the same
             shape, in any float dtype and on any device. Entries that it returns unchanged stay bit-identical in the
@@ -38,7 +41,8 @@ def spliced(
         ValueError: the hook point does not exist, or, when the model runs, `fn` returns another shape.
     """
     point = hook_point if isinstance(hook_point, HookPoint) else resolve(model, None, hook_point)[0]
-    module = base_of(model).get_submodule(point.module)
+    base = base_of(model)
+    module = base.get_submodule(point.module)
     # The residual stream between attention and MLP has two readers, the MLP's norm and the sum after the MLP. Only
     # the first one is a module with a hook, so the tensor is changed in place.
     in_place = point.name.endswith(".resid_mid")
@@ -62,7 +66,8 @@ def spliced(
         else module.register_forward_hook(after)
     )
     try:
-        yield model
+        with uncompiled(base):
+            yield model
     finally:
         handle.remove()
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.distributed import world_size
+from deeplens_lightning.preemption import default_preemption
 from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.metrics import HeldOutMetrics
@@ -41,6 +42,10 @@ class DictionaryTraining(LightningModule):
     def dictionaries(self) -> Mapping[str, Dictionary]:
         """The dictionaries in training by name; a single one has the name ""."""
         raise NotImplementedError
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Save when a cluster ends the job: a fit on several ranks has a `Preemption` unless the Trainer has one."""
+        return default_preemption(self.trainer) if self.trainer.state.fn == TrainerFn.FITTING else []
 
     def on_fit_start(self) -> None:
         """Read the number of steps and the data module's normalisation, which are final by now."""

@@ -99,15 +99,28 @@ def undisturbed() -> Callable[[Run, Run], None]:
 def fit(lm_folder: str, tmp_path: Path) -> Any:
     """`fit(callbacks, **trainer_kwargs)`: a short real training on real activations."""
 
-    def run(callbacks: list[L.Callback], *, datamodule: Any = None, sae: Any = None, **kwargs: Any) -> Run:
+    def run(
+        callbacks: list[L.Callback],
+        *,
+        datamodule: Any = None,
+        sae: Any = None,
+        record: bool = True,
+        **kwargs: Any,
+    ) -> Run:
         dm = datamodule if datamodule is not None else make(lm_folder)
         L.seed_everything(0, verbose=False)
         sae = sae if sae is not None else SparseAutoencoder(d_in=dm.d_in, d_sae=256, k=8)
         options: dict[str, Any] = {"max_epochs": 2, "log_every_n_steps": 5, "num_sanity_val_steps": 1}
         recorder = Recorder()
-        fitting = trainer(tmp_path / "run", recorder, callbacks, **(options | kwargs))
+        fitting = trainer(tmp_path / "run", recorder if record else None, callbacks, **(options | kwargs))
         fitting.fit(sae, dm)
         batches = [torch.cat(list(x.values()), 1) if isinstance(x, dict) else x for x, _ in recorder.batches]
-        return Run(fitting, sae, dm, batches, torch.cat([rows for _, rows in recorder.batches]))
+        return Run(
+            fitting,
+            sae,
+            dm,
+            batches,
+            torch.cat([torch.empty(0, 4, dtype=torch.int64), *(rows for _, rows in recorder.batches)]),
+        )
 
     return run

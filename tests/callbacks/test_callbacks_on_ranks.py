@@ -56,6 +56,32 @@ def fit(rank: int, ranks: int, model: str, texts: list[str], folder: Path) -> st
     return printed.getvalue()
 
 
+def fail(rank: int, ranks: int, model: str, texts: list[str], folder: Path) -> str:
+    """Measure the loss on a text without a second token, which is an error on rank 0; return the error of this rank."""
+    datamodule = data(model, texts, max_tokens=ranks * 4 * 16)
+    run = trainer(
+        folder,
+        callbacks=[LossRecovered(texts=["a"])],
+        max_epochs=1,
+        limit_val_batches=1,
+        strategy="ddp",
+        devices=ranks,
+    )
+    try:
+        run.fit(SparseAutoencoder(d_in=datamodule.d_in, d_sae=64, k=8), datamodule)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_an_error_on_rank_0_ends_the_other_ranks_too(
+    lm_folder: str, texts: list[str], tmp_path: Path
+) -> None:
+    own, other = launch(2, fail, lm_folder, texts, tmp_path)
+    assert own.startswith("ValueError: LossRecovered found no held-out token to score")
+    assert other == f"RuntimeError: rank 0 failed with {own}"
+
+
 def test_two_ranks_write_one_set_of_files_and_end_together(
     lm_folder: str, texts: list[str], tmp_path: Path
 ) -> None:

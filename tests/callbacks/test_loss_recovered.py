@@ -59,6 +59,39 @@ def test_identity_recovers_exactly_1_and_zero_exactly_0(fit: Callable[..., Any])
     assert zero["val/ce_clean"] == identity["val/ce_clean"]
 
 
+class _Recording(_Fixed):
+    """Keeps the rows that it reconstructs."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.rows: list[torch.Tensor] = []
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(x.clone())
+        return x
+
+
+class _Constant(_Fixed):
+    """Its reconstruction is the same for all rows."""
+
+    def __init__(self, row: torch.Tensor) -> None:
+        super().__init__(1.0)
+        self.row = row
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.row.expand_as(z)
+
+
+def test_the_mean_ablation_takes_the_mean_of_all_batches(fit: Callable[..., Any]) -> None:
+    recording = _Recording()
+    fit([LossRecovered(200, batch_size=1)], sae=recording, max_epochs=1)
+    assert len(recording.rows) > 2
+    mean = torch.cat(recording.rows).double().mean(0).float()
+    found = _values(fit([LossRecovered(200, batch_size=1)], sae=_Constant(mean), max_epochs=1))
+    assert found["val/ce_mean"] == pytest.approx(found["val/ce_sae"], rel=1e-5)
+    assert abs(found["val/ce_mean"] - found["val/ce_clean"]) > 1e-3
+
+
 def test_the_clean_loss_is_what_the_untouched_model_gives_segment_by_segment(
     fit: Callable[..., Any], lm_folder: str
 ) -> None:
@@ -139,6 +172,24 @@ def test_a_model_that_was_handed_in_is_used_and_left_as_it_was(
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with pytest.raises(ValueError, match="has no language model head"):
         fit([LossRecovered(150, hf_model=AutoModel.from_pretrained(lm_folder))])
+
+
+def test_a_wrapped_or_compiled_model_is_measured_as_the_model_inside(
+    fit: Callable[..., Any], lm_folder: str
+) -> None:
+    def values(hf_model: torch.nn.Module) -> dict[str, float]:
+        return _values(fit([LossRecovered(60, hf_model=hf_model)], sae=_Fixed(0.5), max_epochs=1))
+
+    def model() -> Any:
+        return AutoModelForCausalLM.from_pretrained(lm_folder)
+
+    expected = values(model())
+    assert values(torch.compile(model(), backend="eager")) == expected
+    in_place = model()
+    in_place.transformer.h[1].mlp.compile(backend="eager")
+    call = in_place.transformer.h[1].mlp._compiled_call_impl
+    assert values(in_place) == expected
+    assert in_place.transformer.h[1].mlp._compiled_call_impl is call
 
 
 def test_loss_recovered_without_texts_is_refused_on_shards(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
+from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 
 from deeplens_lightning.callbacks import FitSummary, LatentStatistics, LossRecovered, Throughput
 from deeplens_lightning.callbacks.summary import Summary, summary_table
+from deeplens_lightning.callbacks.support import data_parallel_ranks
 from deeplens_lightning.callbacks.throughput import peak_rss
 
 
@@ -93,6 +97,22 @@ def test_with_accumulated_gradients_curves_have_one_point_for_each_step(
     ]
     assert steps
     assert set(steps) <= {3, 6, 9, 12}
+
+
+class _TensorParallel(DDPStrategy):
+    """Two processes that train on the same rows."""
+
+    world_size = 2
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        return {"num_replicas": 1, "rank": 0}
+
+
+def test_rows_are_counted_once_for_processes_that_share_them() -> None:
+    assert data_parallel_ranks(SimpleNamespace(strategy=_TensorParallel())) == 1  # type: ignore[arg-type]
+    assert data_parallel_ranks(L.Trainer(accelerator="cpu", devices=3, strategy="ddp", logger=False)) == 3
+    assert data_parallel_ranks(L.Trainer(accelerator="cpu", devices=1, logger=False)) == 1
 
 
 def test_peak_memory_is_in_bytes() -> None:

@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 
 from deeplens_lightning.callbacks import TopActivatingTokens
 from deeplens_lightning.callbacks.top_rows import TopRows
+from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.reporting.readable_tokens import token_strings
 from deeplens_lightning.sae import SparseAutoencoder
+from deeplens_lightning.types import Provenance
 
 
 def _read(tmp_path: Path) -> dict[str, Any]:
@@ -99,6 +101,37 @@ def test_a_datamodule_without_provenance_is_refused(lm_folder: str, tmp_path: Pa
         trainer.fit(SparseAutoencoder(128, 256, k=8), _Anonymous())
 
 
+class _Replacing(ActivationDataModule):
+    """A data module that changes the rows of each batch, and loses their provenance."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch + 0.0
+
+
+class _Anywhere(ActivationDataModule):
+    """A data module that does not know the tokens of its rows, as with shards that hold bare tensors."""
+
+    def provenance(self, batch: Any) -> Any:
+        unknown = torch.full((len(batch),), -1)
+        return Provenance(unknown, unknown, unknown, unknown)
+
+
+def test_rows_of_unknown_place_are_left_out_and_the_reason_is_said(
+    fit: Callable[..., Any], live: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level("INFO"),
+        pytest.warns(UserWarning, match="does not recognise a batch that other code"),
+    ):
+        fit([TopActivatingTokens(every_n_steps=1)], datamodule=live(kind=_Replacing), record=False)
+    with caplog.at_level("INFO"):
+        fit([TopActivatingTokens(every_n_steps=1)], datamodule=live(kind=_Anywhere))
+    reasons = [message for message in caplog.messages if "no rows to show" in message]
+    assert "their provenance is unknown" in reasons[0]
+    assert "the data have no token ids" in reasons[1]
+    assert not (tmp_path / "run" / "top_tokens").exists()
+
+
 def test_batches_and_weights_are_bit_identical_with_and_without_it(
     fit: Callable[..., Any], undisturbed: Callable[..., None]
 ) -> None:
@@ -118,7 +151,7 @@ def test_merging_equals_sorting_everything_at_once() -> None:
     assert torch.equal(top.values, want)
     assert torch.equal(top.provenance[:, :, 0], index)
     assert torch.equal(top.rows["h"], rows[index])
-    top.refresh(lambda x: -x["h"] + 1)
+    top.refresh(lambda x: [-part + 1 for part in x["h"].split(3)])
     want, order = (1 - want).sort(descending=True)
     assert torch.equal(top.values, want)
     assert torch.equal(top.provenance[:, :, 0], index.gather(1, order))
@@ -144,5 +177,5 @@ def test_a_fit_that_is_too_short_says_so(
     callback: L.Callback = TopActivatingTokens(every_n_steps=1000)
     with caplog.at_level("INFO"):
         fit([callback])
-    assert any("saw no rows" in message for message in caplog.messages)
+    assert any("ended at step 24, before every_n_steps=1000" in message for message in caplog.messages)
     assert not (tmp_path / "run" / "top_tokens").exists()
