@@ -21,14 +21,14 @@ from deeplens_lightning.distributed import gather
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.stream.checkpoint import LoaderPosition
 from deeplens_lightning.stream.prefetch import Prefetch
-from deeplens_lightning.types import Batch, RankProgress, Served, Stream, StreamPosition
+from deeplens_lightning.types import Batch, Origins, RankProgress, Served, Stream, StreamPosition
 
 
 class Item(NamedTuple):
-    """A batch and its provenance, int64 `(batch, 4)`, columns as in `types.PROVENANCE`."""
+    """A batch, and a function that returns its provenance, int64 `(batch, 4)`, columns as in `types.PROVENANCE`."""
 
     batch: Batch
-    provenance: Tensor
+    origins: Origins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ class ActivationLoader:
         prefetch: number of batches computed ahead in a thread; 0 for no thread.
         device: device of the batches.
         unprocessed: returns the number of served batches that were not trained on, counted from the last one.
-        seen: called with every batch and its provenance, int64 `(batch, 4)`.
+        seen: called with every batch and a function that returns its provenance, int64 `(batch, 4)`.
         warn: called with each message for the user, which it shows on one rank.
         endless: returns whether the Trainer itself ends an iteration after a number of batches, so that the loader
             must never end it.
@@ -91,7 +91,7 @@ class ActivationLoader:
         prefetch: int,
         device: torch.device,
         unprocessed: Callable[[], int],
-        seen: Callable[[Batch, Tensor], None],
+        seen: Callable[[Batch, Origins], None],
         warn: Callable[[str], None],
         endless: Callable[[], bool] = lambda: False,
         overfit: bool = False,
@@ -157,7 +157,7 @@ class ActivationLoader:
         """Call `seen` with the batch for the next step, which may have been cast to a new tensor since it was served."""
         waiting = self._unprocessed()
         if 0 < waiting <= len(self._recent):
-            self._seen(batch, self._recent[-waiting].provenance)
+            self._seen(batch, self._recent[-waiting].origins)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the data module saves the state, but Lightning warns about loaders without this method."""
@@ -224,8 +224,8 @@ class ActivationLoader:
                 return None
             self._granted -= 1
             self.epoch_batches += 1
-            self.rows_served += len(served.provenance)
             item = self._finished(served)
+            self.rows_served += len(key_of(item.batch))
         for _ in range(len(self._recent) - self._unprocessed()):
             self._recent.popleft()
         self.served += 1
@@ -302,7 +302,7 @@ class ActivationLoader:
                 self.in_epoch = max(0, self.in_epoch - 1)
 
     def _finished(self, served: Served) -> Item:
-        return Item(finish(served.rows, self.scalings, self.dtype), served.provenance)
+        return Item(finish(served.rows, self.scalings, self.dtype), served.origins)
 
 
 def finish(rows: Mapping[str, Tensor], scalings: Mapping[str, Scaling], dtype: torch.dtype | None) -> Batch:

@@ -10,11 +10,10 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from deeplens_lightning.stream.loader import key_of
-from deeplens_lightning.types import Batch, Provenance
+from deeplens_lightning.types import Batch, Origins, Provenance
 
 
 class TrainedBatches:
@@ -56,19 +55,19 @@ class SeenBatches:
     """Look up the provenance of batches that are still in memory; it is not pickled with the data module."""
 
     def __init__(self) -> None:
-        self._tables: Any = WeakIdKeyDictionary()
+        self._origins: Any = WeakIdKeyDictionary()
 
     def __reduce__(self) -> tuple[type[SeenBatches], tuple[()]]:
         return SeenBatches, ()
 
-    def remember(self, batch: Batch, provenance: Tensor) -> None:
-        """Store the provenance of a batch, int64 `(batch, 4)`, until the batch is freed."""
-        self._tables[key_of(batch)] = provenance
+    def remember(self, batch: Batch, origins: Origins) -> None:
+        """Store the function that returns the provenance of a batch, until the batch is freed."""
+        self._origins[key_of(batch)] = origins
 
     def provenance(self, batch: Batch) -> Provenance | None:
         """The document, position and token id of each row of a batch; None if it was not stored for this batch."""
-        table = self._tables.get(key_of(batch))
-        return Provenance(*table.unbind(1)) if table is not None else None
+        origins = self._origins.get(key_of(batch))
+        return Provenance(*origins().unbind(1)) if origins is not None else None
 
 
 def is_fitting(trainer: Trainer | None) -> bool:

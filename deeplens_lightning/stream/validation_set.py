@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.rows import run_model
 from deeplens_lightning.text.packing import Blocks, TokenizedDocument, model_batches
 from deeplens_lightning.text.pipeline import TextStage
-from deeplens_lightning.types import PROVENANCE, Batch, Placement
+from deeplens_lightning.types import PROVENANCE, Batch, Origins, Placement
 
 SCANNED = 4
 """Number of held-out tokens to read for each requested row; limits how far the dataset is searched."""
@@ -123,7 +124,7 @@ class RowsLoader:
         rows: returns the rows.
         batch_size: rows per batch.
         finish: scales and casts a batch.
-        seen: called with every batch and its provenance, int64 `(batch, 4)`.
+        seen: called with every batch and a function that returns its provenance, int64 `(batch, 4)`.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class RowsLoader:
         rows: Callable[[], HeldOutRows],
         batch_size: int,
         finish: Callable[[dict[str, Tensor]], Batch],
-        seen: Callable[[Batch, Tensor], None],
+        seen: Callable[[Batch, Origins], None],
     ) -> None:
         self._rows, self._batch_size, self._finish, self._seen = rows, batch_size, finish, seen
         self._length: int | None = None
@@ -151,5 +152,5 @@ class RowsLoader:
         for number in range(length):
             part = slice(number * size, (number + 1) * size)
             batch = self._finish({name: x[part] for name, x in heldout.rows.items()})
-            self._seen(batch, heldout.provenance[part])
+            self._seen(batch, partial(heldout.provenance.__getitem__, part))
             yield batch
