@@ -51,7 +51,7 @@ class RunSet:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, ordinals: Integers) -> Integers:
-        run = np.searchsorted(self._ends, ordinals, "right") if len(self._ends) > 1 else 0
+        run = 0 if len(self._ends) == 1 else np.searchsorted(self._ends, ordinals, "right")
         rows: Integers = ordinals + self._shift[run]
         return rows
 
