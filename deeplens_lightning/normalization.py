@@ -31,23 +31,24 @@ class Scaling:
     Attributes:
         shift: float32 `(d_in,)`, subtracted from a row.
         scale: float32 `(d_in,)`, nonzero, multiplied with the shifted row.
+        is_identity: whether the map leaves rows unchanged.
     """
 
     shift: Tensor
     scale: Tensor
+    is_identity: bool = field(init=False, repr=False, compare=False)
     _copies: dict[torch.device, tuple[Tensor, Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __post_init__(self) -> None:
+        identity = bool((self.shift == 0).all() and (self.scale == 1).all())
+        object.__setattr__(self, "is_identity", identity)  # once, and not for every batch
 
     @classmethod
     def identity(cls, d_in: int) -> Scaling:
         """The map that leaves rows `(..., d_in)` unchanged."""
         return cls(torch.zeros(d_in, dtype=torch.float32), torch.ones(d_in, dtype=torch.float32))
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the map leaves rows unchanged."""
-        return bool((self.shift == 0).all() and (self.scale == 1).all())
 
     def apply(self, rows: Tensor) -> Tensor:
         """Normalise rows `(..., d_in)`: computed in float32, returned in the dtype and on the device of `rows`."""

@@ -5,7 +5,7 @@ Plain data. This module imports no other module of the package.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, TypeAlias
 
@@ -18,6 +18,9 @@ STATE_VERSION = 1
 
 PROVENANCE = ("document_hash", "document_index", "position", "token_id")
 """The columns of a provenance tensor, int64 `(batch, 4)`."""
+
+Origins: TypeAlias = Callable[[], Tensor]
+"""A function that returns the provenance of a batch, the same tensor each time; it may read it from disk at first."""
 
 Batch: TypeAlias = Tensor | dict[str, Tensor]
 """Rows as the SAE gets them: `(batch, d_in)`, or for several hook points a dict of such tensors by canonical name."""
@@ -265,7 +268,7 @@ class Served:
 
     Attributes:
         rows: `(batch, d_in)` by canonical hook name, raw (unscaled), in the activation dtype.
-        provenance: int64 `(batch, 4)`, columns as in `PROVENANCE`; -1 where unknown.
+        origins: returns `provenance`; it may be called at any time, also after the stream is closed.
         certain: number of batches guaranteed to come in this epoch, this one included.
         certain_rows: number of rows in those batches; only the last batch of an epoch may be short.
         position: the position from which the stream can compute this batch again.
@@ -273,11 +276,16 @@ class Served:
     """
 
     rows: dict[str, Tensor]
-    provenance: Tensor
+    origins: Origins
     certain: int
     certain_rows: int
     position: StreamPosition
     step: int
+
+    @property
+    def provenance(self) -> Tensor:
+        """int64 `(batch, 4)`, columns as in `PROVENANCE`; -1 where unknown."""
+        return self.origins()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,20 +312,16 @@ class Stream(Protocol):
     @property
     def buffer_rows(self) -> int | None:
         """Number of slots of the shuffle buffer; None if there is no buffer."""
-        ...
 
     @property
     def counts(self) -> Mapping[str, int]:
         """Numbers of documents, tokens and rows read or dropped in this epoch, by name; empty if not counted."""
-        ...
 
     def start(self, epoch: int) -> StreamPosition:
         """The position of the first batch of an epoch."""
-        ...
 
     def batches(self, position: StreamPosition, skip: int) -> Iterator[Served]:
         """Iterate over the batches from `position` to the end of the epoch, without the first `skip` ones."""
-        ...
 
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[StreamPosition, int]:
         """Find where to continue with another number of ranks.
@@ -328,20 +332,15 @@ class Stream(Protocol):
         Returns:
             A position, the same for every present rank, and the number of rows that will be served a second time.
         """
-        ...
 
     def dropped(self, position: StreamPosition, epoch_batches: int) -> int:
         """Number of rows of this epoch that this rank has after its first `epoch_batches` batches."""
-        ...
 
     def row_age(self, position: StreamPosition, step: int) -> float | None:
         """Mean number of rows served between computing a row and serving it; None if rows are read from a cache."""
-        ...
 
     def sync(self) -> None:
         """Flush written rows to disk; called before a checkpoint that counts these rows as served is saved."""
-        ...
 
     def close(self) -> None:
         """Free memory, files and threads."""
-        ...

@@ -67,6 +67,15 @@ def test_one_position_agrees_with_an_array_and_keeps_shapes():
     assert len(order) == 100
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 100, 1024, 1025, 5000, 250_001, 10**6, 2**30])
+def test_positions_looked_up_one_by_one_and_in_thousands_agree(n):
+    """After many look-ups the values come from tables."""
+    positions = np.unique(np.random.default_rng(0).integers(0, n, 40_000))
+    order = permutation(n, 3)
+    assert np.array_equal(order[positions], order[positions])
+    assert order[positions[:300]].tolist() == [permutation(n, 3)[i] for i in positions[:300].tolist()]
+
+
 def test_seeds_give_different_orders():
     orders = {tuple(permutation(50, seed)[np.arange(50)].tolist()) for seed in range(200)}
     assert len(orders) == 200

@@ -6,6 +6,7 @@ get their shapes.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -90,6 +91,13 @@ class Catalog:
     def nbytes(self) -> int:
         """Size of all shards in bytes."""
         return sum(shard.nbytes for shard in self.shards)
+
+    def digest(self) -> str:
+        """A hash of the names, rows and checksums of the shards in their order: 16 hexadecimal digits."""
+        found = hashlib.sha256()
+        for shard in self.shards:
+            found.update(f"{shard.file} {shard.rows} {shard.sha256 or shard.nbytes}\n".encode())
+        return found.hexdigest()[:16]
 
 
 def open_catalog(

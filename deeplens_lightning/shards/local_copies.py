@@ -1,10 +1,13 @@
 """Keep local copies of remote shards: fetch ahead, verify checksums, delete the least recently used.
 
+Copies that an earlier run left in the folder count as the oldest. They are used again if their checksum is right.
+
 In: a folder and the name of a file in it. Out: a local path to that file.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import weakref
@@ -22,13 +25,17 @@ from deeplens_lightning.shards.checksum import sha256_of
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.folder import TEMPORARY, Folder, LocalFolder
 
+_SUBFOLDER = re.compile("[0-9a-f]{16}")
+"""Names of the folders that `LocalCopies` makes, one for each remote folder."""
+
 
 class LocalCopies:
     """Local copies of remote files, limited to `max_bytes` in all.
 
     Args:
         directory: where the copies are kept; by default a temporary folder that `close` deletes.
-        max_bytes: limit on the copies' size in bytes; the least recently used copy is deleted first.
+        max_bytes: limit on the copies' size in bytes, those of earlier runs included; the least recently used copy is
+            deleted first.
 
     Attributes:
         max_bytes: the limit.
@@ -45,7 +52,9 @@ class LocalCopies:
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="shard-fetch")
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         self._guard = ThreadLock()
-        self._files: OrderedDict[Path, tuple[int, Future[None]]] = OrderedDict()
+        self._files: OrderedDict[Path, tuple[int, Future[None] | None]] = OrderedDict(
+            (path, (size, None)) for path, size in _left_over(directory)
+        )
 
     def fetch(self, folder: Folder, name: str, size: int, sha256: str | None) -> None:
         """Start to fetch a file in a background thread, unless there is a copy or one is being fetched.
@@ -66,14 +75,16 @@ class LocalCopies:
             )
         path = self._path(folder, name)
         with self._guard:
-            if path in self._files:
-                self._files.move_to_end(path)
+            known = self._files.pop(path, None)
+            if known is not None and known[1] is not None:
+                self._files[path] = known
                 return
             while sum(known for known, _ in self._files.values()) + size > self.max_bytes:
                 old, (_, future) = self._files.popitem(last=False)
-                future.cancel()
-                with suppress(Exception):  # `get` raises the error to the caller who needs the file
-                    future.cancelled() or future.result()
+                if future is not None:
+                    future.cancel()
+                    with suppress(Exception):  # `get` raises the error to the caller who needs the file
+                        future.cancelled() or future.result()
                 old.unlink(missing_ok=True)
             self._files[path] = size, self._pool.submit(_download, folder, name, path, sha256)
 
@@ -84,16 +95,21 @@ class LocalCopies:
             DamagedShardError: the file is missing, or the copy has another checksum.
             ShardError: the file alone is larger than `max_bytes`.
         """
-        self.fetch(folder, name, size, sha256)
         path = self._path(folder, name)
-        _, future = self._files[path]
-        try:
-            future.result()
-        except BaseException:
-            with self._guard:
+        while True:
+            self.fetch(folder, name, size, sha256)
+            _, future = self._files[path]
+            try:
+                assert future is not None  # `fetch` has set it
+                future.result()
+            except BaseException:
+                with self._guard:
+                    self._files.pop(path, None)
+                raise
+            if path.exists():
+                return path
+            with self._guard:  # another object with the same folder deleted it: fetch it again
                 self._files.pop(path, None)
-            raise
-        return path
 
     def close(self) -> None:
         """Stop fetching, and delete the folder of copies if it is a temporary one."""
@@ -103,6 +119,17 @@ class LocalCopies:
 
     def _path(self, folder: Folder, name: str) -> Path:
         return self._directory / blake2b(folder.where.encode(), digest_size=8).hexdigest() / name
+
+
+def _left_over(directory: Path) -> list[tuple[Path, int]]:
+    """Paths and sizes of the files that earlier objects left in their folder, the oldest first."""
+    found = []
+    for path in directory.glob("*/*"):
+        ours = path.suffix == ".pt" or path.name.startswith(TEMPORARY)
+        if ours and _SUBFOLDER.fullmatch(path.parent.name):
+            with suppress(FileNotFoundError):  # another process may delete it
+                found.append((path, path.stat()))
+    return [(path, stat.st_size) for path, stat in sorted(found, key=lambda each: each[1].st_mtime_ns)]
 
 
 def local_path(folder: Folder, file: str, size: int, sha256: str | None, copies: LocalCopies | None) -> Path:

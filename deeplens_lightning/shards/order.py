@@ -79,6 +79,7 @@ class WindowOrder:
         last = np.append(np.flatnonzero(np.diff(self._windows)), len(shards) - 1)
         self._window_ends = self._ends[last]
         self._seed = (seed, epoch)
+        self._last: tuple[int, Permutation] | None = None
 
     def __getitem__(self, places: Integers) -> Integers:
         if self._shuffled:
@@ -88,8 +89,9 @@ class WindowOrder:
                 inside = window == number
                 start = int(self._window_ends[number - 1]) if number else 0
                 rows = int(self._window_ends[number]) - start
-                order = Permutation(rows, np.random.SeedSequence([*self._seed, number]))
-                places[inside] = start + order[places[inside] - start]
+                if self._last is None or self._last[0] != number:
+                    self._last = number, Permutation(rows, np.random.SeedSequence([*self._seed, number]))
+                places[inside] = start + self._last[1][places[inside] - start]
         ordinals: Integers = places + self._shift[np.searchsorted(self._ends, places, "right")]
         return ordinals
 

@@ -51,7 +51,8 @@ class RunSet:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, ordinals: Integers) -> Integers:
-        rows: Integers = ordinals + self._shift[np.searchsorted(self._ends, ordinals, "right")]
+        run = 0 if len(self._ends) == 1 else np.searchsorted(self._ends, ordinals, "right")
+        rows: Integers = ordinals + self._shift[run]
         return rows
 
     def count_below(self, rows: Integers) -> Integers:

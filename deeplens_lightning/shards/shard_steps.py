@@ -1,4 +1,4 @@
-"""The batches of one epoch of a cache by step number: a map-style dataset for a plain `DataLoader`.
+"""The batches of one epoch of a cache by step number: a map-style dataset.
 
 In: a step number. Out: a `Served` with rows gathered from the shards.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from deeplens_lightning.shards.gather import Gatherer
+from deeplens_lightning.shards.gather import Gatherer, Located
 from deeplens_lightning.shards.order import Order
-from deeplens_lightning.shards.rowset import RowSet
 from deeplens_lightning.types import Served, ShardPosition
+
+AHEAD = 2**15
+"""Number of rows to find at a time, before they are gathered. It is cheaper while the CPU's caches hold the numbers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,13 @@ class EpochPlan:
     batch_size: int
     world_size: int
 
+    @classmethod
+    def of(cls, rows: int, batch_size: int, world_size: int, drop_last: bool = False) -> EpochPlan:
+        """Divide the `rows` after a position among the ranks; `drop_last` leaves out the smaller last batch."""
+        full, left = divmod(rows, batch_size * world_size)
+        tail = 0 if drop_last else left // world_size
+        return cls(rows=rows, full=full, tail=tail, batch_size=batch_size, world_size=world_size)
+
     @property
     def steps(self) -> int:
         """Number of batches for each rank."""
@@ -45,11 +53,13 @@ class EpochPlan:
         """Number of rows in these batches, for each rank."""
         return self.full * self.batch_size + self.tail
 
-    def places(self, step: int, rank: int) -> NDArray[np.int64]:
-        """Places of a rank's batch, counted from the position in the epoch's order: int64 `(rows of the batch,)`."""
-        size = self.batch_size if step < self.full else self.tail
-        first = step * self.world_size * self.batch_size + rank * size
-        return np.arange(first, first + size)
+    def size(self, step: int) -> int:
+        """Number of rows of each rank's batch."""
+        return self.batch_size if step < self.full else self.tail
+
+    def first(self, step: int, rank: int) -> int:
+        """Place of the first row of a rank's batch, counted from the position in the epoch's order."""
+        return step * self.world_size * self.batch_size + rank * self.size(step)
 
 
 class ShardSteps(Dataset[Served]):
@@ -59,8 +69,7 @@ class ShardSteps(Dataset[Served]):
         position: step 0 is the batch that follows it.
         plan: sizes of the batches after `position`.
         order: order of the rows in the epoch.
-        rows: rows of the split.
-        gatherer: reads rows from the shards.
+        gatherer: reads rows of the split from the shards.
         rank: number of the rank that gets the batches, below `plan.world_size`.
     """
 
@@ -70,12 +79,12 @@ class ShardSteps(Dataset[Served]):
         *,
         plan: EpochPlan,
         order: Order,
-        rows: RowSet,
         gatherer: Gatherer,
         rank: int,
     ) -> None:
         self._position, self._plan, self._order = position, plan, order
-        self._rows, self._gatherer, self._rank = rows, gatherer, rank
+        self._gatherer, self._rank = gatherer, rank
+        self._located: dict[int, Located] = {}
 
     def __len__(self) -> int:
         return self._plan.steps
@@ -90,15 +99,25 @@ class ShardSteps(Dataset[Served]):
         plan = self._plan
         if not 0 <= step < plan.steps:
             raise IndexError(f"step {step} is not between 0 and {plan.steps - 1}")
-        places = self._position.start + plan.places(step, self._rank)
-        near = self._order.shards(int(places[0]))
+        if step not in self._located:
+            self._locate(step)
+        near = self._order.shards(self._position.start + plan.first(step, self._rank))
         self._gatherer.move_to([number for window in near for number in window])
-        rows, provenance = self._gatherer.take(self._rows[self._order[places]])
+        rows, origins = self._gatherer.take(self._located[step])
         return Served(
             rows=rows,
-            provenance=provenance,
+            origins=origins,
             certain=plan.steps - step,
             certain_rows=plan.rank_rows - step * plan.batch_size,
             position=self._position,
             step=step + 1,
         )
+
+    def _locate(self, step: int) -> None:
+        """Find the rows of this step and of the next ones, about `AHEAD` rows."""
+        plan = self._plan
+        after = max(step + 1, min(plan.full, step + AHEAD // plan.batch_size))
+        firsts = np.array([plan.first(number, self._rank) for number in range(step, after)])
+        places = self._position.start + firsts[:, None] + np.arange(plan.size(step))
+        batches = self._order[places.ravel()].reshape(places.shape)
+        self._located = {step + n: self._gatherer.locate(batch) for n, batch in enumerate(batches)}

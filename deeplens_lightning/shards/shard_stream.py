@@ -6,20 +6,18 @@ shards, never one by one.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from deeplens_lightning.options import CACHE_BYTES, Shuffle
-from deeplens_lightning.shards.catalog import Catalog, Shard, open_catalog
+from deeplens_lightning.shards.catalog import Catalog, open_catalog
 from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.folder import LocalFolder
 from deeplens_lightning.shards.gather import Gatherer, chosen_hook_points, shard_starts
@@ -31,8 +29,6 @@ from deeplens_lightning.shards.shard_steps import EpochPlan, ShardSteps
 from deeplens_lightning.types import RankProgress, Served, ShardPosition, Stream, StreamPosition
 
 Split = Literal["train", "val", "all"]
-
-T = TypeVar("T")
 
 
 class ShardStream(Stream):
@@ -120,15 +116,17 @@ class ShardStream(Stream):
         shards = self.catalog.shards
         hashes = np.concatenate([shard.document_hashes for shard in shards])
         lengths = np.concatenate([shard.document_rows for shard in shards])
-        self._rows = split_rows(hashes, lengths, val_fraction, split, max_rows)
-        self.rows = len(self._rows)
-        self._counts = np.diff(self._rows.count_below(shard_starts(shards)))
+        split_set = split_rows(hashes, lengths, val_fraction, split, max_rows)
+        self.rows = len(split_set)
+        self._counts = np.diff(split_set.count_below(shard_starts(shards)))
         self._sizes = np.array([shard.nbytes for shard in shards], np.int64)
         pinned = pin_memory and torch.cuda.is_available()
-        self._gatherer = Gatherer(self.catalog, self.hook_points, self._copies, hook, checksums, pinned)
+        self._gatherer = Gatherer(
+            self.catalog, self.hook_points, split_set, self._copies, hook, checksums, pinned
+        )
         self._shuffle, self._window_bytes = self._choose(shuffle, window_bytes)
         self.identity: dict[str, Any] = {
-            "shards": _digest(shards),
+            "shards": self.catalog.digest(),
             "hook_points": {name: [rows.d_in, rows.dtype] for name, rows in self.hook_points.items()},
             "rows": {"split": split, "val_fraction": val_fraction, "max_rows": max_rows, "count": self.rows},
             "seed": seed,
@@ -200,18 +198,10 @@ class ShardStream(Stream):
             here,
             plan=self._plan(here),
             order=self._order(here),
-            rows=self._rows,
             gatherer=self._gatherer,
             rank=self.rank,
         )
-        # A generator of its own: without it the DataLoader draws a seed from torch's global generator.
-        yield from DataLoader(
-            steps,
-            batch_size=None,
-            sampler=range(skip, len(steps)),
-            collate_fn=_unchanged,
-            generator=torch.Generator(),
-        )
+        yield from map(steps.__getitem__, range(skip, len(steps)))
 
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[ShardPosition, int]:
         """Continue with another number of ranks or another batch size.
@@ -280,14 +270,7 @@ class ShardStream(Stream):
                     "`ShardStream.rescaled`"
                 )
         rows = self.rows - position.start
-        full, left = divmod(rows, self.batch_size * self.world_size)
-        return EpochPlan(
-            rows=rows,
-            full=full,
-            tail=0 if self._drop_last else left // self.world_size,
-            batch_size=self.batch_size,
-            world_size=self.world_size,
-        )
+        return EpochPlan.of(rows, self.batch_size, self.world_size, self._drop_last)
 
 
 def _in_shards(position: StreamPosition) -> ShardPosition:
@@ -300,21 +283,8 @@ def _in_shards(position: StreamPosition) -> ShardPosition:
     return position
 
 
-def _unchanged(value: T) -> T:
-    """A `collate_fn` that changes nothing."""
-    return value
-
-
 def _machine_memory() -> int:
     """This machine's memory in bytes; on Windows, where Python cannot read it, 8 GiB."""
     if sys.platform == "win32":
         return 2**33
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _digest(shards: Sequence[Shard]) -> str:
-    """A hash of the names, rows and checksums of these shards in this order: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for shard in shards:
-        digest.update(f"{shard.file} {shard.rows} {shard.sha256 or shard.nbytes}\n".encode())
-    return digest.hexdigest()[:16]

@@ -14,18 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from deeplens_lightning.shards.codec import dequantize
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.format import DTYPES, Rows
+from deeplens_lightning.types import PROVENANCE
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-Integers = NDArray[np.int64]
 
 UNKNOWN = -1
 """Value of the provenance columns of bare tensors, which have no provenance."""
@@ -45,28 +41,12 @@ class OpenShard:
     Attributes:
         rows: `(n, d_in)` by hook name, in the activation dtype or int8.
         scales: float32 `(n,)` by hook name if rows are int8, else empty.
-        provenance: int64 `(n, 4)`; None for a bare tensor. A NumPy array, from which a few narrow rows are taken faster
-            than from a tensor.
+        provenance: int64 `(n, 4)`; all -1 for a bare tensor.
     """
 
     rows: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
-    provenance: Integers | None
-
-    def gather(self, hook: str, index: Tensor, out: Tensor) -> None:
-        """Copy the rows at `index`, int64 `(m,)`, to `out`, `(m, d_in)` in the activation dtype."""
-        if hook in self.scales:
-            codes, scales = self.rows[hook][index], self.scales[hook][index]
-            out.copy_(dequantize(codes, scales, out.dtype))
-        else:
-            torch.index_select(self.rows[hook], 0, index, out=out)
-
-    def gather_provenance(self, index: Integers, out: Integers) -> None:
-        """Copy the provenance of the rows at `index`, int64 `(m,)`, to `out`, int64 `(m, 4)`; -1 if unknown."""
-        if self.provenance is None:
-            out.fill(UNKNOWN)
-        else:
-            self.provenance.take(index, 0, out, "clip")  # mode "raise" would make a copy of `out`
+    provenance: Tensor
 
 
 def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: int) -> OpenShard:
@@ -100,20 +80,21 @@ def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: 
             scales[name] = content.get("scales", {}).get(name)
             _check_tensor(path, f"scales of {name}", scales[name], (rows,), torch.float32)
     _check_tensor(path, "provenance", content["provenance"], (rows, 4), torch.int64)
-    return OpenShard(rows=content["rows"], scales=scales, provenance=content["provenance"].numpy())
+    return OpenShard(rows=content["rows"], scales=scales, provenance=content["provenance"])
 
 
-def open_bare(path: Path, hook: str | None) -> OpenShard:
+def open_bare(path: Path, hook: str | None, expected: tuple[int, int] | None = None) -> OpenShard:
     """Memory-map a bare activation tensor `(n, d_in)`.
 
     Args:
         path: a file written by `torch.save(tensor, path)`.
         hook: canonical hook name for its rows; by default read from DeepLens's file names
             (`features_layer_3_25000.pt` is `layers.3.mlp_act`), else `activations`.
+        expected: the shape that it must have; None for any shape.
 
     Raises:
         ShardError: the file holds something else than one tensor `(n, d_in)` of a known dtype.
-        DamagedShardError: the file is missing or cannot be read.
+        DamagedShardError: the file is missing, cannot be read, or has another shape than `expected`.
     """
     content = load_mapped(path)
     if not isinstance(content, Tensor) or content.layout is not torch.strided:
@@ -132,7 +113,13 @@ def open_bare(path: Path, hook: str | None) -> OpenShard:
         )
     match = _DEEPLENS.fullmatch(path.name)
     name = hook or (f"layers.{match[1]}.mlp_act" if match else "activations")
-    return OpenShard(rows={name: content.detach()}, scales={}, provenance=None)
+    if expected is not None and (len(content), content.shape[1]) != expected:
+        raise DamagedShardError(
+            f"{path} was changed while it was in use: it held a tensor of shape {expected} and holds "
+            f"{describe(content)} now; start again"
+        )
+    unknown = torch.full((1, len(PROVENANCE)), UNKNOWN).expand(len(content), -1)
+    return OpenShard(rows={name: content.detach()}, scales={}, provenance=unknown)
 
 
 def load_mapped(path: Path) -> Any:

@@ -4,7 +4,8 @@ Rows are numbered in the order in which a rank computes them. After a kill, the 
 finds the finished shards, reports where to continue (`resume`), and skips rows that are already written. The shards then
 hold the same rows in the same order as those of an uninterrupted run.
 
-A background thread saves a full shard while the next one fills, so two shards are in memory.
+A background thread saves a full shard while the next one fills, so two shards are in memory. One thread may append rows
+while another one calls `sync`: a lock lets one call run at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import errno
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -41,6 +43,9 @@ _SLACK = 2**16  # bytes for a shard's zip directory and its sidecar
 
 class ShardWriter:
     """Write one rank's rows of a cache.
+
+    Several threads may use one writer: a call of `append`, `flush`, `sync`, `finish` or `close` waits until the call of
+    another thread has ended, so `sync` saves whole batches. Batches must still be appended in order.
 
     Args:
         where: the cache's folder, a path or an fsspec URL.
@@ -93,6 +98,7 @@ class ShardWriter:
         self._spare: list[ShardBuffer] = []
         self._saving: Future[None] | None = None
         self._lock: Lock | None = None
+        self._guard = RLock()  # `_save` must never take it: the thread that waits for `_save` holds it
         self.shards = self.rows = self.nbytes = self.dropped = 0
         self.resume = Resume(None, 0, 0)
         self.finished = False
@@ -123,59 +129,64 @@ class ShardWriter:
             ShardError: the rank has finished, rows before `first_row` are missing, or hook points, shapes or dtypes
                 are not those of the manifest.
         """
-        self._check_rows(rows, provenance)
-        if self._saving is not None and self._saving.done():
-            self._wait()
-        if self._next.row < first_row:
-            raise ShardError(
-                f"rows {self._next.row} to {first_row - 1} of rank {self._rank} are missing: the cache in "
-                f"{self._folder.where} cannot be continued from here; write to a new folder"
-            )
-        keep = self._wanted(rows, provenance, seen=self._next.row - first_row)
-        while len(keep):
-            if self._filling is None:
-                self._filling = (
-                    self._spare.pop() if self._spare else ShardBuffer(self._manifest, self._capacity)
+        with self._guard:
+            self._check_rows(rows, provenance)
+            if self._saving is not None and self._saving.done():
+                self._wait()
+            if self._next.row < first_row:
+                raise ShardError(
+                    f"rows {self._next.row} to {first_row - 1} of rank {self._rank} are missing: the cache in "
+                    f"{self._folder.where} cannot be continued from here; write to a new folder"
                 )
-            now, keep = keep[: self._filling.room], keep[self._filling.room :]
-            self._filling.fill(rows, provenance, now)
-            self._advance(source, first_row, int(now[-1]) + 1, kept=len(now))
-            if not self._filling.room:
-                self.flush()
-        self._advance(source, first_row, len(provenance), kept=0)
+            keep = self._wanted(rows, provenance, seen=self._next.row - first_row)
+            while len(keep):
+                if self._filling is None:
+                    self._filling = (
+                        self._spare.pop() if self._spare else ShardBuffer(self._manifest, self._capacity)
+                    )
+                now, keep = keep[: self._filling.room], keep[self._filling.room :]
+                self._filling.fill(rows, provenance, now)
+                self._advance(source, first_row, int(now[-1]) + 1, kept=len(now))
+                if not self._filling.room:
+                    self.flush()
+            self._advance(source, first_row, len(provenance), kept=0)
 
     def flush(self) -> None:
         """Start to save the rows in the buffer as a shard, however few they are; wait for the shard before it."""
-        self._wait()
-        if self._filling is not None and self._filling.filled:
-            full, self._filling = self._filling, None
-            self._saving = self._pool.submit(self._save, full, self._next, self._dropped)
+        with self._guard:
+            self._wait()
+            if self._filling is not None and self._filling.filled:
+                full, self._filling = self._filling, None
+                self._saving = self._pool.submit(self._save, full, self._next, self._dropped)
 
     def sync(self) -> None:
         """Save every row appended so far and wait until they are on disk; call it before saving a checkpoint."""
-        self.flush()
-        self._wait()
+        with self._guard:
+            self.flush()
+            self._wait()
 
     def finish(self) -> None:
         """Save the remaining rows and mark this rank as done; the last rank to finish also writes the index."""
-        if not self.finished and not self.complete:
-            self.sync()
-            self._check_single_writer(done_name(self._rank))
-            mark = {"shards": self.shards, "rows": self.rows, "dropped": self._dropped}
-            self._folder.write(done_name(self._rank), dump_json(mark))
-            self.finished = True
-        if not self.complete:
-            self.complete = write_index(self._folder, self._manifest.world_size)
-        self.close()
+        with self._guard:
+            if not self.finished and not self.complete:
+                self.sync()
+                self._check_single_writer(done_name(self._rank))
+                mark = {"shards": self.shards, "rows": self.rows, "dropped": self._dropped}
+                self._folder.write(done_name(self._rank), dump_json(mark))
+                self.finished = True
+            if not self.complete:
+                self.complete = write_index(self._folder, self._manifest.world_size)
+            self.close()
 
     def close(self) -> None:
         """Release the folder. Rows of an unfinished shard are lost and must be appended again after `resume`."""
-        self._pool.shutdown(wait=True)
-        self._filling = None
-        self._spare.clear()
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        with self._guard:
+            self._pool.shutdown(wait=True)
+            self._filling = None
+            self._spare.clear()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
 
     def __enter__(self) -> ShardWriter:
         return self

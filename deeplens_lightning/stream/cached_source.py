@@ -26,7 +26,8 @@ from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.format import DTYPES
 from deeplens_lightning.shards.gather import chosen_hook_points
 from deeplens_lightning.shards.local_copies import LocalCopies
-from deeplens_lightning.shards.rowset import split_rows
+from deeplens_lightning.shards.rowset import heldout
+from deeplens_lightning.shards.shard_steps import EpochPlan
 from deeplens_lightning.shards.shard_stream import ShardStream, Split
 from deeplens_lightning.stream.measured_statistics import ROWS, SAMPLE_EPOCH, Statistics
 from deeplens_lightning.stream.settings import DataSettings
@@ -141,28 +142,24 @@ class CachedActivations:
     @cached_property
     def heldout(self) -> HeldOutRows:
         """This rank's share of the validation set, read once and kept; empty if the cache has too few held-out rows."""
-        given, catalog = self.settings.given, self.settings.catalog
-        points = chosen_hook_points(catalog, self.settings.only)
-        if self._heldout_count() < self.placement.ranks:
+        given, ranks = self.settings.given, self.placement.ranks
+        if self._heldout_rows < ranks:
             log.warning(
                 "the shards hold no held-out documents at val_fraction=%s: there is no validation set; raise "
                 "val_fraction, or set it to 0",
                 given.val_fraction,
             )
-            rows = {
-                name: torch.empty(0, kind.d_in, dtype=DTYPES[kind.dtype]) for name, kind in points.items()
-            }
-            provenance = torch.empty(0, len(PROVENANCE), dtype=torch.int64)
-            return HeldOutRows(rows=rows, provenance=provenance, longest=0)
+            return self._allocated(0)
         stream = self._stream("val", _READ, max_rows=given.val_rows, shuffle="none")
-        batches = list(stream.batches(stream.start(0), 0))
+        found, filled = self._allocated(stream.rows // ranks), 0
+        for batch in stream.batches(stream.start(0), 0):
+            span = slice(filled, filled + len(batch.provenance))
+            for name, rows in batch.rows.items():
+                found.rows[name][span] = rows
+            found.provenance[span] = batch.provenance
+            filled = span.stop
         stream.close()
-        provenance = torch.cat([batch.provenance for batch in batches])
-        return HeldOutRows(
-            rows={name: torch.cat([batch.rows[name] for batch in batches]) for name in points},
-            provenance=provenance,
-            longest=len(provenance),  # the ranks of a cache have the same number
-        )
+        return found
 
     def stream(self, batch_size: int, statistics: Statistics, buffer_rows: int | None) -> ShardStream:
         """Open the stream of this rank's training batches.
@@ -200,20 +197,14 @@ class CachedActivations:
 
     def known_batches(self, batch_size: int) -> int:
         """Number of batches of an epoch, the same on every rank."""
-        stream = self._stream("train", batch_size)
-        try:
-            return stream.steps()
-        finally:
-            stream.close()
+        rows = self.settings.catalog.rows - self._heldout_rows
+        return EpochPlan.of(rows, batch_size, self.placement.ranks).steps
 
     def fingerprint(self) -> dict[str, str]:
         """What must be the same when a run continues from a checkpoint: name to value."""
-        stream = self._stream("train", 1)
-        shards = stream.identity["shards"]
-        stream.close()
         given = self.settings.given
         return {
-            "shards": shards,
+            "shards": self._digest,
             "hook points": ", ".join(self.settings.widths),
             "shuffle": given.cache_options.shuffle,
             "val_fraction": str(given.val_fraction),
@@ -223,11 +214,28 @@ class CachedActivations:
     def close(self) -> None:
         """Do nothing: each stream is closed by its user."""
 
-    def _heldout_count(self) -> int:
+    @cached_property
+    def _digest(self) -> str:
+        return self.settings.catalog.digest()
+
+    @cached_property
+    def _heldout_rows(self) -> int:
+        """Number of rows of held-out documents in the cache."""
         fraction = self.settings.given.val_fraction
         return sum(
-            len(split_rows(shard.document_hashes, shard.document_rows, fraction, "val"))
+            int(shard.document_rows[heldout(shard.document_hashes, fraction)].sum())
             for shard in self.settings.catalog.shards
+        )
+
+    def _allocated(self, count: int) -> HeldOutRows:
+        """Memory for `count` validation rows."""
+        points = chosen_hook_points(self.settings.catalog, self.settings.only)
+        return HeldOutRows(
+            rows={
+                name: torch.empty(count, kind.d_in, dtype=DTYPES[kind.dtype]) for name, kind in points.items()
+            },
+            provenance=torch.empty(count, len(PROVENANCE), dtype=torch.int64),
+            longest=count,  # the ranks of a cache have the same number
         )
 
     def _stream(

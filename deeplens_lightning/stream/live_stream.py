@@ -189,7 +189,7 @@ class LiveStream:
         names = [point.name for point in self.model.hook_points]
         return Served(
             rows=dict(zip(names, rows, strict=True)),
-            provenance=provenance,
+            origins=lambda: provenance,
             certain=mixed.certain,
             certain_rows=mixed.certain_rows,
             position=LivePosition(epoch=epoch, window=mixed.window, rows=mixed.start),

@@ -22,14 +22,23 @@ from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.stream.checkpoint import LoaderPosition
 from deeplens_lightning.stream.prefetch import Prefetch, cuda_stream
-from deeplens_lightning.types import Batch, Placement, RankProgress, Served, Stream, StreamPosition
+from deeplens_lightning.types import (
+    Batch,
+    Origins,
+    Placement,
+    RankProgress,
+    Served,
+    Stream,
+    StreamPosition,
+    key_of,
+)
 
 
 class Item(NamedTuple):
-    """A batch and its provenance, int64 `(batch, 4)`, columns as in `types.PROVENANCE`."""
+    """A batch, and a function that returns its provenance, int64 `(batch, 4)`, columns as in `types.PROVENANCE`."""
 
     batch: Batch
-    provenance: Tensor
+    origins: Origins
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +82,7 @@ class ActivationLoader:
         prefetch: number of batches computed ahead in a thread; 0 for no thread.
         placement: the ranks, and the device of the batches.
         unprocessed: returns the number of served batches that were not trained on, counted from the last one.
-        seen: called with every batch and its provenance, int64 `(batch, 4)`.
+        seen: called with every batch and a function that returns its provenance, int64 `(batch, 4)`.
         warn: called with each message for the user, which it shows on one rank.
         endless: returns whether the Trainer itself ends an iteration after a number of batches, so that the loader
             must never end it.
@@ -92,7 +101,7 @@ class ActivationLoader:
         prefetch: int,
         placement: Placement,
         unprocessed: Callable[[], int],
-        seen: Callable[[Batch, Tensor], None],
+        seen: Callable[[Batch, Origins], None],
         warn: Callable[[str], None],
         endless: Callable[[], bool] = lambda: False,
         overfit: bool = False,
@@ -156,10 +165,10 @@ class ActivationLoader:
             self.in_epoch += 1
             yield item
 
-    def provenance(self) -> Tensor | None:
+    def origins(self) -> Origins | None:
         """Provenance of the batch for the next step, the first one that was served and not trained on."""
         waiting = self._unprocessed()
-        return self._recent[-waiting].provenance if 0 < waiting <= len(self._recent) else None
+        return self._recent[-waiting].origins if 0 < waiting <= len(self._recent) else None
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the data module saves the state, but Lightning warns about loaders without this method."""
@@ -226,8 +235,8 @@ class ActivationLoader:
                 return None
             self._granted -= 1
             self.epoch_batches += 1
-            self.rows_served += len(served.provenance)
             item = self._finished(served)
+            self.rows_served += len(key_of(item.batch))
         for _ in range(len(self._recent) - self._unprocessed()):
             self._recent.popleft()
         self.served += 1
@@ -319,11 +328,11 @@ class ActivationLoader:
                 self.in_epoch = max(0, self.in_epoch - 1)
 
     def _finished(self, served: Served) -> Item:
-        device = (
-            self._placement.batch_device
-        )  # before the cast: cached rows may have fewer bytes than the batch
-        rows = {name: on_device(x, device) for name, x in served.rows.items()}
-        return Item(finish(rows, self.scalings, self.dtype), served.provenance)
+        device = self._placement.batch_device
+        rows = {
+            name: on_device(x, device) for name, x in served.rows.items()
+        }  # cached rows may widen in the cast
+        return Item(finish(rows, self.scalings, self.dtype), served.origins)
 
 
 def finish(rows: Mapping[str, Tensor], scalings: Mapping[str, Scaling], dtype: torch.dtype | None) -> Batch:

@@ -169,12 +169,12 @@ class Serving:
             training: whether it is a batch of the training loader.
         """
         loader = self._loader if training else self._rows
-        table = None
+        origins = None
         if isinstance(loader, ActivationLoader):
-            table = loader.provenance()
+            origins = loader.origins()
         elif loader is not None:
-            table = loader.provenance(batch)
-        self.seen.before_move(batch, table)
+            origins = loader.origins(batch)
+        self.seen.before_move(batch, origins)
 
     def state(self, batch_size: int) -> DataState | None:
         """The state for a checkpoint: the position after the last batch trained on, and the fingerprint of the data."""

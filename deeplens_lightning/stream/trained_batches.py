@@ -10,10 +10,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deeplens_lightning.types import Batch, Provenance, key_of
+from deeplens_lightning.types import Batch, Origins, Provenance, key_of
 
 
 class TrainedBatches:
@@ -59,24 +58,24 @@ class SeenBatches:
     """
 
     def __init__(self) -> None:
-        self._tables: Any = WeakIdKeyDictionary()
-        self._moving: Tensor | None = None
+        self._origins: Any = WeakIdKeyDictionary()
+        self._moving: Origins | None = None
 
     def __reduce__(self) -> tuple[type[SeenBatches], tuple[()]]:
         return SeenBatches, ()
 
-    def remember(self, batch: Batch, provenance: Tensor) -> None:
-        """Store the provenance of a batch, int64 `(batch, 4)`, until the batch is freed."""
-        self._tables[key_of(batch)] = provenance
+    def remember(self, batch: Batch, origins: Origins) -> None:
+        """Store the function that returns the provenance of a batch, until the batch is freed."""
+        self._origins[key_of(batch)] = origins
 
-    def before_move(self, batch: Batch, table: Tensor | None) -> None:
+    def before_move(self, batch: Batch, origins: Origins | None) -> None:
         """Note the provenance of a batch that is about to be moved.
 
         Args:
             batch: the batch, which may have been cast to a new tensor since it was served.
-            table: provenance to use if this tensor was not served itself, int64 `(batch, 4)`; None if unknown.
+            origins: provenance to use if this tensor was not served itself; None if unknown.
         """
-        self._moving = self._tables.get(key_of(batch), table)
+        self._moving = self._origins.get(key_of(batch), origins)
 
     def after_move(self, batch: Batch) -> None:
         """Store the provenance that `before_move` noted, for the batch as the module gets it."""
@@ -86,8 +85,8 @@ class SeenBatches:
 
     def provenance(self, batch: Batch) -> Provenance | None:
         """The document, position and token id of each row of a batch; None if it was not stored for this batch."""
-        table = self._tables.get(key_of(batch))
-        return Provenance(*table.unbind(1)) if table is not None else None
+        origins = self._origins.get(key_of(batch))
+        return Provenance(*origins().unbind(1)) if origins is not None else None
 
 
 def is_fitting(trainer: Trainer | None) -> bool:

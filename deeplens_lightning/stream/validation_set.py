@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.rows import run_model
 from deeplens_lightning.text.packing import Blocks, TokenizedDocument, model_batches
 from deeplens_lightning.text.pipeline import TextStage
-from deeplens_lightning.types import PROVENANCE, Batch, Placement, key_of
+from deeplens_lightning.types import PROVENANCE, Batch, Origins, Placement, key_of
 
 SCANNED = 4
 """Number of held-out tokens to read for each requested row; limits how far the dataset is searched."""
@@ -149,7 +150,7 @@ class RowsLoader:
         rows: returns the rows.
         batch_size: rows per batch.
         finish: scales and casts a batch.
-        seen: called with every batch and its provenance, int64 `(batch, 4)`.
+        seen: called with every batch and a function that returns its provenance, int64 `(batch, 4)`.
     """
 
     def __init__(
@@ -157,11 +158,11 @@ class RowsLoader:
         rows: Callable[[], HeldOutRows],
         batch_size: int,
         finish: Callable[[dict[str, Tensor]], Batch],
-        seen: Callable[[Batch, Tensor], None],
+        seen: Callable[[Batch, Origins], None],
     ) -> None:
         self._rows, self._batch_size, self._finish, self._seen = rows, batch_size, finish, seen
         self._length: int | None = None
-        self._recent: deque[tuple[Batch, Tensor]] = deque(maxlen=2)
+        self._recent: deque[tuple[Batch, Origins]] = deque(maxlen=2)
 
     def __len__(self) -> int:
         """Number of batches, the same on all ranks: some strategies communicate at every batch.
@@ -186,15 +187,16 @@ class RowsLoader:
             part = slice(number * size, (number + 1) * size)
             # copies, because a module may write into its batch
             batch = self._finish({name: x[part].clone() for name, x in heldout.rows.items()})
-            self._seen(batch, heldout.provenance[part])
-            self._recent.append((batch, heldout.provenance[part]))
+            origins = partial(heldout.provenance.__getitem__, part)
+            self._seen(batch, origins)
+            self._recent.append((batch, origins))
             yield batch
 
-    def provenance(self, batch: Batch) -> Tensor | None:
+    def origins(self, batch: Batch) -> Origins | None:
         """Provenance of a batch that was served last and may have been cast since, found by its values."""
         x = key_of(batch)
-        for served, provenance in reversed(self._recent):
+        for served, origins in reversed(self._recent):
             y = key_of(served)
             if x.shape == y.shape and torch.equal(x[:1].nan_to_num(), y[:1].to(x.dtype).nan_to_num()):
-                return provenance
+                return origins
         return None

@@ -1,5 +1,6 @@
 """`ShardStream`: every row once an epoch, in any shuffle, on any number of ranks, resumed from any batch."""
 
+import hashlib
 import random
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deeplens_lightning.shards import Manifest, Rows, ShardError, ShardStream, ShardWriter, heldout
+from deeplens_lightning.shards.joined import JoinedRows
 from deeplens_lightning.shards.shard_steps import ShardSteps
 from deeplens_lightning.types import LivePosition, RankProgress, stream_position
 from tests.support.caches import NARROW, WIDE, make_rows, one_epoch, write_cache
@@ -118,7 +120,6 @@ def test_steps_can_be_read_in_any_order(cache):
         position,
         plan=stream._plan(position),
         order=stream._order(position),
-        rows=stream._rows,
         gatherer=stream._gatherer,
         rank=0,
     )
@@ -128,6 +129,53 @@ def test_steps_can_be_read_in_any_order(cache):
     for step in (-1, 8):
         with pytest.raises(IndexError, match=f"step {step} is not between 0 and 7"):
             steps[step]
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_provenance_is_gathered_when_asked_for_and_at_any_time_later(cache, shuffle, monkeypatch):
+    alone = [batch.provenance for batch in one_epoch(ShardStream(cache, batch_size=400, **shuffle))]
+    gathered = []
+
+    def take(self, numbers, rows, out, original=JoinedRows.take):
+        gathered.append(out.dtype)
+        return original(self, numbers, rows, out)
+
+    monkeypatch.setattr(JoinedRows, "take", take)
+    stream = ShardStream(cache, batch_size=400, **shuffle)
+    batches = list(one_epoch(stream))
+    assert torch.int64 not in gathered
+    early = batches[0].provenance
+    stream.close()
+    for batch, expected in zip(batches, alone, strict=True):
+        assert torch.equal(batch.provenance, expected)
+        assert batch.provenance is batch.provenance
+    assert batches[0].provenance is early
+    assert gathered.count(torch.int64) == len(batches)
+
+
+ORDERS = {
+    "few": "754a4511d6d8",
+    "many": "80713aa0edb9",
+    "held out": "349d7e1eec0f",
+    "window": "90941a2a399e",
+    "none": "da1c9b4a4a69",
+}
+
+
+@pytest.mark.parametrize("kind", ["few", "many", "held out", "window", "none"])
+def test_the_order_of_the_rows_never_changes_between_versions(tmp_path, kind):
+    """Checkpoints depend on it: with another order, rows would be served twice after a resume."""
+    write_cache(tmp_path, n=N, shard_rows=50 if kind == "many" else 700)
+    how = {
+        "few": {"shuffle": "global"},
+        "many": {"shuffle": "global"},
+        "held out": {"shuffle": "global", "val_fraction": 0.4},
+        "window": {"shuffle": "window", "window_bytes": 150_000, "val_fraction": 0.1},
+        "none": {"shuffle": "none", "val_fraction": 0.1},
+    }[kind]
+    stream = ShardStream(tmp_path, batch_size=130, seed=3, rank=1, world_size=2, **how)
+    served = [row for epoch in (0, 1) for batch in one_epoch(stream, epoch) for row in rows_of(batch)]
+    assert hashlib.sha256(str(served).encode()).hexdigest()[:12] == ORDERS[kind]
 
 
 def test_every_epoch_and_seed_has_another_order(cache):

@@ -1,9 +1,12 @@
 """`ShardWriter`: every row once and in order, also after kills; errors name the reason."""
 
 import json
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +20,7 @@ from deeplens_lightning.shards import (
     ShardWriter,
     verify,
 )
+from deeplens_lightning.shards.format import Sidecar
 from deeplens_lightning.shards.names import INDEX, done_name, shard_name, sidecar_name
 from tests.support.caches import (
     NARROW,
@@ -125,6 +129,38 @@ def test_sync_makes_everything_so_far_durable(tmp_path):
         feed(writer, rows, provenance)
         writer.finish()
     assert torch.equal(read_back(tmp_path)[1], provenance)
+
+
+def test_one_thread_may_append_while_another_syncs(tmp_path):
+    """As a producer and the main thread do, which syncs before each checkpoint."""
+    rows, provenance = make_rows(40_000)
+    before = sys.getswitchinterval()
+    with (
+        ThreadPoolExecutor(1) as pool,
+        ShardWriter(tmp_path, manifest(), shard_bytes=shards_of(3000)) as writer,
+    ):
+        sys.setswitchinterval(1e-5)
+        try:
+            producer = pool.submit(feed, writer, rows, provenance, batch=20)
+            while wait([producer], timeout=0.001).not_done:
+                writer.sync()
+        finally:
+            sys.setswitchinterval(before)
+        producer.result()
+        writer.finish()
+    written, where = read_back(tmp_path)
+    assert torch.equal(where, provenance)
+    assert all(torch.equal(written[name], rows[name]) for name in rows)
+    assert writer.shards > 40_000 // 3000 + 1
+    assert verify(tmp_path).problems == []
+    seen = 0
+    for number in range(writer.shards):
+        name = sidecar_name(shard_name(0, number))
+        sidecar = Sidecar.parse((tmp_path / name).read_bytes(), name)
+        index = provenance[seen : seen + sidecar.rows, 1].numpy()
+        seen += sidecar.rows
+        assert sidecar.next.row == seen
+        assert sidecar.document_rows.tolist() == np.unique(index, return_counts=True)[1].tolist()
 
 
 def test_two_ranks_write_one_cache_and_the_last_one_closes_it(tmp_path):

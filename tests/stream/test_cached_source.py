@@ -1,9 +1,13 @@
 """A cache as a source of rows: widths, streams, validation rows, normalisation and a fingerprint."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.shards import ShardError, heldout
 from deeplens_lightning.stream.cached_source import CachedSettings
 from deeplens_lightning.stream.settings import DataSettings
@@ -105,3 +109,64 @@ def test_the_fingerprint_names_what_differs(cache, tmp_path):
 
 def test_a_cache_has_no_held_out_text(cache):
     assert opened(cache).heldout_blocks(100) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("changes", [{}, {"val_fraction": 0.0}, {"val_fraction": 0.5}, {"hook": NARROW}])
+def test_fingerprint_and_length_equal_those_of_a_stream_and_open_none(cache, ranks, changes, monkeypatch):
+    cached = opened(cache, 0, ranks, **changes)
+    with_stream = []
+    for batch_size in (1, 64, 1000):
+        stream = cached.stream(batch_size, cached.measure(), None)
+        with_stream.append((stream.identity["shards"], stream.steps()))
+        stream.close()
+    monkeypatch.setattr("deeplens_lightning.stream.cached_source.ShardStream", None)
+    again = opened(cache, 0, ranks, **changes)
+    found = [(again.fingerprint()["shards"], again.known_batches(size)) for size in (1, 64, 1000)]
+    assert found == with_stream
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of the tensors that are alive at the same time, without views."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and function._overloadpacket in (
+            torch.ops.aten.empty,
+            torch.ops.aten.cat,
+        ):
+            self.add(result.nbytes)
+            weakref.finalize(result, self.add, -result.nbytes)
+        return result
+
+    def add(self, nbytes):
+        self.now += nbytes
+        self.most = max(self.most, self.now)
+
+
+def test_validation_rows_are_allocated_once(tmp_path):
+    write_cache(tmp_path, n=60_000, shard_rows=20_000)
+    cached = opened(tmp_path, val_fraction=0.9)
+    with LiveBytes() as live:
+        held_out = cached.heldout
+    kept = held_out.provenance.nbytes + sum(rows.nbytes for rows in held_out.rows.values())
+    assert len(held_out) > 50_000
+    assert kept <= live.most < 1.2 * kept
+
+
+def test_a_batch_keeps_its_provenance_after_later_batches_and_after_teardown(cache):
+    data = ActivationDataModule(shards=str(cache), hook=WIDE, batch_size=500, val_fraction=0.0)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    data.teardown("fit")
+    rows, provenance = make_rows(N)
+    for batch in batches:
+        found = data.provenance(batch)
+        index = found.document_index * 37 + found.position
+        assert torch.equal(batch, rows[WIDE][index])
+        assert torch.equal(found.stacked(), provenance[index])
+    assert data.provenance(batches[0].clone()) is None
