@@ -17,6 +17,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
 from deeplens_lightning.model.rows import run_model
+from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.text.documents import document_hash
 from deeplens_lightning.text.packing import Packing, TokenizedDocument, model_batches
 from deeplens_lightning.text.pipeline import GROUP
@@ -85,11 +86,11 @@ class FromHuggingFace:
                 f"got {num_samples} and {inference_batch_size}"
             )
         self.hf_model, self.model_kwargs = hf_model, model_kwargs
-        if isinstance(hf_model, PreTrainedModel):
-            config, points = hf_model.config, resolve(hf_model, layer, hook)
-        else:
+        if isinstance(hf_model, str):
             config = load_config(hf_model, model_kwargs)
             points = resolve(config, layer, hook)
+        else:
+            config, points = unwrapped(hf_model).config, resolve(hf_model, layer, hook)
         [self.hook_point] = points
         limit = max_positions(config)
         if limit is not None and seq_length > limit:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,18 @@ from transformers import PreTrainedModel
 from deeplens_lightning.model.cpu_kernels import faster, replaceable
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.rope import length_scaled, original_frequencies
+from deeplens_lightning.model.switching import SwitchedAttention
 from deeplens_lightning.model.tracing import first_input, first_output
+from deeplens_lightning.model.wrappers import uncompiled
+
+_LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
+_CHOOSING = threading.Lock()
+
+
+def lock_of(base: nn.Module) -> threading.RLock:
+    """The lock of a base model: one for all that run it, which the thread that holds it may take again."""
+    with _CHOOSING:
+        return _LOCKS.setdefault(base, threading.RLock())
 
 
 class _AllCaptured(BaseException):
@@ -38,7 +50,7 @@ class HookedForward:
         base: the base model.
         hook_points: as given.
         vocabulary: rows of the embedding.
-        lock: held during a forward pass.
+        lock: held during a forward pass; the same for every `HookedForward` of this base model.
     """
 
     def __init__(
@@ -47,10 +59,11 @@ class HookedForward:
         self.base = base
         self.hook_points = tuple(hook_points)
         self.vocabulary = int(cast(Tensor, base.get_input_embeddings().weight).shape[0])
-        self.lock = threading.Lock()
+        self.lock = lock_of(base)
         self._device = base.device
         self._accepts = set(inspect.signature(base.forward).parameters)
         self._ropes = length_scaled(base)
+        self._attention = SwitchedAttention(base)
         self._replaceable = replaceable(base) if fast_kernels else []
 
     def __call__(
@@ -82,6 +95,8 @@ class HookedForward:
             stack.enter_context(torch.no_grad())
             for kind in {"cpu", self._device.type}:
                 stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(uncompiled(self.base))
+            stack.enter_context(self._attention.kept(tokens.shape[1]))
             stack.enter_context(_evaluation_mode(self.base))
             stack.enter_context(faster(self._replaceable))
             for rope in self._ropes:
@@ -89,6 +104,13 @@ class HookedForward:
             captured = stack.enter_context(_capture(self.base, self.hook_points, tokens.shape))
             with suppress(_AllCaptured):
                 self.base(**given)
+        missing = [point.name for point in self.hook_points if point.name not in captured]
+        if missing:
+            raise RuntimeError(
+                f"the forward pass did not reach {', '.join(missing)}: the model called other modules than in a "
+                "forward pass without weights, or compiled ones; give the model without torch.compile on its parts, "
+                "or choose another hook point"
+            )
         return {point.name: captured[point.name] for point in self.hook_points}
 
 
@@ -96,10 +118,16 @@ class HookedForward:
 def _capture(
     base: nn.Module, hook_points: Sequence[HookPoint], shape: Sequence[int]
 ) -> Iterator[dict[str, Tensor]]:
-    """Hooks that fill the yielded dictionary, and end the forward pass when it is full."""
+    """Hooks that fill the yielded dictionary, and end the forward pass when it is full.
+
+    They do nothing in forward passes of other threads, which do not hold the lock of the model.
+    """
     captured: dict[str, Tensor] = {}
+    thread = threading.get_ident()
 
     def keep(point: HookPoint, x: Tensor | None) -> None:
+        if threading.get_ident() != thread:
+            return
         if x is None:
             raise TypeError(f"{point.name}: the module {point.module!r} received or returned no tensor")
         x = (x * point.scale if point.scale != 1 else x).reshape(*shape, -1)

@@ -7,28 +7,34 @@ In: a hub id, folder, GGUF file, `demo:lm` or loaded model, and hook points. Out
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deeplens_lightning.model.capture import HookedForward
 from deeplens_lightning.model.compilation import compiled
+from deeplens_lightning.model.exact_copy import exact_forward, is_exact
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.identity import identify
-from deeplens_lightning.model.isolation import choose
+from deeplens_lightning.model.isolation import MODES, choose
+from deeplens_lightning.model.lengths import lengths_of
 from deeplens_lightning.model.pretrained import load_base, load_config, max_positions
-from deeplens_lightning.model.rope import original_context
 from deeplens_lightning.model.tracing import base_of, trace
+from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.options import Isolation
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_DEFAULT_PROBE = 1024
-"""Longest original RoPE context in tokens that is probed if `seq_length` is not given: longer probes are slow."""
+_DEFAULT_BLOCK = 1024
+"""Positions of a block that the probe assumes if `seq_length` is not given."""
+
+LONGEST_PROBED = 8192
+"""Longest length in tokens of a model, such as that of a window, that the probe goes past: longer probes are slow."""
 
 
 class FrozenModel:
@@ -75,7 +81,7 @@ class FrozenModel:
     @classmethod
     def load(
         cls,
-        hf_model: str | PreTrainedModel,
+        hf_model: str | nn.Module,
         hook_points: Sequence[HookPoint],
         *,
         device: torch.device | str,
@@ -87,7 +93,8 @@ class FrozenModel:
         """Load the layers that the deepest hook point needs, and choose how segments share a model batch.
 
         Args:
-            hf_model: hub id, folder, `.gguf` file, `demo:lm`, or a loaded model. A loaded model stays on its device
+            hf_model: hub id, folder, `.gguf` file, `demo:lm`, or a loaded model, which may be wrapped by
+                `torch.compile` or PEFT (the rows include adapters in its layers). A loaded model stays on its device
                 and keeps all its layers; hooks and flags are set during a call only.
             hook_points: from `resolve`, of the same model.
             device: where a model that is loaded here goes, unless `model_kwargs` has a `device_map`.
@@ -96,8 +103,9 @@ class FrozenModel:
                 configuration.
             compile_model: run the parts between hook points under `torch.compile`.
             isolation: how segments are kept apart; `auto` probes the model.
-            seq_length: the longest segment in tokens. If given, the probe reaches the lengths at which RoPE scaling
-                depends on the sequence length only if such segments can occur.
+            seq_length: positions of a block, and the longest segment, in tokens. The probe goes past the lengths in
+                the configuration (of windows, chunks, RoPE scaling) that such blocks go past. If it is not given,
+                the probe assumes 1024, or the model's positions if those are fewer.
 
         Raises:
             ValueError: no hook points are given, `seq_length` exceeds the model's positions, weights are missing, a
@@ -106,22 +114,27 @@ class FrozenModel:
         """
         if not hook_points:
             raise ValueError("no hook points are given; make them with resolve(config, layer, hook)")
-        if isinstance(hf_model, PreTrainedModel):
-            base, config, name = base_of(hf_model), hf_model.config, str(hf_model.name_or_path)
+        model: PretrainedConfig | PreTrainedModel
+        if isinstance(hf_model, str):
+            model, name = load_config(hf_model, model_kwargs), hf_model
+            config = model
         else:
-            config, name = load_config(hf_model, model_kwargs), hf_model
-        limit = max_positions(config if isinstance(hf_model, str) else hf_model)
+            model = unwrapped(hf_model)
+            base, config, name = base_of(model), model.config, str(model.name_or_path)
+        limit = max_positions(model)
         if seq_length is not None and limit is not None and seq_length > limit:
             raise ValueError(
                 f"seq_length={seq_length} exceeds the {limit} positions of {name}; give at most {limit}"
             )
         if isinstance(hf_model, str):
             base = load_base(hf_model, config, hook_points, torch.device(device), model_kwargs)
-        layers = trace(config if isinstance(hf_model, str) else hf_model).layers
+        layers = trace(model).layers
         forward = HookedForward(base, hook_points, fast_kernels=not compile_model)
         dtypes = {key: x.dtype for key, x in forward(torch.zeros(1, 2, dtype=torch.int64)).items()}
         if isolation == "auto":
-            isolation = _probed_isolation(forward, config, seq_length, limit)
+            block = seq_length or min(limit or _DEFAULT_BLOCK, _DEFAULT_BLOCK)
+            isolation = _probed_isolation(forward, model, block)
+            logger.info("segments are kept apart by isolation=%r", isolation)
         identity = identify(base, config, name=name, layers=layers, hook_points=hook_points)
         compilation = ExitStack()
         if compile_model:
@@ -166,6 +179,25 @@ class FrozenModel:
         """
         return self._open_forward()(tokens, position_ids, attention_mask)
 
+    @contextmanager
+    def exclusive(self) -> Iterator[PreTrainedModel]:
+        """Hold the lock of the model, for code that runs it by other means than `activations`.
+
+        Until the context ends, other threads wait with their calls of `activations`, so that no hook of theirs is on
+        the model, and nothing that this thread puts on it gets into their rows. The lock belongs to the base model:
+        all `FrozenModel`s of one model that was given loaded share it. The thread that holds it may take it again
+        and call `activations`.
+
+        Yields:
+            The base model.
+
+        Raises:
+            RuntimeError: the model was closed.
+        """
+        forward = self._open_forward()
+        with forward.lock:
+            yield forward.base
+
     def close(self) -> None:
         """Free the model when the present forward pass has ended; a loaded model that was given is left unchanged."""
         if self._forward is not None:
@@ -179,17 +211,43 @@ class FrozenModel:
         return self._forward
 
 
-def _probed_isolation(
-    forward: HookedForward, config: PretrainedConfig, seq_length: int | None, limit: int | None
-) -> Isolation:
-    """The isolation that `isolation.choose` finds for segments of at most `seq_length` tokens."""
-    original = original_context(config)
-    reached = original and original < (seq_length or _LONGEST_DEFAULT_PROBE)
-    mode = choose(
-        forward,
+def _probed_isolation(forward: HookedForward, model: PretrainedConfig | nn.Module, block: int) -> Isolation:
+    """The isolation that `isolation.choose` finds for blocks, and segments, of at most `block` tokens.
+
+    A model in lower precision is probed in float32 first, on a copy of its first layers, because its rounding is as
+    large as a leak; the model itself then has to agree up to rounding.
+    """
+    config = model if isinstance(model, PretrainedConfig) else unwrapped(model).config
+    lengths = [(name, length) for name, length in lengths_of(config) if length < block]
+    modes = MODES
+    for name, length in lengths:
+        if length > LONGEST_PROBED:
+            logger.warning(
+                "only segments of equal length share a model batch: blocks of %d tokens go past %s=%d of the model, "
+                "and lengths above %d are not probed; set model_options.isolation or a smaller seq_length to change it",
+                block,
+                name,
+                length,
+                LONGEST_PROBED,
+            )
+            modes = ("equal",)
+    probe = partial(
+        choose,
         vocab_size=min(forward.vocabulary, config.get_text_config().vocab_size),
-        max_length=seq_length or limit,
-        original=original if reached else None,
+        block=block,
+        lengths=[length for _, length in lengths if length <= LONGEST_PROBED],
     )
-    logger.info("segments are kept apart by isolation=%r", mode)
-    return mode
+    if is_exact(forward.base):
+        return probe(forward, modes=modes)
+    try:
+        exact = exact_forward(forward, model)
+    except (RuntimeError, TypeError, ValueError) as error:
+        logger.warning(
+            "only segments of equal length share a model batch, because no part of the model could be probed in "
+            "float32 (%s); load it in float32, or set model_options.isolation, to change it",
+            error,
+        )
+        modes = ("equal",)
+    else:
+        modes = modes[modes.index(probe(exact, modes=modes)) :]
+    return probe(forward, modes=modes, exact=False)

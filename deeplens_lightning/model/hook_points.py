@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PretrainedConfig
 
 from deeplens_lightning.model.layer_map import LAYER_KINDS, ModulePlace, final_norm, layer_places
 from deeplens_lightning.model.tracing import Call, Trace, trace
@@ -55,7 +56,7 @@ class HookPoint:
 
 
 def resolve(
-    model: PretrainedConfig | PreTrainedModel, layer: int | Sequence[int] | None, hook: str | Sequence[str]
+    model: PretrainedConfig | nn.Module, layer: int | Sequence[int] | None, hook: str | Sequence[str]
 ) -> tuple[HookPoint, ...]:
     """The hook points with the given names, in a model or in the model of a configuration.
 

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from rich.console import Group
 from rich.table import Table
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deeplens_lightning.model.hook_points import TRANSFORMER_LENS, HookPoint, resolve
 from deeplens_lightning.model.layer_map import LAYER_KINDS, ModulePlace, final_norm, layer_places
 from deeplens_lightning.model.pretrained import cut, load_config, max_positions
 from deeplens_lightning.model.tracing import Trace, trace
+from deeplens_lightning.model.wrappers import unwrapped
 
 _DTYPES = {
     "float64": torch.float64, "double": torch.float64, "float32": torch.float32, "float": torch.float32,
@@ -83,7 +85,7 @@ class Inspection:
 
 
 def inspect_model(
-    hf_model: str | PreTrainedModel,
+    hf_model: str | nn.Module,
     layer: int | Sequence[int] | None = None,
     hook: str | Sequence[str] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
@@ -101,9 +103,11 @@ def inspect_model(
         ValueError: a hook point does not exist, or the model is no language model.
     """
     if isinstance(hf_model, str):
-        model, config, name = None, load_config(hf_model, model_kwargs), hf_model
+        model = None
+        config, name = load_config(hf_model, model_kwargs), hf_model
     else:
-        model, config, name = hf_model, hf_model.config, str(hf_model.name_or_path)
+        model = unwrapped(hf_model)
+        config, name = model.config, str(model.name_or_path)
     traced = trace(model or config)
     chosen = () if hook is None else resolve(model or config, layer, hook)
     short = trace(cut(config, [point.layer for point in chosen])) if chosen else traced

@@ -30,6 +30,7 @@ from deeplens_lightning.model.hf_config import has_setting, setting
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.rope import has_dynamic_rope
 from deeplens_lightning.model.tracing import base_of, trace
+from deeplens_lightning.model.wrappers import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def load_config(hf_model: str, model_kwargs: Mapping[str, Any] | None = None) ->
 
 
 def load_tokenizer(
-    hf_model: str | PreTrainedModel,
+    hf_model: str | nn.Module,
     tokenizer: str | PreTrainedTokenizerBase | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     config: PretrainedConfig | None = None,
@@ -134,7 +135,8 @@ def load_tokenizer(
         ValueError: there is no tokenizer, or it has more tokens than the model's embedding has rows.
     """
     if tokenizer is None or isinstance(tokenizer, str):
-        source = tokenizer or (hf_model if isinstance(hf_model, str) else str(hf_model.name_or_path))
+        own = hf_model if isinstance(hf_model, str) else str(unwrapped(hf_model).name_or_path)
+        source = tokenizer or own
         tokenizer = _own_tokenizer(source, model_kwargs if tokenizer is None else None)
     rows = None if config is None else setting(config.get_text_config(), "vocab_size")
     if rows is not None and len(tokenizer) > rows:
@@ -165,9 +167,9 @@ def _own_tokenizer(source: str, model_kwargs: Mapping[str, Any] | None) -> PreTr
     return found
 
 
-def max_positions(model: PretrainedConfig | PreTrainedModel) -> int | None:
+def max_positions(model: PretrainedConfig | nn.Module) -> int | None:
     """The longest sequence that a model takes, in tokens; None if there is no limit."""
-    config = model if isinstance(model, PretrainedConfig) else model.config
+    config = model if isinstance(model, PretrainedConfig) else unwrapped(model).config
     if has_dynamic_rope(config):
         return None
     text = config.get_text_config()
@@ -253,9 +255,14 @@ def cut(config: PretrainedConfig, layers: Sequence[int | None]) -> PretrainedCon
             setattr(text, key, value[:depth])
     try:
         text.num_hidden_layers = depth
-    except NotImplementedError:  # the configuration computes its depth from several numbers
+        same = trace(short).operations[: depth + 1] == full.operations[: depth + 1]
+    except (NotImplementedError, ValueError, LookupError) as error:
+        # The configuration computes its depth from several numbers, or needs a layer that was cut off.
+        logger.info(
+            "every layer is loaded, because the model cannot end after layer %d: %s", depth - 1, error
+        )
         return copy.deepcopy(config)
-    if trace(short).operations[: depth + 1] != full.operations[: depth + 1]:
+    if not same:
         logger.info("every layer is loaded, because the layers of this model depend on the number of layers")
         return copy.deepcopy(config)
     return short

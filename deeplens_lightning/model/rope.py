@@ -1,7 +1,7 @@
 """RoPE whose frequencies depend on the length of the sequence ("dynamic" and "longrope" scaling).
 
-In: a configuration, or the rotary modules of a model. Out: from which length on rows depend on the length, and a
-context in which the modules start from their original frequencies.
+In: a configuration, or the rotary modules of a model. Out: whether there is such scaling, and a context in which the
+modules start from their original frequencies.
 """
 
 from __future__ import annotations
@@ -27,17 +27,6 @@ class _Rotary(Protocol):
 def has_dynamic_rope(config: PretrainedConfig) -> bool:
     """Whether RoPE is scaled dynamically, so that sequences may exceed `max_position_embeddings`."""
     return any(rope.get("rope_type", "default") == "dynamic" for rope in _rope_parameters(config))
-
-
-def original_context(config: PretrainedConfig) -> int | None:
-    """The length in tokens beyond which RoPE frequencies depend on the sequence length; None if they never do."""
-    text = config.get_text_config()
-    lengths = [
-        rope.get("original_max_position_embeddings") or text.max_position_embeddings
-        for rope in _rope_parameters(config)
-        if rope.get("rope_type") in ("dynamic", "longrope")
-    ]
-    return min(lengths, default=None)
 
 
 def length_scaled(base: nn.Module) -> list[nn.Module]:

@@ -12,13 +12,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hf_config import setting
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
+from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.text.tokens import special_affixes
 from deeplens_lightning.types import device_of
 
@@ -44,7 +45,7 @@ class TextActivations:
 
     def __init__(
         self,
-        hf_model: str | PreTrainedModel,
+        hf_model: str | nn.Module,
         *,
         max_length: int = 1024,
         device: str | torch.device = "auto",
@@ -55,7 +56,7 @@ class TextActivations:
     ) -> None:
         if max_length < 1:
             raise ValueError(f"max_length={max_length} keeps no token; give at least 1")
-        self.hf_model = hf_model
+        self.hf_model = hf_model if isinstance(hf_model, str) else unwrapped(hf_model)
         self.max_length = max_length
         self.device = device
         self.model_kwargs = model_kwargs

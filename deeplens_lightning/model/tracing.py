@@ -26,6 +26,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from deeplens_lightning.model.hf_config import has_setting
 from deeplens_lightning.model.linear_forms import Form, LinearForms
+from deeplens_lightning.model.wrappers import unwrapped
 
 BATCH, LENGTH = 3, 7
 """Shape of the traced tokens. Odd and unequal, so that no other dimension of a tensor has these sizes by accident."""
@@ -96,28 +97,29 @@ class Trace:
         return [call for call in self.calls if call.path == path]
 
 
-def base_of(model: PreTrainedModel) -> Any:
-    """The part of a model that computes activations: without a head and, of an encoder-decoder, the encoder."""
-    base: Any = model.base_model
+def base_of(model: nn.Module) -> Any:
+    """The part of a model that computes activations: without a head and, of an encoder-decoder, the encoder.
+
+    Wrappers such as those of `torch.compile` and PEFT are left out, with adapters inside the layers left in.
+    """
+    base: Any = unwrapped(model).base_model
     if base.config.is_encoder_decoder or base.config.model_type in ("t5", "mt5", "umt5"):
         base = base.get_encoder()
     return base
 
 
-def trace(model: PretrainedConfig | PreTrainedModel) -> Trace:
+def trace(model: PretrainedConfig | nn.Module) -> Trace:
     """Run the structure of a model once on the meta device and record its module calls; the result is cached.
 
     Raises:
         ValueError: the model takes no token ids, cannot run without data, or has no list of layers.
     """
-    config = copy.deepcopy(model if isinstance(model, PretrainedConfig) else model.config)
-    kind = None if isinstance(model, PretrainedConfig) else type(model.base_model)
-    return _trace(_Structure(kind, config.to_json_string(use_diff=False), config))
+    return _trace(Structure.of(model))
 
 
 @dataclass(frozen=True, slots=True)
-class _Structure:
-    """What determines a trace, usable as a cache key.
+class Structure:
+    """What determines the modules of a model, usable as a cache key.
 
     Attributes:
         kind: class of the model; None for the class that `AutoModel` takes.
@@ -129,24 +131,37 @@ class _Structure:
     text: str
     config: PretrainedConfig = field(compare=False)
 
-    def build(self) -> PreTrainedModel:
-        """The base model on the meta device: modules and shapes without weights."""
+    @classmethod
+    def of(cls, model: PretrainedConfig | nn.Module) -> Structure:
+        """The structure of a configuration, or of a model, of which a wrapper is left out."""
+        inner = model if isinstance(model, PretrainedConfig) else unwrapped(model)
+        config = copy.deepcopy(inner if isinstance(inner, PretrainedConfig) else inner.config)
+        kind = None if isinstance(inner, PretrainedConfig) else type(inner.base_model)
+        return cls(kind, config.to_json_string(use_diff=False), config)
+
+    def build(self, device: torch.device | str = "meta", attention: str = "eager") -> PreTrainedModel:
+        """The base model in float32 and evaluation mode: on the meta device without weights, elsewhere with random ones.
+
+        Args:
+            device: where it is built.
+            attention: name of the attention implementation.
+        """
         config = copy.deepcopy(self.config)
         options: dict[str, Any] = {
             "dtype": torch.float32,
-            "attn_implementation": "eager",
+            "attn_implementation": attention,
             "experts_implementation": "batched_mm",  # the only one whose shapes do not depend on the routing
         }
         if self.kind is None:
             options["trust_remote_code"] = type(config).__module__.startswith("transformers_modules")
         make: Any = AutoModel.from_config if self.kind is None else cast(Any, self.kind)._from_config
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             base: PreTrainedModel = base_of(make(config, **options)).eval()
         return base
 
 
 @lru_cache(maxsize=8)
-def _trace(structure: _Structure) -> Trace:
+def _trace(structure: Structure) -> Trace:
     family = structure.config.model_type
     base = structure.build()
     if "input_ids" not in inspect.signature(base.forward).parameters:
@@ -160,6 +175,12 @@ def _trace(structure: _Structure) -> Trace:
     try:
         with torch.inference_mode(False), torch.no_grad(), recorder.hooks(base), recorder:
             base(input_ids=tokens, **({"use_cache": False} if has_setting(base.config, "use_cache") else {}))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{family!r} models are not supported: which tokens a module computes depends on the text (as with "
+            "global attention to some tokens, or experts that are given a list of tokens), so its rows cannot be told "
+            "apart; give a model whose layers compute every token"
+        ) from error
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
             f"the hook points of {family!r} models cannot be found, because a forward pass on the meta device "

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, locate, max_positions
+from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.stream.document_order import Extraction
 from deeplens_lightning.stream.live_stream import GROUPED, LiveStream
@@ -53,7 +54,8 @@ class LiveSettings:
     @property
     def hf_model(self) -> str | PreTrainedModel:
         """The language model, or its name."""
-        return self.given.hf_model if self.given.hf_model is not None else DEMO_LM
+        given = DEMO_LM if self.given.hf_model is None else self.given.hf_model
+        return given if isinstance(given, str) else unwrapped(given)
 
     @cached_property
     def config(self) -> PretrainedConfig:

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.options import Isolation
 
-SEGMENTS = [torch.randint(10, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 33, 1, 14)]
+
+def segment(length: int) -> Tensor:
+    """Random token ids, int64 `(length,)`, the same ones for the same length."""
+    return torch.randint(10, 97, (length,), generator=torch.Generator().manual_seed(length))
+
+
+SEGMENTS = [segment(length) for length in (9, 33, 1, 14)]
 
 
 def together(model: FrozenModel, segments: Sequence[Tensor], mode: Isolation) -> list[dict[str, Tensor]]:

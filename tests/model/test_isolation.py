@@ -32,23 +32,28 @@ def test_the_first_isolation_with_the_rows_of_the_segment_alone_is_chosen(
     mode: Isolation, dtype: torch.dtype
 ) -> None:
     run = mixing(mode, dtype=dtype)
-    assert choose(run, vocab_size=50, max_length=16, original=None) == mode
+    assert choose(run, vocab_size=50, block=16, exact=dtype == torch.float32) == mode
 
 
 def test_rounding_errors_of_the_device_do_not_count_as_a_difference() -> None:
-    assert choose(mixing("packed", noise=1e-4), vocab_size=50, max_length=None, original=None) == "packed"
+    assert choose(mixing("packed", noise=1e-4), vocab_size=50, block=64) == "packed"
+
+
+def test_large_rounding_errors_are_not_allowed_for() -> None:
+    with pytest.raises(ValueError, match="relative error"):
+        choose(mixing("packed", noise=2e-3), vocab_size=50, block=64)
 
 
 def test_a_model_whose_rows_depend_on_the_batch_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"relative error .*; run it in float32, or .* model_options.isolation=\"none\""
     ):
-        choose(mixing("none"), vocab_size=50, max_length=None, original=None)
+        choose(mixing("none"), vocab_size=50, block=64)
 
 
 def test_the_probe_does_not_use_the_global_random_generator() -> None:
     state = torch.random.get_rng_state()
-    choose(mixing("packed"), vocab_size=50, max_length=None, original=40)
+    choose(mixing("packed"), vocab_size=50, block=64, lengths=[40])
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -271,11 +271,49 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_LINEAR = {
+    "head_dim": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+}
+_SHARED_KV = {
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    "num_kv_shared_layers": 2,
+    "head_dim": 8,
+    "vocab_size_per_layer_input": 97,
+    "hidden_size_per_layer_input": 8,
+    "sliding_window": 8,
+}
+MORE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4": (
+        "llama4_text",
+        {"moe_layers": [], "intermediate_size_mlp": 48, "head_dim": 8, "no_rope_layers": [1, 0, 1]},
+    ),
+    "doge": ("doge", {}),
+    "qwen3_next": ("qwen3_next", {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 24}),
+    "qwen3_5": ("qwen3_5_text", _LINEAR),
+    "falcon_alibi": ("falcon", {"ffn_hidden_size": 48, "alibi": True}),
+    "gemma3n": ("gemma3n_text", {**_SHARED_KV, "laurel_rank": 4, "altup_num_inputs": 2}),
+    "gemma4": ("gemma4_text", {**_SHARED_KV, "global_head_dim": 8}),
+    "big_bird": ("big_bird", {"block_size": 4, "num_random_blocks": 1}),
+    "longformer": ("longformer", {"attention_window": [4] * 3}),
+    "switch": (
+        "switch_transformers",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "num_experts": 2},
+    ),
+}
+"""Further families, whose module paths no test needs: model type and configuration."""
+
+
 def tiny_config(name: str, **changes: Any) -> PretrainedConfig:
     """The configuration of a tiny model of a family."""
-    family = FAMILIES[name]
-    cls = CONFIG_MAPPING[family.model_type]
-    return cls(**{**COMMON, **family.config, **changes})
+    family = FAMILIES.get(name)
+    model_type, config = (family.model_type, family.config) if family else MORE[name]
+    return CONFIG_MAPPING[model_type](**{**COMMON, **config, **changes})
 
 
 @lru_cache(maxsize=4)
@@ -296,14 +334,19 @@ def randomised(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def rope_config(name: str, **changes: Any) -> PretrainedConfig:
+def rope_config(name: str, original: int = 24, **changes: Any) -> PretrainedConfig:
     """A configuration with "dynamic_rope" or "longrope" scaling and an original context of 24 tokens."""
     if name == "dynamic_rope":
         rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-        return tiny_config("llama", rope_parameters=rope, max_position_embeddings=24, **changes)
+        return tiny_config("llama", rope_parameters=rope, max_position_embeddings=original, **changes)
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24, **factors}
-    return tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=24, **changes)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": original,
+        **factors,
+    }
+    return tiny_config("phi3", rope_parameters=rope, original_max_position_embeddings=original, **changes)
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:

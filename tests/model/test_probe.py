@@ -1,0 +1,186 @@
+"""The probe goes past the lengths in a model's configuration, and finds small errors in lower precision."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+
+from deeplens_lightning.model import exact_copy, frozen
+from deeplens_lightning.model.frozen import FrozenModel
+from deeplens_lightning.model.hook_points import resolve
+from deeplens_lightning.model.isolation import relative_error
+from deeplens_lightning.model.lengths import lengths_of
+from tests.model.segments import segment, together
+from tests.support.model_families import randomised, rope_config, snapshot, tiny_config
+
+BLOCK = 64
+LATE = ("llama4", "doge", "longrope", "dynamic_rope")
+
+
+def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return randomised(AutoModel.from_config(config)).to(dtype)
+
+
+def config_of(name: str) -> PretrainedConfig:
+    """A model that computes otherwise from 44 tokens on, which only blocks longer than that reach."""
+    if name.endswith("rope"):
+        return rope_config(name, original=44)
+    return tiny_config(name, **{"llama4": {"floor_scale": 44}, "doge": {"keep_window_size": 44}}[name])
+
+
+def opened(model: PreTrainedModel, block: int = BLOCK) -> FrozenModel:
+    return FrozenModel.load(model, resolve(model, 2, "resid_post"), device="cpu", seq_length=block)
+
+
+def worst_error(read: FrozenModel, model: PreTrainedModel, block: int = BLOCK) -> float:
+    """The largest relative error of rows in blocks with some segments, against each segment alone."""
+    errors = []
+    for lengths in ((block,), (3, block - 3), (block // 3, 2, block // 2), (block - 9, 9)):
+        segments = [segment(length) for length in lengths]
+        for rows, alone in zip(together(read, segments, read.isolation), segments, strict=True):
+            with torch.no_grad():
+                expected = model(alone[None], use_cache=False, output_hidden_states=True).hidden_states[3]
+            errors.append(float(relative_error(rows["layers.2.resid_post"], expected).max()))
+    return max(errors)
+
+
+def without_last_norm(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose last hidden state is the output of the last layer."""
+    model = copy.deepcopy(model)
+    model.norm = nn.Identity()
+    return model
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_length_that_only_long_blocks_reach_is_probed(name: str) -> None:
+    model = model_of(config_of(name))
+    read = opened(model)
+    assert read.isolation != "packed"
+    assert worst_error(read, without_last_norm(model)) < 1e-5
+    assert opened(model, 44).isolation == "packed"
+    assert worst_error(opened(model, 44), without_last_norm(model), 44) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss"])
+def test_a_window_that_blocks_go_past_does_not_prevent_packing(name: str) -> None:
+    model = model_of(tiny_config(name, sliding_window=44))
+    assert opened(model).isolation == "packed"
+    assert worst_error(opened(model), without_last_norm(model)) < 1e-5
+
+
+@pytest.mark.parametrize("name", [*LATE, "qwen3_next", "opt", "bloom", "falcon_alibi"])
+def test_bfloat16_gives_the_isolation_of_float32(name: str) -> None:
+    config = config_of(name) if name in LATE else tiny_config(name)
+    expected = opened(model_of(config)).isolation
+    assert expected != "packed"
+    assert opened(model_of(config, torch.bfloat16)).isolation == expected
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gemma3", "mixtral", "qwen3", "gpt_neox"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precision_does_not_prevent_packing(name: str, dtype: torch.dtype) -> None:
+    model = model_of(tiny_config(name), dtype)
+    before = snapshot(model)
+    assert opened(model).isolation == "packed"
+    after = snapshot(model)
+    weights = before.pop("weights"), after.pop("weights")
+    assert before == after
+    assert all(
+        x.dtype == weights[1][key].dtype and torch.equal(x, weights[1][key]) for key, x in weights[0].items()
+    )
+
+
+def leak(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    """Add a little of each token's row to the next one, across segments."""
+    return output + 4e-3 * nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shared_embedding", [True, False])
+def test_a_leak_of_4e_3_is_found(
+    dtype: torch.dtype, shared_embedding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if shared_embedding:
+        monkeypatch.setattr(exact_copy, "_LARGE_EMBEDDING", 50)
+    model = model_of(tiny_config("llama"), dtype)
+    assert opened(model).isolation == "packed"
+    model.layers[0].register_forward_hook(leak)
+    assert opened(model).isolation == "padded"
+
+
+def test_only_the_first_layer_of_each_kind_is_copied() -> None:
+    kinds = [
+        "sliding_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "full_attention",
+    ]
+    config = tiny_config("gemma3", num_hidden_layers=5, layer_types=kinds)
+    model = model_of(config, torch.bfloat16)
+    for hook, layer, layers in (("mlp_out", 2, 2), ("mlp_out", 4, 4), ("final_norm", None, 4)):
+        read = FrozenModel.load(model, resolve(model, layer, hook), device="cpu", isolation="packed")
+        exact = exact_copy.exact_forward(read._open_forward(), model)
+        copied = [type(module).__name__ for module in exact.base.layers]
+        assert copied == ["Gemma3DecoderLayer"] * layers + ["Identity"] * (5 - layers)
+        assert {x.dtype for x in exact.base.layers[:layers].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("name", "expected"), [("llama", "packed"), ("opt", "padded")])
+def test_a_model_whose_weights_cannot_be_copied_is_probed_with_other_weights(
+    name: str, expected: str
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = model_of(tiny_config(name), torch.bfloat16)
+    parts = {path: "cpu" for path, _ in model.named_children()}
+    accelerate.dispatch_model(model, parts, force_hooks=True)
+    assert opened(model).isolation == expected
+
+
+def test_a_model_that_cannot_be_probed_in_float32_gets_segments_of_equal_length(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def only_bfloat16(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].dtype != torch.bfloat16:
+            raise TypeError("this kernel takes bfloat16")
+
+    model = model_of(tiny_config("llama"), torch.bfloat16)
+    model.layers[0].mlp.register_forward_pre_hook(only_bfloat16)
+    assert opened(model).isolation == "equal"
+    assert "could be probed in float32 (this kernel takes bfloat16)" in caplog.text
+
+
+def test_a_length_that_is_too_long_to_probe_gives_segments_of_equal_length(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(frozen, "LONGEST_PROBED", 40)
+    model = model_of(tiny_config("mistral", sliding_window=44))
+    assert opened(model).isolation == "equal"
+    assert "go past sliding_window=44 of the model" in caplog.text
+    assert opened(model, 44).isolation == "packed"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "lengths"),
+    [
+        ("gpt2", {}, set()),
+        ("mistral", {}, {8}),
+        ("gpt_neo", {}, {8}),
+        ("llama4", {"floor_scale": 40, "attention_chunk_size": 32}, {40, 32}),
+        ("doge", {"keep_window_size": 20, "sliding_window": None}, {20}),
+        ("bert", {"attention_window": [4, 6]}, {4, 6}),
+        ("qwen2", {"max_window_layers": 2, "sliding_window": 16, "use_sliding_window": True}, {16}),
+    ],
+)
+def test_lengths_are_found_by_their_names(name: str, changes: dict[str, object], lengths: set[int]) -> None:
+    found = {length for _, length in lengths_of(tiny_config(name, **changes))}
+    assert found - {64} == lengths  # 64 is the number of positions of every tiny model
+    assert {24} <= {length for _, length in lengths_of(rope_config("longrope"))}
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 8, 20])
+def test_blocks_of_any_size_can_be_probed(block: int) -> None:
+    model = model_of(tiny_config("opt", max_position_embeddings=block))
+    assert opened(model, block).isolation == ("packed" if block == 1 else "padded")
