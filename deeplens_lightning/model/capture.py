@@ -130,6 +130,8 @@ def _capture(
             return
         if x is None:
             raise TypeError(f"{point.name}: the module {point.module!r} received or returned no tensor")
+        if x.ndim == 3:
+            x = x[:, : shape[1]]  # BigBird pads its sequences to whole blocks
         x = (x * point.scale if point.scale != 1 else x).reshape(*shape, -1)
         full = len(captured | {point.name: x}) == len(hook_points)
         captured[point.name] = x if full else x.clone()  # later modules may add to it in place

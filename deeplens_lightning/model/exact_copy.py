@@ -20,6 +20,7 @@ from deeplens_lightning.model.capture import HookedForward
 from deeplens_lightning.model.cpu_kernels import has_replaced_forward
 from deeplens_lightning.model.hf_config import has_setting, setting
 from deeplens_lightning.model.hook_points import HookPoint
+from deeplens_lightning.model.layer_map import ModulePlace, layer_places
 from deeplens_lightning.model.pretrained import cut
 from deeplens_lightning.model.tracing import Structure, Trace, trace
 from deeplens_lightning.model.wrappers import unwrapped
@@ -61,14 +62,19 @@ def exact_forward(forward: HookedForward, model: PretrainedConfig | nn.Module) -
     kinds = _layer_kinds(model if isinstance(model, PretrainedConfig) else unwrapped(model).config, traced)
     layers = [point.layer for point in forward.hook_points]
     needed = kinds if None in layers else kinds[: max(layer for layer in layers if layer is not None) + 1]
-    depth = max(min(_LEAST_LAYERS, len(needed)), max(needed.index(kind) for kind in needed) + 1)
+    depth = next(
+        n
+        for n in range(1, len(needed) + 1)
+        if n >= _LEAST_LAYERS or n == len(needed)
+        if needed[n - 1] == needed[-1] and set(needed[:n]) == set(needed)
+    )
     if _can_be_copied(forward.base):
         base = _copied(forward.base, traced, depth)
     else:
         base = _random(model, setting(forward.base.config, "_attn_implementation"), depth)
-    points = _moved(forward.hook_points, traced.layers, kinds, depth)
+    points = _moved(forward.hook_points, traced, kinds, depth)
     exact = HookedForward(base, points, fast_kernels=False)
-    exact(torch.zeros(1, 2, dtype=torch.int64))
+    exact(torch.zeros(1, 1, dtype=torch.int64))
     return exact
 
 
@@ -81,19 +87,20 @@ def _layer_kinds(config: PretrainedConfig, traced: Trace) -> list[tuple[Any, ...
 
 
 def _moved(
-    points: Sequence[HookPoint], layers: str, kinds: Sequence[tuple[Any, ...]], depth: int
+    points: Sequence[HookPoint], traced: Trace, kinds: Sequence[tuple[Any, ...]], depth: int
 ) -> list[HookPoint]:
-    """Hook points of the same kinds in the first `depth` layers; the last of these for what comes after the layers."""
-    last = HookPoint(name="last", module=f"{layers}.{depth - 1}", side="out", layer=depth - 1, d_in=0)
+    """Hook points of the same kinds in the first `depth` layers; one in the last of these for those after all layers."""
     moved: dict[tuple[str, str], HookPoint] = {}
     for point in points:
         if point.layer is None:
-            new = last
+            places = [layer_places(traced, depth - 1)[kind] for kind in ("resid_post", "mlp_in", "attn_z")]
+            place = next(place for place in places if isinstance(place, ModulePlace))
+            new = replace(point, module=place.module, side=place.side, layer=depth - 1, d_in=place.d_in)
         elif point.layer < depth:
             new = point
         else:
             index = max(i for i in range(depth) if kinds[i] == kinds[point.layer])
-            path = re.sub(rf"^{re.escape(layers)}\.\d+", f"{layers}.{index}", point.module)
+            path = re.sub(rf"^{re.escape(traced.layers)}\.\d+", f"{traced.layers}.{index}", point.module)
             new = replace(point, module=path, layer=index)
         moved.setdefault((new.module, new.side), replace(new, name=f"{new.module}:{new.side}"))
     return list(moved.values())
@@ -130,8 +137,9 @@ def _copied(base: PreTrainedModel, traced: Trace, depth: int) -> PreTrainedModel
         for x in module.parameters(recurse=False):
             moved = x.detach().to(device, dtype if exact else x.dtype)
             memo[id(x)] = nn.Parameter(moved, requires_grad=False)
-        for x in module.buffers(recurse=False):
-            memo[id(x)] = x.detach().to(device, dtype if x.is_floating_point() else x.dtype, copy=True)
+        for buffer in module.buffers(recurse=False):
+            kind = dtype if buffer.is_floating_point() else buffer.dtype
+            memo[id(buffer)] = buffer.detach().to(device, kind, copy=True)
     with torch.no_grad():
         copied: PreTrainedModel = copy.deepcopy(base, memo)
     for module in copied.modules():

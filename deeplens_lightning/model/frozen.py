@@ -130,7 +130,8 @@ class FrozenModel:
             base = load_base(hf_model, config, hook_points, torch.device(device), model_kwargs)
         layers = trace(model).layers
         forward = HookedForward(base, hook_points, fast_kernels=not compile_model)
-        dtypes = {key: x.dtype for key, x in forward(torch.zeros(1, 2, dtype=torch.int64)).items()}
+        tokens = torch.zeros(1, min(2, limit or 2), dtype=torch.int64)
+        dtypes = {key: x.dtype for key, x in forward(tokens).items()}
         if isolation == "auto":
             block = seq_length or min(limit or _DEFAULT_BLOCK, _DEFAULT_BLOCK)
             isolation = _probed_isolation(forward, model, block)
@@ -218,12 +219,12 @@ def _probed_isolation(forward: HookedForward, model: PretrainedConfig | nn.Modul
     large as a leak; the model itself then has to agree up to rounding.
     """
     config = model if isinstance(model, PretrainedConfig) else unwrapped(model).config
-    lengths = [(name, length) for name, length in lengths_of(config) if length < block]
+    lengths = lengths_of(config, block)
     modes = MODES
     for name, length in lengths:
         if length > LONGEST_PROBED:
             logger.warning(
-                "only segments of equal length share a model batch: blocks of %d tokens go past %s=%d of the model, "
+                "only segments of equal length share a model batch: blocks of %d tokens reach %s=%d of the model, "
                 "and lengths above %d are not probed; set model_options.isolation or a smaller seq_length to change it",
                 block,
                 name,

@@ -21,13 +21,15 @@ _COUNT = re.compile(r"layer|pattern")
 """Names that match `_LENGTH` and are no length, such as `max_window_layers`."""
 
 
-def lengths_of(config: PretrainedConfig) -> list[tuple[str, int]]:
-    """Settings that are lengths in tokens (windows, chunks, original RoPE contexts and the like), with their values.
+def lengths_of(config: PretrainedConfig, block: int) -> list[tuple[str, int]]:
+    """Settings that are lengths in tokens (windows, chunks, RoPE contexts and the like), with their values.
 
     Args:
         config: configuration of the whole model; of a multimodal one, the part of the language model is read.
+        block: positions of a block in tokens; lengths that a block does not reach are left out.
     """
-    return list(_lengths(config.get_text_config().to_dict(), ""))
+    found = _lengths(config.get_text_config().to_dict(), "")
+    return [(name, n) for name, n in found if n < block or (n == block and "position" not in name)]
 
 
 def _lengths(settings: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, int]]:

