@@ -10,7 +10,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ _LARGE_EMBEDDING = 2**15
 """Rows from which on an embedding is shared with the model in place of being copied."""
 
 _IN_FLOAT32 = ("eager", "sdpa", "flex_attention")
-"""Attention implementations that run in float32; the copy runs "eager" in place of another one."""
+"""Attention implementations that run in float32."""
 
 
 def is_exact(base: PreTrainedModel) -> bool:
@@ -46,8 +46,9 @@ def exact_forward(forward: HookedForward, model: PretrainedConfig | nn.Module) -
     """A forward pass in float32 of the first layers of a model.
 
     They have the weights of the model where these can be copied. Quantised and offloaded weights cannot: the layers
-    then have random weights, and show what the architecture does. It runs on the model's GPU if that has twice the
-    memory that it needs, else on the CPU; in float64 where the process lets float32 products be rounded to TF32.
+    then have random weights, and show what the architecture does. Attention that is made for lower precision alone
+    (FlashAttention) is replaced by "sdpa". The layers run on the model's GPU if that has twice the memory that their
+    weights need, else on the CPU; in float64 where the process lets float32 products be rounded to TF32.
 
     Args:
         forward: the model.
@@ -142,11 +143,14 @@ def _copied(base: PreTrainedModel, traced: Trace, depth: int) -> PreTrainedModel
             memo[id(buffer)] = buffer.detach().to(device, kind, copy=True)
     with torch.no_grad():
         copied: PreTrainedModel = copy.deepcopy(base, memo)
+    del cast(nn.ModuleList, copied.get_submodule(traced.layers))[depth:]
     for module in copied.modules():
         if isinstance(module, nn.Embedding) and module.weight.dtype != dtype:
             module.register_forward_hook(lambda _, __, output: output.to(dtype))
     if setting(copied.config, "_attn_implementation") not in _IN_FLOAT32:
-        copied.set_attn_implementation("eager")
+        copied.set_attn_implementation("sdpa" if copied._supports_sdpa else "eager")
+    if dtype == torch.float64:
+        copied.set_experts_implementation("eager")  # the others have no kernel for it
     return copied
 
 

@@ -146,7 +146,7 @@ class _Probe:
     def past(cls, length: int, vocab_size: int, block: int) -> _Probe:
         """A segment longer than `length`, and segments that lie past it in a block or across it."""
         length = min(length, block - 1)
-        positions = min(block, max(_WHOLE_BLOCK, 2 * length + 64))
+        positions = min(block, max(_WHOLE_BLOCK, length + length // 4 + 64))
         first = min(5, positions - 1 - length)
         ends = (length // 3, length - length // 6, length + length // 6 + 1)
         cuts = sorted({0, *(min(end, positions) for end in ends), positions})

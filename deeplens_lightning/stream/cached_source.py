@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from deeplens_lightning.model.hook_points import TRANSFORMER_LENS
 from deeplens_lightning.model.layer_map import LAYER_KINDS
+from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.normalization import Moments, Scaling
 from deeplens_lightning.options import Shuffle
 from deeplens_lightning.shards.catalog import Catalog, open_catalog
@@ -63,8 +64,9 @@ class CachedSettings:
     @property
     def hf_model(self) -> str | PreTrainedModel | None:
         """The model that the rows were computed with, from the settings or else from the cache; None if in neither."""
-        if self.given.hf_model is not None:
-            return self.given.hf_model
+        given = self.given.hf_model
+        if given is not None:
+            return given if isinstance(given, str) else unwrapped(given)
         models = [manifest.config.get("model", {}) for manifest in self.catalog.manifests.values()]
         return models[0].get("name") if models else None
 

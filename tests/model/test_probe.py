@@ -16,7 +16,7 @@ from tests.model.segments import segment, together
 from tests.support.model_families import randomised, rope_config, snapshot, tiny_config
 
 BLOCK = 64
-LATE = ("llama4", "doge", "longrope", "dynamic_rope")
+LATE = ("llama4", "doge", "longrope")
 
 
 def model_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -63,16 +63,16 @@ def test_a_length_that_only_long_blocks_reach_is_probed(name: str) -> None:
     assert worst_error(opened(model, 43), without_last_norm(model), 43) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_window_that_blocks_go_past_does_not_prevent_packing(name: str) -> None:
     model = model_of(tiny_config(name, sliding_window=44))
     assert opened(model).isolation == "packed"
     assert worst_error(opened(model), without_last_norm(model)) < 1e-5
 
 
-@pytest.mark.parametrize("name", [*LATE, "qwen3_next", "opt", "bloom", "falcon_alibi"])
+@pytest.mark.parametrize("name", [*LATE, "dynamic_rope", "qwen3_next", "opt", "bert"])
 def test_bfloat16_gives_the_isolation_of_float32(name: str) -> None:
-    config = config_of(name) if name in LATE else tiny_config(name)
+    config = config_of(name) if name in (*LATE, "dynamic_rope") else tiny_config(name)
     allowed = {
         opened(model_of(config)).isolation,
         "padded" if name == "doge" else "",
@@ -81,10 +81,9 @@ def test_bfloat16_gives_the_isolation_of_float32(name: str) -> None:
     assert opened(model_of(config, torch.bfloat16)).isolation in allowed
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "gemma3", "mixtral", "qwen3", "gpt_neox"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_lower_precision_does_not_prevent_packing(name: str, dtype: torch.dtype) -> None:
-    model = model_of(tiny_config(name), dtype)
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "mixtral"])
+def test_lower_precision_does_not_prevent_packing_and_the_model_is_only_read(name: str) -> None:
+    model = model_of(tiny_config(name), torch.bfloat16)
     before = snapshot(model)
     assert opened(model).isolation == "packed"
     after = snapshot(model)
@@ -100,8 +99,10 @@ def leak(_: nn.Module, __: object, output: Tensor) -> Tensor:
     return output + 4e-3 * nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shared_embedding", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "shared_embedding"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False)],
+)
 def test_a_leak_of_4e_3_is_found(
     dtype: torch.dtype, shared_embedding: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,8 +128,19 @@ def test_only_the_first_layer_of_each_kind_is_copied() -> None:
         read = FrozenModel.load(model, resolve(model, layer, hook), device="cpu", isolation="packed")
         exact = exact_copy.exact_forward(read._open_forward(), model)
         copied = [type(module).__name__ for module in exact.base.layers]
-        assert copied == ["Gemma3DecoderLayer"] * layers + ["Identity"] * (5 - layers)
-        assert {x.dtype for x in exact.base.layers[:layers].parameters()} == {torch.float32}
+        assert copied == ["Gemma3DecoderLayer"] * layers
+        assert {x.dtype for x in exact.base.layers.parameters()} == {torch.float32}
+
+
+def test_the_copy_is_in_float64_where_products_in_float32_may_be_rounded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    model = model_of(tiny_config("mixtral"), torch.bfloat16)
+    read = opened(model)
+    exact = exact_copy.exact_forward(read._open_forward(), model)
+    assert {x.dtype for x in exact.base.parameters()} == {torch.float64}
+    assert read.isolation == "packed"
 
 
 @pytest.mark.parametrize(("name", "expected"), [("llama", "packed"), ("opt", "padded")])
@@ -185,7 +197,7 @@ def test_lengths_are_found_by_their_names(name: str, changes: dict[str, object],
     assert not lengths_of(rope_config("dynamic_rope"), 24)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 5, 8, 20])
+@pytest.mark.parametrize("block", [1, 3, 8, 20])
 def test_blocks_of_any_size_can_be_probed(block: int) -> None:
     model = model_of(tiny_config("opt", max_position_embeddings=max(block, 2)))
     assert opened(model, block).isolation == ("packed" if block == 1 else "padded")

@@ -3,11 +3,13 @@
 import copy
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.inspection import inspect_model
@@ -133,6 +135,25 @@ def test_a_wrapped_model_can_be_inspected_and_read_text_by_text() -> None:
     expected = rows(wrapper)["layers.1.mlp_out"]
     found = reader.rows(SEGMENTS[1].tolist(), [point])["layers.1.mlp_out"]
     assert relative_error(found, expected).max() < 1e-5
+
+
+def test_a_data_module_serves_the_rows_of_a_wrapped_model() -> None:
+    ids = datasets.Dataset.from_dict({"ids": [part.tolist() for part in SEGMENTS]})
+    found: list[Tensor] = []
+    for model in (
+        with_adapters(causal()),
+        torch.compile(with_adapters(causal())),
+        merged(with_adapters(causal())),
+    ):
+        data = ActivationDataModule(
+            model, layer=1, hook="mlp_out", dataset_name=ids, text_column="ids", seq_length=40, batch_size=8,
+            val_fraction=0, device="cpu",
+        )  # fmt: skip
+        data.setup("fit")
+        found.append(torch.cat(list(data.train_dataloader())))
+        data.teardown("fit")
+    assert torch.equal(found[0], found[1])
+    assert relative_error(found[0], found[2]).max() < 1e-5
 
 
 def test_a_wrapper_with_weights_around_the_model_is_refused() -> None:

@@ -280,8 +280,8 @@ _LINEAR = {
     "layer_types": ["linear_attention", "linear_attention", "full_attention"],
 }
 _SHARED_KV = {
-    "num_hidden_layers": 5,
-    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
     "head_dim": 8,
     "vocab_size_per_layer_input": 97,
@@ -296,7 +296,6 @@ MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "doge": ("doge", {}),
     "qwen3_next": ("qwen3_next", {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 24}),
     "qwen3_5": ("qwen3_5_text", _LINEAR),
-    "falcon_alibi": ("falcon", {"ffn_hidden_size": 48, "alibi": True}),
     "gemma3n": ("gemma3n_text", {**_SHARED_KV, "laurel_rank": 4, "altup_num_inputs": 2}),
     "gemma4": ("gemma4_text", {**_SHARED_KV, "global_head_dim": 8}),
     "big_bird": ("big_bird", {"block_size": 4, "num_random_blocks": 1}),
