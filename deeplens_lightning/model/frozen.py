@@ -182,12 +182,17 @@ class FrozenModel:
 
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:
-        """Hold the lock of the model, for code that runs it by other means than `activations`.
+        """Hold the lock of the model, for code that itself runs a model that was given loaded.
 
-        Until the context ends, other threads wait with their calls of `activations`, so that no hook of theirs is on
-        the model, and nothing that this thread puts on it gets into their rows. The lock belongs to the base model:
-        all `FrozenModel`s of one model that was given loaded share it. The thread that holds it may take it again
-        and call `activations`.
+        For example::
+
+            with data.model.exclusive():
+                loss = language_model(tokens, labels=tokens).loss
+
+        Calls of `activations` in other threads wait until the context ends. So none of their hooks is on the model,
+        and what this thread puts on it (hooks, evaluation mode) does not change their rows. There is one lock for a
+        base model: all that read it share the lock, whatever head or wrapper it was given in. The thread that holds
+        it may take it again, and may call `activations`.
 
         Yields:
             The base model.

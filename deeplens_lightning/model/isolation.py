@@ -79,9 +79,9 @@ def choose(
     """The first of some kinds of model batch in which rows equal those of the segment alone.
 
     The worst row decides. Rounding may be larger on some devices: the error in model batches of equal length, where
-    nothing but rounding differs, is measured if needed and allowed four times, up to `MAX_ROUNDING`. Models that choose
-    the largest of some values make larger errors of it where two values are equal; these rows are accepted in model
-    batches of equal length alone, up to `MAX_UNSTABLE`.
+    nothing but rounding differs, is measured if needed and allowed four times, up to `MAX_ROUNDING`. In a model that
+    selects the largest of some values, rounding may select others and make a larger error; this is accepted in model
+    batches of equal length only, up to `MAX_UNSTABLE`.
 
     Args:
         run: runs the model.
@@ -105,9 +105,9 @@ def choose(
     def worst(mode: Isolation) -> float:
         return max(p.error(run, mode, r, exact) for p, r in zip(probes, references, strict=True))
 
-    tolerance, rounding, unstable = (
-        (TOLERANCE, MAX_ROUNDING, MAX_UNSTABLE) if exact else (ROUGH_TOLERANCE, *2 * (2 * ROUGH_TOLERANCE,))
-    )
+    tolerance, rounding, unstable = ROUGH_TOLERANCE, 2 * ROUGH_TOLERANCE, 2 * ROUGH_TOLERANCE
+    if exact:
+        tolerance, rounding, unstable = TOLERANCE, MAX_ROUNDING, MAX_UNSTABLE
     errors: dict[Isolation, float] = {}
     for mode in modes:
         errors[mode] = worst(mode)

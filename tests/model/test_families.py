@@ -13,14 +13,15 @@ from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.isolation import relative_error
 from deeplens_lightning.model.tracing import first_output
 from tests.model.segments import segment, together
-from tests.support.model_families import randomised, snapshot, tiny_config
+from tests.support.model_families import randomised, snapshot
+from tests.support.rare_families import any_config
 
 
 def config_of(name: str) -> PretrainedConfig:
     if name != "qwen3_5_multimodal":
-        return tiny_config(name)
+        return any_config(name)
     vision = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "depth": 1, "out_hidden_size": 32}
-    text = tiny_config("qwen3_5").to_dict()
+    text = any_config("qwen3_5").to_dict()
     return Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=95, video_token_id=96)
 
 
@@ -53,7 +54,7 @@ def test_every_layer_of_a_folder_can_be_read_where_the_model_cannot_be_cut(name:
 
 
 def test_big_bird_is_left_as_it_was_and_every_text_is_read_as_if_it_were_the_first() -> None:
-    model = randomised(AutoModel.from_config(tiny_config("big_bird")))
+    model = randomised(AutoModel.from_config(any_config("big_bird")))
     before, state = snapshot(model), torch.random.get_rng_state()
     children = list(model.modules())
     points = resolve(model, 1, "resid_post")
@@ -78,11 +79,11 @@ def test_big_bird_is_left_as_it_was_and_every_text_is_read_as_if_it_were_the_fir
 )
 def test_models_whose_modules_do_not_compute_every_token_are_refused(name: str, family: str) -> None:
     with pytest.raises(ValueError, match=rf"'{family}' models are not supported: which tokens .* depends on"):
-        resolve(tiny_config(name), 1, "resid_post")
+        resolve(any_config(name), 1, "resid_post")
 
 
 def test_a_module_that_does_not_run_is_named() -> None:
-    model = randomised(AutoModel.from_config(tiny_config("gpt2")))
+    model = randomised(AutoModel.from_config(any_config("gpt2")))
     model.h[1].mlp.forward = lambda x: x
     with pytest.raises(RuntimeError, match=r"did not reach layers\.1\.mlp_act"):
         FrozenModel.load(model, resolve(model, 1, "mlp_act"), device="cpu", isolation="packed")

@@ -13,7 +13,8 @@ from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.isolation import relative_error
 from deeplens_lightning.model.lengths import lengths_of
 from tests.model.segments import segment, together
-from tests.support.model_families import randomised, rope_config, snapshot, tiny_config
+from tests.support.model_families import randomised, rope_config, snapshot
+from tests.support.rare_families import any_config
 
 BLOCK = 64
 LATE = ("llama4", "doge", "longrope")
@@ -27,7 +28,7 @@ def config_of(name: str) -> PretrainedConfig:
     """A model that computes otherwise from 44 tokens on, which only blocks longer than that reach."""
     if name.endswith("rope"):
         return rope_config(name, original=44)
-    return tiny_config(name, **{"llama4": {"floor_scale": 44}, "doge": {"keep_window_size": 44}}[name])
+    return any_config(name, **{"llama4": {"floor_scale": 44}, "doge": {"keep_window_size": 44}}[name])
 
 
 def opened(model: PreTrainedModel, block: int = BLOCK) -> FrozenModel:
@@ -65,14 +66,14 @@ def test_a_length_that_only_long_blocks_reach_is_probed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_a_window_that_blocks_go_past_does_not_prevent_packing(name: str) -> None:
-    model = model_of(tiny_config(name, sliding_window=44))
+    model = model_of(any_config(name, sliding_window=44))
     assert opened(model).isolation == "packed"
     assert worst_error(opened(model), without_last_norm(model)) < 1e-5
 
 
 @pytest.mark.parametrize("name", [*LATE, "dynamic_rope", "qwen3_next", "opt", "bert"])
 def test_bfloat16_gives_the_isolation_of_float32(name: str) -> None:
-    config = config_of(name) if name in (*LATE, "dynamic_rope") else tiny_config(name)
+    config = config_of(name) if name in (*LATE, "dynamic_rope") else any_config(name)
     allowed = {
         opened(model_of(config)).isolation,
         "padded" if name == "doge" else "",
@@ -83,7 +84,7 @@ def test_bfloat16_gives_the_isolation_of_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "gemma3", "mixtral"])
 def test_lower_precision_does_not_prevent_packing_and_the_model_is_only_read(name: str) -> None:
-    model = model_of(tiny_config(name), torch.bfloat16)
+    model = model_of(any_config(name), torch.bfloat16)
     before = snapshot(model)
     assert opened(model).isolation == "packed"
     after = snapshot(model)
@@ -108,7 +109,7 @@ def test_a_leak_of_4e_3_is_found(
 ) -> None:
     if shared_embedding:
         monkeypatch.setattr(exact_copy, "_LARGE_EMBEDDING", 50)
-    model = model_of(tiny_config("llama"), dtype)
+    model = model_of(any_config("llama"), dtype)
     assert opened(model).isolation == "packed"
     model.layers[0].register_forward_hook(leak)
     assert opened(model).isolation == "padded"
@@ -122,7 +123,7 @@ def test_only_the_first_layer_of_each_kind_is_copied() -> None:
         "full_attention",
         "full_attention",
     ]
-    config = tiny_config("gemma3", num_hidden_layers=5, layer_types=kinds)
+    config = any_config("gemma3", num_hidden_layers=5, layer_types=kinds)
     model = model_of(config, torch.bfloat16)
     for hook, layer, layers in (("mlp_out", 2, 2), ("mlp_out", 4, 4), ("final_norm", None, 4)):
         read = FrozenModel.load(model, resolve(model, layer, hook), device="cpu", isolation="packed")
@@ -136,7 +137,7 @@ def test_the_copy_is_in_float64_where_products_in_float32_may_be_rounded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    model = model_of(tiny_config("mixtral"), torch.bfloat16)
+    model = model_of(any_config("mixtral"), torch.bfloat16)
     read = opened(model)
     exact = exact_copy.exact_forward(read._open_forward(), model)
     assert {x.dtype for x in exact.base.parameters()} == {torch.float64}
@@ -148,7 +149,7 @@ def test_a_model_whose_weights_cannot_be_copied_is_probed_with_other_weights(
     name: str, expected: str
 ) -> None:
     accelerate = pytest.importorskip("accelerate")
-    model = model_of(tiny_config(name), torch.bfloat16)
+    model = model_of(any_config(name), torch.bfloat16)
     parts = {path: "cpu" for path, _ in model.named_children()}
     accelerate.dispatch_model(model, parts, force_hooks=True)
     assert opened(model).isolation == expected
@@ -161,7 +162,7 @@ def test_a_model_that_cannot_be_probed_in_float32_gets_segments_of_equal_length(
         if args[0].dtype != torch.bfloat16:
             raise TypeError("this kernel takes bfloat16")
 
-    model = model_of(tiny_config("llama"), torch.bfloat16)
+    model = model_of(any_config("llama"), torch.bfloat16)
     model.layers[0].mlp.register_forward_pre_hook(only_bfloat16)
     assert opened(model).isolation == "equal"
     assert "could be probed in float32 (this kernel takes bfloat16)" in caplog.text
@@ -171,7 +172,7 @@ def test_a_length_that_is_too_long_to_probe_gives_segments_of_equal_length(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(frozen, "LONGEST_PROBED", 40)
-    model = model_of(tiny_config("mistral", sliding_window=44))
+    model = model_of(any_config("mistral", sliding_window=44))
     assert opened(model).isolation == "equal"
     assert "reach sliding_window=44 of the model" in caplog.text
     assert opened(model, 43).isolation == "packed"
@@ -190,7 +191,7 @@ def test_a_length_that_is_too_long_to_probe_gives_segments_of_equal_length(
     ],
 )
 def test_lengths_are_found_by_their_names(name: str, changes: dict[str, object], lengths: set[int]) -> None:
-    config = tiny_config(name, **changes)
+    config = any_config(name, **changes)
     assert {length for _, length in lengths_of(config, 64)} == lengths
     assert {length for _, length in lengths_of(config, max(lengths, default=64) - 1)} < (lengths or {64})
     assert {length for _, length in lengths_of(rope_config("longrope"), 25)} == {24}
@@ -199,5 +200,5 @@ def test_lengths_are_found_by_their_names(name: str, changes: dict[str, object],
 
 @pytest.mark.parametrize("block", [1, 3, 8, 20])
 def test_blocks_of_any_size_can_be_probed(block: int) -> None:
-    model = model_of(tiny_config("opt", max_position_embeddings=max(block, 2)))
+    model = model_of(any_config("opt", max_position_embeddings=max(block, 2)))
     assert opened(model, block).isolation == ("packed" if block == 1 else "padded")

@@ -115,7 +115,7 @@ _MLA = {
 _LOCAL = {"attention_types": [[["global", "local", "global"], 1]], "window_size": 8}
 _EXPERTS = {"act": None, "down": None}
 _FALCON = {"attn": "self_attention", "z": "self_attention.dense", "norm": "ln_f"}
-_MOE = {
+MOE = {
     "num_local_experts": 4,
     "num_experts": 4,
     "num_experts_per_tok": 2,
@@ -162,13 +162,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": _llama("phi3", act="mlp.activation_fn"),
     "minicpm3": _llama("minicpm3", scale=1.4 / 3**0.5, config=_MLA),
-    "mixtral": _llama("mixtral", config=_MOE, **_EXPERTS),
-    "qwen3_moe": _llama("qwen3_moe", config=_MOE, **_EXPERTS),
-    "gpt_oss": _llama("gpt_oss", config={**_MOE, "head_dim": 8, "sliding_window": 8}, **_EXPERTS),
+    "mixtral": _llama("mixtral", config=MOE, **_EXPERTS),
+    "qwen3_moe": _llama("qwen3_moe", config=MOE, **_EXPERTS),
+    "gpt_oss": _llama("gpt_oss", config={**MOE, "head_dim": 8, "sliding_window": 8}, **_EXPERTS),
     "deepseek_v3": _llama(
         "deepseek_v3",
         config={
-            **_MOE,
+            **MOE,
             "n_routed_experts": 4,
             "n_group": 1,
             "topk_group": 1,
@@ -271,48 +271,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-_LINEAR = {
-    "head_dim": 8,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
-}
-_SHARED_KV = {
-    "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "num_kv_shared_layers": 2,
-    "head_dim": 8,
-    "vocab_size_per_layer_input": 97,
-    "hidden_size_per_layer_input": 8,
-    "sliding_window": 8,
-}
-MORE: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama4": (
-        "llama4_text",
-        {"moe_layers": [], "intermediate_size_mlp": 48, "head_dim": 8, "no_rope_layers": [1, 0, 1]},
-    ),
-    "doge": ("doge", {}),
-    "qwen3_next": ("qwen3_next", {**_MOE, **_LINEAR, "shared_expert_intermediate_size": 24}),
-    "qwen3_5": ("qwen3_5_text", _LINEAR),
-    "gemma3n": ("gemma3n_text", {**_SHARED_KV, "laurel_rank": 4, "altup_num_inputs": 2}),
-    "gemma4": ("gemma4_text", {**_SHARED_KV, "global_head_dim": 8}),
-    "big_bird": ("big_bird", {"block_size": 4, "num_random_blocks": 1}),
-    "longformer": ("longformer", {"attention_window": [4] * 3}),
-    "switch": (
-        "switch_transformers",
-        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4, "num_experts": 2},
-    ),
-}
-"""Further families, whose module paths no test needs: model type and configuration."""
-
-
 def tiny_config(name: str, **changes: Any) -> PretrainedConfig:
     """The configuration of a tiny model of a family."""
-    family = FAMILIES.get(name)
-    model_type, config = (family.model_type, family.config) if family else MORE[name]
-    return CONFIG_MAPPING[model_type](**{**COMMON, **config, **changes})
+    family = FAMILIES[name]
+    cls = CONFIG_MAPPING[family.model_type]
+    return cls(**{**COMMON, **family.config, **changes})
 
 
 @lru_cache(maxsize=4)
