@@ -23,7 +23,7 @@ from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.layer_map import ModulePlace, layer_places
 from deeplens_lightning.model.pretrained import cut
 from deeplens_lightning.model.tracing import Structure, Trace, trace
-from deeplens_lightning.model.wrappers import unwrapped
+from deeplens_lightning.model.wrappers import uncompiled, unwrapped
 
 _LEAST_LAYERS = 2
 """Number of layers that are copied where all are alike."""
@@ -70,7 +70,8 @@ def exact_forward(forward: HookedForward, model: PretrainedConfig | nn.Module) -
         if needed[n - 1] == needed[-1] and set(needed[:n]) == set(needed)
     )
     if _can_be_copied(forward.base):
-        base = _copied(forward.base, traced, depth)
+        with forward.lock, uncompiled(forward.base):
+            base = _copied(forward.base, traced, depth)
     else:
         base = _random(model, setting(forward.base.config, "_attn_implementation"), depth)
     points = _moved(forward.hook_points, traced, kinds, depth)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 
@@ -40,17 +41,27 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
 
 @contextmanager
 def uncompiled(base: nn.Module) -> Iterator[None]:
-    """Run modules that were compiled in place (`module.compile()`) without their compiled calls.
+    """Run a model without the compiled calls of its modules: hooks inside a compiled call do not run.
 
-    Hooks inside a compiled call do not run. At the end of the context the compiled calls are back.
+    That holds for modules compiled in place (`module.compile()`) and for parts that `torch.compile` wraps. At the end
+    of the context the model is as before.
     """
-    compiled = [
-        (module, module._compiled_call_impl) for module in base.modules() if module._compiled_call_impl
+    modules = list(base.modules())
+    calls = [(module, module._compiled_call_impl) for module in modules if module._compiled_call_impl]
+    parts = [
+        (module, name, child)
+        for module in modules
+        for name, child in module.named_children()
+        if isinstance(child, OptimizedModule)
     ]
-    for module, _ in compiled:
+    for module, _ in calls:
         module._compiled_call_impl = None
+    for module, name, child in parts:
+        setattr(module, name, child._orig_mod)
     try:
         yield
     finally:
-        for module, call in compiled:
+        for module, name, child in parts:
+            setattr(module, name, child)
+        for module, call in calls:
             module._compiled_call_impl = call

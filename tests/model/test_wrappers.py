@@ -111,23 +111,23 @@ def test_adapters_of_the_peft_library_are_included() -> None:
     assert all(relative_error(found[key], x).max() < 1e-5 for key, x in expected.items())
 
 
-def test_a_compiled_model_is_read_without_its_compiled_calls() -> None:
-    expected = rows(causal())
-    compiled = torch.compile(causal())
-    for found in (rows(compiled), rows(torch.compile(causal().model))):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_is_read_without_its_compiled_calls(dtype: torch.dtype) -> None:
+    expected = rows(causal().to(dtype))
+    whole, in_place, by_layer = (causal().to(dtype) for _ in range(3))
+    in_place.model.compile(backend="eager")
+    for index, layer in enumerate(in_place.model.layers):
+        layer.compile(backend="eager")
+        by_layer.model.layers[index] = torch.compile(by_layer.model.layers[index], backend="eager")
+    for model in (torch.compile(whole, backend="eager"), in_place, by_layer):
+        modules = [(module, module._compiled_call_impl) for module in model.modules()]
+        found = rows(model)
         assert all(torch.equal(found[key], x) for key, x in expected.items())
-    in_place = causal()
-    in_place.model.compile()
-    for layer in in_place.model.layers:
-        layer.compile()
-    calls = [module._compiled_call_impl for module in in_place.modules()]
-    found = rows(in_place)
-    assert all(torch.equal(found[key], x) for key, x in expected.items())
-    assert [module._compiled_call_impl for module in in_place.modules()] == calls
+        assert [(module, module._compiled_call_impl) for module in model.modules()] == modules
 
 
 def test_a_wrapped_model_can_be_inspected_and_read_text_by_text() -> None:
-    wrapper = torch.compile(with_adapters(causal()))
+    wrapper = torch.compile(with_adapters(causal()), backend="eager")
     assert inspect_model(wrapper, 1, "mlp_out").family == "llama"
     assert max_positions(wrapper) == 64
     reader = TextActivations(wrapper, tokenizer=object())
@@ -142,7 +142,7 @@ def test_a_data_module_serves_the_rows_of_a_wrapped_model() -> None:
     found: list[Tensor] = []
     for model in (
         with_adapters(causal()),
-        torch.compile(with_adapters(causal())),
+        torch.compile(with_adapters(causal()), backend="eager"),
         merged(with_adapters(causal())),
     ):
         data = ActivationDataModule(
