@@ -82,9 +82,8 @@ def exact_forward(forward: HookedForward, model: PretrainedConfig | nn.Module) -
 
 def _layer_kinds(config: PretrainedConfig, traced: Trace) -> list[tuple[Any, ...]]:
     """What each layer computes: its operations, and its entries in lists of the configuration such as `layer_types`."""
-    text = config.get_text_config()
-    lists = [setting(text, key) for key in text.to_dict()]
-    lists = [value for value in lists if isinstance(value, list) and len(value) == traced.depth]
+    settings = config.get_text_config().to_dict()
+    lists = [value for value in settings.values() if isinstance(value, list) and len(value) == traced.depth]
     return [(made, *(str(value[i]) for value in lists)) for i, made in enumerate(traced.operations[1:])]
 
 

@@ -249,8 +249,7 @@ def cut(config: PretrainedConfig, layers: Sequence[int | None]) -> PretrainedCon
     if len(needed) < len(layers) or max(needed) + 1 == full.depth:
         return short
     text, depth = short.get_text_config(), max(needed) + 1
-    for key in text.to_dict():
-        value = setting(text, key)
+    for key, value in text.to_dict().items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, key, value[:depth])
     try:

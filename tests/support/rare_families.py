@@ -34,7 +34,7 @@ RARE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_next": ("qwen3_next", {**MOE, **_LINEAR, "shared_expert_intermediate_size": 24}),
     "qwen3_5": ("qwen3_5_text", _LINEAR),
     "gemma3n": ("gemma3n_text", {**_SHARED_KV, "laurel_rank": 4, "altup_num_inputs": 2}),
-    "gemma4": ("gemma4_text", {**_SHARED_KV, "global_head_dim": 8}),
+    "gemma4": ("gemma4_text", {**_SHARED_KV, "global_head_dim": 16}),
     "big_bird": ("big_bird", {"block_size": 4, "num_random_blocks": 1}),
     "longformer": ("longformer", {"attention_window": [4] * 3}),
     "switch": (
