@@ -240,30 +240,35 @@ def cut(config: PretrainedConfig, layers: Sequence[int | None]) -> PretrainedCon
         layers: `HookPoint.layer` of each hook point; None needs every layer.
 
     Returns:
-        A copy of `config` with fewer layers; with all of them where they are needed, or where the computation of a
-        layer depends on the number of layers.
+        A copy of `config` with fewer layers; with all of them where they are needed, or where the model cannot end
+        earlier: the computation of a layer depends on the number of layers, or on a layer that would be cut off.
     """
     full = trace(config)
-    short = copy.deepcopy(config)
     needed = [layer for layer in layers if layer is not None]
     if len(needed) < len(layers) or max(needed) + 1 == full.depth:
-        return short
-    text, depth = short.get_text_config(), max(needed) + 1
+        return copy.deepcopy(config)
+    kinds = setting(config.get_text_config(), "layer_types") or [""]
+    one_of_each = max(map(kinds.index, kinds)) + 1  # some models make a mask for each kind of layer
+    for depth in sorted({max(needed) + 1, max(max(needed) + 1, one_of_each)} - {full.depth}):
+        try:
+            short = _ending_after(config, depth)
+            if trace(short).operations[: depth + 1] == full.operations[: depth + 1]:
+                return short
+        except (NotImplementedError, ValueError, LookupError) as error:
+            # The configuration computes its depth from several numbers, or needs a layer that was cut off.
+            logger.info("the model cannot end after layer %d: %s", depth - 1, error)
+    logger.info("every layer is loaded, because the layers of this model depend on the number of layers")
+    return copy.deepcopy(config)
+
+
+def _ending_after(config: PretrainedConfig, depth: int) -> PretrainedConfig:
+    """A copy of a configuration with `depth` layers."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
     for key, value in text.to_dict().items():
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, key, value[:depth])
-    try:
-        text.num_hidden_layers = depth
-        same = trace(short).operations[: depth + 1] == full.operations[: depth + 1]
-    except (NotImplementedError, ValueError, LookupError) as error:
-        # The configuration computes its depth from several numbers, or needs a layer that was cut off.
-        logger.info(
-            "every layer is loaded, because the model cannot end after layer %d: %s", depth - 1, error
-        )
-        return copy.deepcopy(config)
-    if not same:
-        logger.info("every layer is loaded, because the layers of this model depend on the number of layers")
-        return copy.deepcopy(config)
+    text.num_hidden_layers = depth
     return short
 
 

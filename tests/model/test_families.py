@@ -11,17 +11,18 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel, Qwen3_5Co
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.isolation import relative_error
+from deeplens_lightning.model.pretrained import cut
 from deeplens_lightning.model.tracing import first_output
 from tests.model.segments import segment, together
 from tests.support.model_families import randomised, snapshot
 from tests.support.rare_families import any_config
 
 
-def config_of(name: str) -> PretrainedConfig:
+def config_of(name: str, **changes: object) -> PretrainedConfig:
     if name != "qwen3_5_multimodal":
-        return any_config(name)
+        return any_config(name, **changes)
     vision = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "depth": 1, "out_hidden_size": 32}
-    text = any_config("qwen3_5").to_dict()
+    text = any_config("qwen3_5", **changes).to_dict()
     return Qwen3_5Config(text_config=text, vision_config=vision, image_token_id=95, video_token_id=96)
 
 
@@ -51,6 +52,13 @@ def test_every_layer_of_a_folder_can_be_read_where_the_model_cannot_be_cut(name:
         for point in points:
             found = read.activations(tokens[None])[point.name]
             assert relative_error(found, read_plainly(model, point, tokens)).max() < 1e-5, point
+
+
+def test_a_model_is_cut_after_the_first_layer_of_each_kind_where_it_needs_one() -> None:
+    kinds = ["linear_attention", "linear_attention", "full_attention"]
+    config = config_of("qwen3_5_multimodal", num_hidden_layers=9, layer_types=3 * kinds)
+    depths = [cut(config, [layer]).get_text_config().num_hidden_layers for layer in (0, 2, 3)]
+    assert depths == [3, 3, 4]
 
 
 def test_big_bird_is_left_as_it_was_and_every_text_is_read_as_if_it_were_the_first() -> None:
