@@ -26,12 +26,7 @@ from deeplens_lightning.model.pretrained import (
 )
 from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.normalization import Scaling
-from deeplens_lightning.stream.automatic_sizes import (
-    buffer_rows,
-    model_batch_blocks,
-    row_bytes,
-    validation_rows,
-)
+from deeplens_lightning.stream import automatic_sizes as sizes
 from deeplens_lightning.stream.document_order import Extraction
 from deeplens_lightning.stream.live_stream import GROUPED, LiveStream
 from deeplens_lightning.stream.measured_statistics import Statistics, measure
@@ -136,7 +131,7 @@ class LiveSettings:
             isolation=options.isolation,
             seq_length=given.seq_length,
         )
-        size = model_batch_blocks(
+        size = sizes.model_batch_blocks(
             given.inference_batch_size, seq_length=given.seq_length, device=model.device
         )
         prefix, suffix = special_affixes(tokenizer, given.text_options.prepend_bos)
@@ -222,7 +217,7 @@ class LiveActivations:
             fingerprint: fingerprint in the checkpoint.
         """
         given, saved = self.settings.given, fingerprint.get("inference_batch_size")
-        size = model_batch_blocks(
+        size = sizes.model_batch_blocks(
             given.inference_batch_size,
             seq_length=given.seq_length,
             device=self.model.device,
@@ -247,8 +242,11 @@ class LiveActivations:
             model=self.model,
             text=self.text("train"),
             batch_size=batch_size,
-            buffer_rows=buffer_rows(
-                given.buffer_size, row_bytes=row_bytes(self.model), batch_size=batch_size, saved=saved_rows
+            buffer_rows=sizes.buffer_rows(
+                given.buffer_size,
+                row_bytes=sizes.row_bytes(self.model),
+                batch_size=batch_size,
+                saved=saved_rows,
             ),
             buffer_device=self.placement.batch_device,
             inference_batch_size=self.inference_batch_size,
@@ -357,6 +355,6 @@ class LiveActivations:
     @cached_property
     def _val_rows(self) -> int:
         given = self.settings.given
-        return validation_rows(
-            given.val_rows, max_bytes=given.buffer_options.val_bytes, row_bytes=row_bytes(self.model)
+        return sizes.validation_rows(
+            given.val_rows, max_bytes=given.buffer_options.val_bytes, row_bytes=sizes.row_bytes(self.model)
         )
