@@ -6,6 +6,7 @@ coefficients and clipping, and saved in its format with the data module's normal
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from typing_extensions import Self
 
 from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.distributed import max_over_ranks
@@ -77,10 +79,17 @@ class SAELensModule(Float32State, LightningModule):
         self.side = RowUnits({"": d_in})  # the name is part of the state dict
         self.register_buffer("steps_since_fired", torch.zeros(full.d_sae, dtype=torch.float32))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.sae.dtype = next(
+            self.sae.parameters()
+        ).dtype  # SAELens casts rows to it, but sets it in its own `to` only
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Raw reconstructions of raw activations `(..., d_in)`."""
-        reconstruction: Tensor = self.side.to_raw(self.sae(self.side.from_raw(x)))
-        return reconstruction
+        rows = self.side.from_raw(x).to(self.sae.dtype)
+        return self.side.to_raw(self.sae(rows)).to(torch.promote_types(x.dtype, rows.dtype))
 
     def on_fit_start(self) -> None:
         """Store the data module's normalisation."""

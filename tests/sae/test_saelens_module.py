@@ -71,10 +71,17 @@ def test_a_config_without_architecture_is_refused():
         SAELensModule(D, {"d_sae": 64})
 
 
-def test_steps_are_counted_in_float32_in_every_precision():
-    module = SAELensModule(D, {"architecture": "topk", "k": 4, "d_sae": 96}).bfloat16()
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
+def test_it_trains_in_every_precision_and_counts_steps_in_float32(tmp_path, precision, dtype):
+    module = SAELensModule(D, {"architecture": "topk", "k": 4, "d_sae": 96})
+    data = batches(3)
+    fit = trainer(tmp_path, max_steps=3, precision=precision)
+    fit.fit(module, Rows(data, data[:1]))
+    assert fit.callback_metrics["val/fvu"].isfinite()
     assert module.steps_since_fired.dtype == torch.float32
-    assert module.sae.W_enc.dtype == torch.bfloat16
+    assert module.steps_since_fired.max() == 3
+    assert module.sae.W_enc.dtype == dtype
+    assert module(data[0]).isfinite().all()
 
 
 def test_held_out_rows_with_nan_are_left_out_and_counted(tmp_path):
