@@ -18,7 +18,7 @@ from deeplens_lightning.activation_data import ActivationData
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.options import takes
-from deeplens_lightning.stream.live_source import LiveActivations
+from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.loader import ActivationLoader
 from deeplens_lightning.stream.placement import placement
 from deeplens_lightning.stream.serving import Serving

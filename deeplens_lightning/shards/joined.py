@@ -54,9 +54,10 @@ class JoinedRows:
         starts = {number: tensor.data_ptr() - first for number, tensor in tensors.items()}
         strides = {number: tensor.stride(0) * size for number, tensor in tensors.items()}
         step = gcd(width, *starts.values(), *strides.values())
-        self._starts, self._strides = np.zeros((2, max(tensors) + 1), np.int64)
-        for number in tensors:
+        self._starts, self._strides, self._lengths = np.zeros((3, max(tensors) + 1), np.int64)
+        for number, tensor in tensors.items():
             self._starts[number], self._strides[number] = starts[number] // step, strides[number] // step
+            self._lengths[number] = len(tensor)
         memory = torch.frombuffer((ctypes.c_char * (end - first)).from_address(first), dtype=torch.uint8)
         joined = memory.as_strided(((end - first - width) // step + 1, width), (step, 1))
         self._unit = _UNITS[gcd(step, 8)]
@@ -67,12 +68,19 @@ class JoinedRows:
 
         Args:
             numbers: numbers of tensors, int64 `(m,)`.
-            rows: int64 `(m,)`, each from 0 to the length of its tensor minus 1. They are not checked.
+            rows: int64 `(m,)`, each from 0 to the length of its tensor minus 1.
             out: contiguous `(m, d)` of the dtype of the tensors.
 
         Returns:
             `out`.
+
+        Raises:
+            IndexError: a tensor has no such row. Torch cannot check this: between the tensors is memory of others.
         """
+        if (
+            rows.view(np.uint64) >= self._lengths.take(numbers).view(np.uint64)
+        ).any():  # negative ones are large
+            raise IndexError("a row number is beyond the rows of its tensor")
         index = self._strides.take(numbers)
         index *= rows
         index += self._starts.take(numbers)
@@ -111,7 +119,7 @@ class JoinedShards:
         Args:
             hook: hook name of the rows.
             numbers: numbers of shards, int64 `(m,)`.
-            rows: int64 `(m,)`, each below the number of rows of its shard. They are not checked.
+            rows: int64 `(m,)`, each below the number of rows of its shard.
             out: contiguous `(m, d_in)` in the activation dtype.
 
         Returns:

@@ -17,7 +17,8 @@ from torch import Tensor
 from deeplens_lightning.activation_data import NotSetUpError
 from deeplens_lightning.stream.cached_source import CachedActivations, CachedSettings
 from deeplens_lightning.stream.checkpoint import DataState, check_fingerprint, lost_in_accumulation
-from deeplens_lightning.stream.live_source import LiveActivations, LiveSettings
+from deeplens_lightning.stream.live_activations import LiveActivations
+from deeplens_lightning.stream.live_source import LiveSettings
 from deeplens_lightning.stream.loader import ActivationLoader, finish
 from deeplens_lightning.stream.measured_statistics import Statistics
 from deeplens_lightning.stream.settings import DataSettings

@@ -73,3 +73,10 @@ def test_caches_of_different_storage_are_read_together(tmp_path):
             assert torch.equal(batch.rows[hook][exact], rows[hook][index][exact])
             torch.testing.assert_close(batch.rows[hook].float(), rows[hook][index].float(), atol=0.06, rtol=0)
     assert sum(len(batch.provenance) for batch in served) == 2000
+
+
+@pytest.mark.parametrize("row", [3, -1, 2**40])
+def test_a_row_beyond_its_tensor_is_refused(row):
+    joined = JoinedRows({0: torch.zeros(3, 4), 1: torch.zeros(5, 4)})
+    with pytest.raises(IndexError, match="beyond the rows"):
+        joined.take(np.array([1, 0]), np.array([4, row]), torch.empty(2, 4))

@@ -13,7 +13,7 @@ import torch
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.shards.format import ADDED_ENTRIES
 from deeplens_lightning.stream.automatic_sizes import buffer_rows, model_batch_blocks
-from deeplens_lightning.stream.live_source import LiveActivations
+from deeplens_lightning.stream.live_activations import LiveActivations
 from tests.cli.parsing import parsed
 from tests.support.recorder import assert_same, take
 from tests.support.training import data

@@ -13,7 +13,7 @@ from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.normalization import Moments
 from deeplens_lightning.options import BufferOptions
 from deeplens_lightning.stream import measured_statistics
-from deeplens_lightning.stream.live_source import LiveActivations
+from deeplens_lightning.stream.live_activations import LiveActivations
 from tests.stream.small_stream import small_stream
 from tests.support.tensor_bytes import TensorBytes
 from tests.support.texts import texts

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from deeplens_lightning.shards import verify
-from deeplens_lightning.stream.live_source import LiveActivations
+from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.live_stream import LiveStream
 from deeplens_lightning.stream.measured_statistics import Statistics
 from deeplens_lightning.stream.write_through import WriteThroughStream
