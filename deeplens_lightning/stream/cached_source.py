@@ -29,6 +29,7 @@ from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.rowset import heldout
 from deeplens_lightning.shards.shard_steps import EpochPlan
 from deeplens_lightning.shards.shard_stream import ShardStream, Split
+from deeplens_lightning.stream.automatic_sizes import validation_rows
 from deeplens_lightning.stream.measured_statistics import ROWS, SAMPLE_EPOCH, Statistics
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.stream.validation_set import HeldOutRows
@@ -150,7 +151,10 @@ class CachedActivations:
                 given.val_fraction,
             )
             return self._allocated(0)
-        stream = self._stream("val", _READ, max_rows=given.val_rows, shuffle="none")
+        points = chosen_hook_points(self.settings.catalog, self.settings.only).values()
+        size = sum(kind.d_in * DTYPES[kind.dtype].itemsize for kind in points)
+        most = validation_rows(given.val_rows, max_bytes=given.buffer_options.val_bytes, row_bytes=size)
+        stream = self._stream("val", _READ, max_rows=most, shuffle="none")
         found, filled = self._allocated(stream.rows // ranks), 0
         for batch in stream.batches(stream.start(0), 0):
             span = slice(filled, filled + len(batch.provenance))

@@ -119,7 +119,7 @@ def _unused(settings: DataSettings) -> list[str]:
         return [] if settings.write_shards else [f"cache_options.{name}" for name in cache]
     # Callbacks that load the model use its `kwargs`.
     model = changed(settings.model_options, ModelOptions()).keys() - {"kwargs"}
-    buffer = changed(settings.buffer_options, BufferOptions()).keys() - {"device", "dtype"}
+    buffer = changed(settings.buffer_options, BufferOptions()).keys() - {"device", "dtype", "val_bytes"}
     own = changed(settings, DataSettings).keys()
     return [
         *(name for name in _ONLY_LIVE if name in own),

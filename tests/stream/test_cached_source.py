@@ -8,7 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.options import BufferOptions
 from deeplens_lightning.shards import ShardError, heldout
+from deeplens_lightning.shards.format import DTYPES
 from deeplens_lightning.stream.cached_source import CachedSettings
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.types import Placement
@@ -79,6 +81,15 @@ def test_validation_rows_are_limited_to_the_documents_of_lowest_hash(cache):
     provenance = opened(cache, val_rows=3 * 37).heldout.provenance
     hashes = make_rows(N)[1][:, 0].numpy()
     assert set(provenance[:, 0].numpy().view(np.uint64)) == set(np.unique(hashes.view(np.uint64))[:3])
+
+
+def test_validation_rows_are_limited_in_bytes(cache):
+    row = sum(
+        kind.d_in * DTYPES[kind.dtype].itemsize for kind in settings(cache).catalog.hook_points.values()
+    )
+    limited = opened(cache, buffer_options=BufferOptions(val_bytes=50 * row))
+    with pytest.warns(UserWarning, match=r"val_bytes=[\d,]+: the validation set keeps at most 50 rows"):
+        assert len(limited.heldout) == 50
 
 
 def test_a_cache_without_held_out_documents_validates_on_nothing(cache, caplog):
