@@ -295,6 +295,7 @@ def _faulty(rank: int, ranks: int, folder: Path, lm: str, fault: str) -> str:
     return "no error"
 
 
+@pytest.mark.filterwarnings("ignore:a rank has no more rows:UserWarning")
 @pytest.mark.parametrize(
     ("fault", "message", "elsewhere"),
     [

@@ -47,10 +47,7 @@ def exclusive_model(data: ActivationData) -> AbstractContextManager[Any]:
 
 
 class RawRows:
-    """Undo the data module's normalisation of batches; make one for each fit.
-
-    The normalisation is copied to the device of the rows at the first batch: each copy waits for an accelerator.
-    """
+    """Undo the data module's normalisation of batches; make one for each fit."""
 
     def __init__(self) -> None:
         self._scalings: dict[str, Scaling | None] = {}  # None where rows are raw already
@@ -74,19 +71,17 @@ class RawRows:
                     f"a batch must be a Tensor (batch, d_in) or a dict of them, got {type(x).__name__}"
                 )
             if hook not in self._scalings:
-                self._scalings[hook] = _scaling_on(activation_data(trainer), hook, x.device)
+                self._scalings[hook] = _scaling(activation_data(trainer), hook)
             s = self._scalings[hook]
             rows[hook] = x if s is None else s.undo(x)
         return rows
 
 
-def _scaling_on(data: ActivationData, hook: str, device: torch.device) -> Scaling | None:
-    """Normalisation of a hook point, copied to a device; None where it leaves rows unchanged."""
+def _scaling(data: ActivationData, hook: str) -> Scaling | None:
+    """Normalisation of a hook point; None where it leaves rows unchanged."""
     scaling = data.scaling
     s = scaling.get(hook) if isinstance(scaling, Mapping) else scaling
-    if s is None or s.is_identity:
-        return None
-    return Scaling(s.shift.to(device), s.scale.to(device))
+    return None if s is None or s.is_identity else s
 
 
 def batch_rows(batch: Any) -> int:
