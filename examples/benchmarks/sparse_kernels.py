@@ -1,6 +1,6 @@
 """Compare each Triton kernel with the torch operations that it replaces: time, difference, repeatability.
 
-    python examples/benchmarks/kernels.py --d-in 768 --d-sae 65536 --k 32 --dtype bfloat16
+    python examples/benchmarks/sparse_kernels.py --d-in 768 --d-sae 65536 --k 32 --dtype bfloat16
 
 It needs a CUDA device and Triton (`pip install "deeplens-lightning[kernels]"`). Each round times every operation with
 the kernel and with torch, in alternating order, by CUDA events; the table shows medians over the rounds. "error" is the
