@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=200_000, help="tokens per measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=4096)
-    parser.add_argument("--buffer-rows", type=int, default=65_536)
+    parser.add_argument("--buffer-rows", type=int, default=32_768)
     parser.add_argument("--seq-length", type=int, default=128)
     parser.add_argument("--inference-batch-size", type=int, default=128, help="blocks per model batch")
     parser.add_argument("--out", help="JSON file for the figures")
@@ -67,9 +67,11 @@ class SleepingModel:
         return {"resid": self._rows[: tokens.numel()].view(*tokens.shape, -1)}
 
 
-def rate(tokens: int, items: Iterator[Any], count: Callable[[Any], int]) -> float:
-    """Tokens a second while taking items that hold `tokens` in all; the first item is not timed."""
-    next(items)
+def rate(tokens: int, items: Iterator[Any], count: Callable[[Any], int], skip: int = 1) -> float:
+    """Tokens a second while taking items that hold `tokens` in all, after `skip` tokens, in whole items, untimed."""
+    seen = 0
+    while seen < skip:
+        seen += count(next(items))
     seen, begun = 0, time.perf_counter()
     for item in items:
         seen += count(item)
@@ -95,6 +97,8 @@ def measure(args: argparse.Namespace, data: ActivationDataModule, d_in: int) -> 
     beside = replace(plain, ahead=1, text=replace(text, threads=1))
     chunk = next(text.chunks(0)).blocks
     parts = [chunk.select(torch.arange(at, at + size)) for at in range(0, len(chunk) - size + 1, size)]
+
+    skip = 2 * args.buffer_rows  # while the windows of the shuffle grow, more rows are computed than served
 
     def kept(blocks: Blocks) -> int:
         return int(blocks.keep.sum())
@@ -134,13 +138,13 @@ def measure(args: argparse.Namespace, data: ActivationDataModule, d_in: int) -> 
     def streamed() -> float:
         ahead = Prefetch(lambda: beside.batches(beside.start(0), 0), 2, lambda served: served.rows.values())
         try:
-            return rate(args.tokens, islice(ahead, 10**9), rows)
+            return rate(args.tokens, ahead, rows, skip)
         finally:
             ahead.close()
             beside.close()
 
     def in_turn() -> float:
-        return rate(args.tokens, plain.batches(plain.start(0), 0), rows)
+        return rate(args.tokens, plain.batches(plain.start(0), 0), rows, skip)
 
     contenders = {"text": texts, "model": models, "mixer": mixer, "stream": streamed, "in turn": in_turn}
     found: dict[str, list[float]] = {name: [] for name in contenders}
