@@ -6,10 +6,11 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.types import Batch, Provenance
@@ -89,9 +90,21 @@ class ActivationData:
         """The provenance of a batch: document, position and token id of each row; None if unknown."""
         return None
 
+    def provenance_later(self, batch: Batch) -> Callable[[], Provenance | None]:
+        """A function that returns the provenance of a batch, also after the batch is freed."""
+        found = self.provenance(batch)
+        return lambda: found
+
     def heldout_blocks(self, rows: int) -> Iterator[Any] | None:  # noqa: ARG002
         """Held-out text as `text.packing.Blocks` with at least `rows` rows; None if the data module has no text."""
         return None
+
+
+def data_parallel_ranks(trainer: Trainer) -> int:
+    """Number of ranks that train on different rows; with tensor parallelism several processes share the same rows."""
+    strategy = trainer.strategy
+    sampled = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
+    return int(sampled.get("num_replicas", 1))
 
 
 def activation_data(trainer: Trainer) -> ActivationData:

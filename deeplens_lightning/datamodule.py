@@ -6,7 +6,7 @@ In: the settings of `stream.settings.DataSettings`. Out: Lightning's hooks and d
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -125,6 +125,10 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         """
         return self.serving.seen.provenance(batch)
 
+    def provenance_later(self, batch: Batch) -> Callable[[], Provenance | None]:
+        """A function that returns the provenance of a batch, also after the batch is freed; it is read when called."""
+        return self.serving.seen.later(batch)
+
     def heldout_blocks(self, rows: int) -> Iterator[Blocks] | None:
         """Held-out text in the model's input form: chunks of blocks that hold at least `rows` rows in all.
 
@@ -165,14 +169,17 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         return self.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Note the provenance of a batch before it is moved; then the hook of the LightningModule, if it has one."""
+        """Note the provenance of a batch before it is moved; then call the hook of the LightningModule, if it has one.
+
+        Lightning warns that it would not call that one; here both run.
+        """
         if isinstance(batch, Tensor | dict) and self.trainer is not None:
             self.serving.before_move(batch, self.trainer.training)
         module = self._module_with("on_before_batch_transfer")
         return module.on_before_batch_transfer(batch, dataloader_idx) if module is not None else batch
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """The hook of the LightningModule, if it has one; then store the provenance for the batch as it is now."""
+        """Call the hook of the LightningModule, if it has one; then store the provenance for the batch as it is now."""
         module = self._module_with("on_after_batch_transfer")
         if module is not None:
             batch = module.on_after_batch_transfer(batch, dataloader_idx)
@@ -187,7 +194,8 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         """
         if isinstance(exception, RuntimeError) and self.trainer is not None and self.trainer.world_size > 1:
             log.error(
-                "if another rank ended first, this error is a consequence: look for the first error of all ranks"
+                "%s may be the consequence of an error on another rank: look for the first error of all ranks",
+                exception,
             )
         try:
             self.serving.close(self.batch_size)

@@ -1,4 +1,4 @@
-"""Collectives over data-parallel ranks: gather objects, sum, average and take maxima of tensors.
+"""Collectives: gather objects from data-parallel ranks; sum, average and take maxima of tensors over all processes.
 
 Each function must be called on every rank. In a single process nothing is sent and the value is returned unchanged.
 """

@@ -125,7 +125,14 @@ class _FlagsOfRanks:
     """
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo")
+        try:
+            self._group = dist.new_group(backend="gloo")
+        except RuntimeError as error:
+            raise RuntimeError(
+                "Preemption exchanges signals between the ranks with gloo, which cannot connect them: set "
+                "GLOO_SOCKET_IFNAME to the network interface between the nodes. To train without Preemption, override "
+                "configure_callbacks of the module to return []"
+            ) from error
         self._running: tuple[dist.Work, Tensor] | None = None
 
     def start(self, flags: Sequence[bool]) -> None:

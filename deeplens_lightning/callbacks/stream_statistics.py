@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from deeplens_lightning.activation_data import activation_data
-from deeplens_lightning.callbacks.support import batch_rows, data_parallel_ranks, log_every
+from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
+from deeplens_lightning.callbacks.support import batch_rows, log_every
 from deeplens_lightning.stream.loader import ActivationLoader
 
 

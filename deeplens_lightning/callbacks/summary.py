@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from deeplens_lightning.activation_data import activation_data
-from deeplens_lightning.callbacks.support import WritesFiles, batch_rows, data_parallel_ranks, log_every
+from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
+from deeplens_lightning.callbacks.support import WritesFiles, batch_rows, log_every
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, write_json
 
 # Rows of the table, in this order, for the metrics that the run measured: metric, heading, format.

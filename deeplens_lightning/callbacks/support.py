@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
 
 from deeplens_lightning.activation_data import ActivationData, activation_data
@@ -111,13 +110,6 @@ def from_rank_zero(trainer: Trainer, make: Callable[[], T]) -> T:
     if shared[1] is not None:
         raise RuntimeError(f"rank 0 failed with {shared[1]}")
     return shared[0]
-
-
-def data_parallel_ranks(trainer: Trainer) -> int:
-    """Number of ranks that train on different rows; with tensor parallelism several processes share the same rows."""
-    strategy = trainer.strategy
-    sampled = strategy.distributed_sampler_kwargs if isinstance(strategy, ParallelStrategy) else {}
-    return int(sampled.get("num_replicas", 1))
 
 
 def log_every(trainer: Trainer) -> int:

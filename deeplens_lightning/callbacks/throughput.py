@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from deeplens_lightning.callbacks.support import batch_rows, data_parallel_ranks, log_every
+from deeplens_lightning.activation_data import data_parallel_ranks
+from deeplens_lightning.callbacks.support import batch_rows, log_every
 
 
 class Throughput(Callback):

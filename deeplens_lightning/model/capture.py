@@ -111,8 +111,8 @@ class HookedForward:
         missing = [point.name for point in self.hook_points if point.name not in captured]
         if missing:
             raise RuntimeError(
-                f"the forward pass did not reach {', '.join(missing)}: the model called other modules than in a "
-                "forward pass without weights, or compiled ones; give the model without torch.compile on its parts, "
+                f"the forward pass did not reach {', '.join(missing)}: these modules did not run, or run inside a "
+                "compiled function, which hooks cannot enter; give the model without torch.compile on its parts, "
                 "or choose another hook point"
             )
         return {point.name: captured[point.name] for point in self.hook_points}

@@ -168,7 +168,7 @@ def _random(model: PretrainedConfig | nn.Module, attention: str, depth: int) -> 
     if has_setting(short, "quantization_config"):
         del short.quantization_config
     structure = replace(whole, config=short, text=short.to_json_string(use_diff=False))
-    made = structure.build("cpu", attention if attention in _IN_FLOAT32 else "eager").requires_grad_(False)
+    made = structure.build("cpu", attention if attention in _IN_FLOAT32 else "sdpa").requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for x in made.parameters():
         if x.ndim > 1:

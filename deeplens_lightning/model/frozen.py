@@ -230,7 +230,8 @@ def _probed_isolation(forward: HookedForward, model: PretrainedConfig | nn.Modul
         if length > LONGEST_PROBED:
             logger.warning(
                 "only segments of equal length share a model batch: blocks of %d tokens reach %s=%d of the model, "
-                "and lengths above %d are not probed; set model_options.isolation or a smaller seq_length to change it",
+                "and lengths above %d are not probed; to allow packed batches, set model_options.isolation or a smaller "
+                "seq_length",
                 block,
                 name,
                 length,
@@ -247,10 +248,10 @@ def _probed_isolation(forward: HookedForward, model: PretrainedConfig | nn.Modul
         return probe(forward, modes=modes)
     try:
         exact = exact_forward(forward, model)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001  whatever a copy of an unusual model raises: it is probed strictly then
         logger.warning(
             "only segments of equal length share a model batch, because no part of the model could be probed in "
-            "float32 (%s); load it in float32, or set model_options.isolation, to change it",
+            "float32 (%s); to allow packed batches, load it in float32, or set model_options.isolation",
             error,
         )
         modes = ("equal",)

@@ -116,10 +116,11 @@ def choose(
             tolerance = max(tolerance, min(4 * errors["equal"], rounding))
         if errors[mode] <= (unstable if mode == "equal" else tolerance):
             return mode
+    advice = "accept" if exact else "run it in float32, or accept"
     raise ValueError(
         "this model gives a segment different rows in a model batch than alone (relative error "
-        f"{errors[modes[-1]]:.1e}), even with segments of equal length; run it in float32, or accept that segments "
-        'influence each other with model_options.isolation="none"'
+        f"{errors[modes[-1]]:.1e}), even with segments of equal length; {advice} that segments influence each other "
+        'with model_options.isolation="none"'
     )
 
 
@@ -175,8 +176,8 @@ class _Probe:
         worst = 0.0
         for index, rows in ways[mode](run):
             for name, x in references[index].items():
-                errors = relative_error(rows[name], x)
-                worst = max(worst, float(errors.nan_to_num(torch.inf).max() if exact else errors.median()))
+                errors = relative_error(rows[name], x).nan_to_num(torch.inf)
+                worst = max(worst, float(errors.max() if exact else errors.median()))
         return worst
 
     def _packed(self, run: Run) -> Iterable[tuple[int, Mapping[str, Tensor]]]:

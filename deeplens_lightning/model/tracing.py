@@ -183,9 +183,9 @@ def _trace(structure: Structure) -> Trace:
             base(input_ids=tokens, **({"use_cache": False} if has_setting(base.config, "use_cache") else {}))
     except NotImplementedError as error:
         raise ValueError(
-            f"{family!r} models are not supported: which tokens a module computes depends on the text (as with "
-            "global attention to some tokens, or experts that are given a list of tokens), so its rows cannot be told "
-            "apart; give a model whose layers compute every token"
+            f"{family!r} models are not supported: most likely, which tokens a module computes depends on the text (as "
+            "with global attention to some tokens, or experts that are given a list of tokens), so its rows cannot be "
+            f"told apart; give a model whose layers compute every token ({error})"
         ) from error
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(

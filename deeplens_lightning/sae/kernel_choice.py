@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 import warnings
 from importlib.util import find_spec
+from pathlib import Path
 from shutil import which
 
 import torch
@@ -18,6 +20,9 @@ MISSING = [
         "a C compiler, which Triton calls (gcc or clang, or CC=...)": bool(
             os.environ.get("CC") or which("gcc") or which("clang")
         ),
+        "the headers of Python, which Triton includes (python3-dev)": (
+            Path(sysconfig.get_path("include")) / "Python.h"
+        ).exists(),
     }.items()
     if not there
 ]
@@ -34,8 +39,8 @@ def uses_triton(x: Tensor) -> bool:
         return False
     if MISSING and not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
         warnings.warn(  # Python shows the same warning once
-            "sparse decoding, its gradients and JumpReLU's use slower operations of torch, because this is missing: "
-            + "; ".join(MISSING),
+            "sparse decoding, its gradients, and JumpReLU's gradients use slower operations of torch, because this is "
+            "missing: " + "; ".join(MISSING),
             stacklevel=2,
         )
     return not MISSING

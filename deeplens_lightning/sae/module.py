@@ -19,8 +19,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from deeplens_lightning.activation_data import activation_data
-from deeplens_lightning.distributed import world_size
+from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
 from deeplens_lightning.preemption import default_preemption
 from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint
 from deeplens_lightning.sae.dictionary import Dictionary
@@ -64,7 +63,7 @@ class DictionaryTraining(LightningModule):
         served = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
         # An epoch's last batch may be shorter, and on some ranks only.
         rows = activation_data(self.trainer).batch_size or served
-        rows_per_step = rows * world_size() * self.trainer.accumulate_grad_batches
+        rows_per_step = rows * data_parallel_ranks(self.trainer) * self.trainer.accumulate_grad_batches
         for sae in self.dictionaries.values():
             sae.initialize_from(batch)
             sae.planned_tokens = self._planned_steps * rows_per_step if self._planned_steps else None
@@ -72,7 +71,7 @@ class DictionaryTraining(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """The sum of the dictionaries' losses on a served batch; dictionaries share no parameters."""
         progress = min(1.0, self.global_step / self._planned_steps) if self._planned_steps else 1.0
-        describe = self._describe(batch, f"step {self.global_step}", at_once=self.device.type == "cpu")
+        describe = self._describe(batch, f"step {self.global_step}")
         steps = {name: sae.step(batch, progress, describe) for name, sae in self.dictionaries.items()}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every > 0 and (self.global_step + 1) % every == 0:
@@ -183,16 +182,9 @@ class DictionaryTraining(LightningModule):
                 )
             sae.prepare(data.scaling)
 
-    def _describe(self, batch: Batch, words: str, *, at_once: bool = False) -> Describe:
-        """A description of a row of the batch, with its place in the text.
-
-        Args:
-            batch: the batch.
-            words: which batch it is.
-            at_once: the description is used while the batch is in memory; otherwise its provenance is kept instead.
-        """
-        find = partial(activation_data(self.trainer).provenance, batch)
-        return partial(_describe_row, words, find if at_once else find())
+    def _describe(self, batch: Batch, words: str) -> Describe:
+        """A description of a row of the batch, with its place in the text; `words` say which batch it is."""
+        return partial(_describe_row, words, activation_data(self.trainer).provenance_later(batch))
 
 
 class SparseAutoencoder(PortableDictionary, DictionaryTraining):
@@ -231,9 +223,9 @@ def _log_name(stage: str, metric: str, dictionary: str) -> str:
     return f"{stage}/{metric}/{dictionary}" if dictionary else f"{stage}/{metric}"
 
 
-def _describe_row(words: str, source: Callable[[], Provenance | None] | Provenance | None, row: int) -> str:
+def _describe_row(words: str, find: Callable[[], Provenance | None], row: int) -> str:
     words = f"{words}, first is row {row}"
-    found = source if source is None or isinstance(source, Provenance) else source()
+    found = find()
     if found is None:
         return words
     return (

@@ -125,7 +125,7 @@ class NonFiniteRows:
     @torch.no_grad()
     def add(self, bad: Tensor | None, rows: int, describe: Describe | None) -> None:
         """Add a batch; the arguments are those of `watch`."""
-        if bad is not None:
+        if bad is not None and rows:  # a rank with fewer rows gets empty batches
             count = bad.sum()
             found = torch.stack([count, torch.full_like(count, len(self)), bad.int().argmax()])
             if self._found is not None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
-from deeplens_lightning.activation_data import activation_data
-from deeplens_lightning.distributed import world_size
+from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
 
 
 def planned_steps(trainer: Trainer) -> int | None:
@@ -28,5 +27,5 @@ def _batches_per_epoch(trainer: Trainer) -> int | None:
     data = activation_data(trainer)
     limits = [trainer.limit_train_batches] if isinstance(trainer.limit_train_batches, int) else []
     if data.max_tokens is not None and data.batch_size is not None:
-        limits.append(data.max_tokens // (data.batch_size * world_size()))
+        limits.append(data.max_tokens // (data.batch_size * data_parallel_ranks(trainer)))
     return min(limits) if limits else None

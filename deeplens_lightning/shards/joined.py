@@ -79,7 +79,7 @@ class JoinedRows:
         """
         if (
             rows.view(np.uint64) >= self._lengths.take(numbers).view(np.uint64)
-        ).any():  # negative ones are large
+        ).any():  # as unsigned numbers, negative ones are larger than any length
             raise IndexError("a row number is beyond the rows of its tensor")
         index = self._strides.take(numbers)
         index *= rows

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.folder import TEMPORARY, Folder, LocalFolder
 
 _SUBFOLDER = re.compile("[0-9a-f]{16}")
+UNFINISHED_SECONDS = 3600
+"""Seconds since its last change after which an unfinished file is taken for one that was left behind."""
 """Names of the folders that `LocalCopies` makes, one for each remote folder."""
 
 
@@ -128,7 +131,9 @@ def _left_over(directory: Path) -> list[tuple[Path, int]]:
         ours = path.suffix == ".pt" or path.name.startswith(TEMPORARY)
         if ours and _SUBFOLDER.fullmatch(path.parent.name):
             with suppress(FileNotFoundError):  # another process may delete it
-                found.append((path, path.stat()))
+                stat = path.stat()
+                if path.suffix == ".pt" or time.time() - stat.st_mtime > UNFINISHED_SECONDS:
+                    found.append((path, stat))
     return [(path, stat.st_size) for path, stat in sorted(found, key=lambda each: each[1].st_mtime_ns)]
 
 

@@ -136,7 +136,8 @@ class ShardWriter:
             if self._next.row < first_row:
                 raise ShardError(
                     f"rows {self._next.row} to {first_row - 1} of rank {self._rank} are missing: the cache in "
-                    f"{self._folder.where} cannot be continued from here; write to a new folder"
+                    f"{self._folder.where} cannot be continued from here; write to a new folder, or train on "
+                    "without write_shards"
                 )
             keep = self._wanted(rows, provenance, seen=self._next.row - first_row)
             while len(keep):

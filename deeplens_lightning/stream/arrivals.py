@@ -125,6 +125,7 @@ class RowArrivals:
         self.outliers = start.outliers
         self._computed, self._buffers, self._writer = computed, buffers, writer
         self._outliers_here = 0
+        self._failure: BaseException | None = None
         self._made = start.made
         self._group = start.blocks
         self._since = start.blocks.since
@@ -188,7 +189,16 @@ class RowArrivals:
             self._computed.close()
 
     def _advance(self) -> bool:
-        """Take the next model batch, if there is one."""
+        """Take the next model batch, if there is one. After an error, every later call raises it again."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._take_next()
+        except BaseException as error:
+            self._failure = error  # an iterator that has raised only says that it is at its end
+            raise
+
+    def _take_next(self) -> bool:
         batch = next(self._computed, None)
         if batch is None:
             if self._writer is not None:

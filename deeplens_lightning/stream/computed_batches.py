@@ -6,7 +6,7 @@ its place, so that it can be computed ahead of its use in another thread.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,7 +49,7 @@ def computed_batches(
     size: int,
     max_norms: Mapping[str, float],
     first: int,
-) -> Iterator[ComputedBatch]:
+) -> Generator[ComputedBatch, None, None]:
     """Iterate over the model batches of the groups.
 
     Args:

@@ -33,7 +33,8 @@ from deeplens_lightning.types import Placement
 TEXT_THREADS = 1
 """Threads that tokenise while the model runs on an accelerator; on a CPU they would slow the model down."""
 MODEL_BATCHES_AHEAD = 1
-"""Model batches that are computed while the rows of the one before are mixed on an accelerator."""
+"""Model batches that are computed while the rows of the one before are mixed, on CUDA: elsewhere two threads on one
+accelerator may crash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class LiveActivations:
             seed=given.seed,
             pool=given.buffer_options.shuffle_blocks,
             max_norms=statistics.max_norms,
-            ahead=0 if self.placement.device.type == "cpu" else MODEL_BATCHES_AHEAD,
+            ahead=MODEL_BATCHES_AHEAD if self.model.device.type == "cuda" else 0,
             show_progress=self.placement.progress,
         )
         if given.write_shards is None:

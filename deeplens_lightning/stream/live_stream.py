@@ -211,16 +211,21 @@ class LiveStream:
         )
         if self.ahead and self._cuda is None:
             self._cuda = cuda_stream(self.model.device)
-        return RowArrivals(
-            blocks=blocks,
-            computed=Prefetch(computed, self.ahead, ComputedBatch.tensors, self._cuda)
-            if self.ahead
-            else computed(),
-            buffers=self._allocated(),
-            writer=self.writer,
-            start=start,
-            enter=enter,
+        batches = (
+            Prefetch(computed, self.ahead, ComputedBatch.tensors, self._cuda) if self.ahead else computed()
         )
+        try:
+            return RowArrivals(
+                blocks=blocks,
+                computed=batches,
+                buffers=self._allocated(),
+                writer=self.writer,
+                start=start,
+                enter=enter,
+            )
+        except BaseException:
+            batches.close()
+            raise
 
     def _mixed_blocks(
         self, epoch: int, blocks: BlockArrivals, start: BlockPosition

@@ -288,7 +288,7 @@ class ActivationLoader:
         self.epoch_batches, self._ended = 0, False
 
     def _peek(self) -> Served | None:
-        """The next batch of the stream. After an error, the next call begins again behind the last batch served."""
+        """The next batch of the stream. After an error, the next call begins again after the last batch served."""
         if self._live is None:
             position, skip = self._position, self._skip
             if self.prefetch:

@@ -95,7 +95,7 @@ def _add(moments: Mapping[str, Moments], rows: Mapping[str, Tensor]) -> None:
 
 
 def _limits(norms: Mapping[str, Sequence[Tensor]], ratio: float) -> dict[str, float]:
-    """`ratio` times the median of the norms on all ranks, by hook point. A collective."""
+    """`ratio` times the median of the norms, by hook point."""
     limits = {}
     for name, here in norms.items():
         everyone = torch.cat([torch.empty(0, dtype=torch.float32), *here])

@@ -41,11 +41,14 @@ class Prefetch(Generic[T]):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="activation-producer", daemon=True)
         self._started = self._ended = False
+        self._failure: BaseException | None = None
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
+        if self._failure is not None:
+            raise self._failure
         if self._ended:
             raise StopIteration
         if not self._started:
@@ -57,6 +60,7 @@ class Prefetch(Generic[T]):
             self._thread.join()
             if isinstance(error, StopIteration):
                 raise StopIteration
+            self._failure = error
             raise error
         made, event = item
         if self._cuda is not None:

@@ -46,8 +46,8 @@ class DataSettings:
         dataset_split: split of a dataset on the hub.
         tokenizer: hub id, folder or a loaded tokenizer; default the model's own.
         seq_length: length of a block, and the largest length of a segment, in tokens.
-        inference_batch_size: blocks per forward pass of the model; `auto` makes them 16 384 tokens on an accelerator and
-            2048 on a CPU. A resumed run keeps the number that `auto` chose, on another device too.
+        inference_batch_size: blocks per forward pass of the model; `auto` takes as many as hold 16 384 tokens on an
+            accelerator and 2048 on a CPU. A resumed run keeps the number that `auto` chose, on another device too.
         batch_size: rows per batch.
         buffer_size: number of rows in the shuffle buffer; `auto` is at most 262 144 rows and 1 GB, the same on
             every device.

@@ -6,6 +6,7 @@ provenance of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -85,8 +86,12 @@ class SeenBatches:
 
     def provenance(self, batch: Batch) -> Provenance | None:
         """The document, position and token id of each row of a batch; None if it was not stored for this batch."""
-        origins = self._origins.get(key_of(batch))
-        return Provenance(*origins().unbind(1)) if origins is not None else None
+        return self.later(batch)()
+
+    def later(self, batch: Batch) -> Callable[[], Provenance | None]:
+        """A function that returns the provenance of a batch, also after the batch is freed."""
+        origins: Origins | None = self._origins.get(key_of(batch))
+        return lambda: Provenance(*origins().unbind(1)) if origins is not None else None
 
 
 def is_fitting(trainer: Trainer | None) -> bool:

@@ -47,7 +47,7 @@ class HeldOutRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
-    """The blocks of a model batch that a rank runs, how many of their first rows it keeps, and how many each rank."""
+    """The blocks of a model batch that this rank runs, and the number of first rows that it and each rank keeps."""
 
     blocks: Blocks
     rows: int
@@ -193,7 +193,7 @@ class RowsLoader:
             yield batch
 
     def origins(self, batch: Batch) -> Origins | None:
-        """Provenance of a batch that was served last and may have been cast since, found by its values."""
+        """Provenance of one of the last two batches served, which may have been cast since; found by its values."""
         x = key_of(batch)
         for served, origins in reversed(self._recent):
             y = key_of(served)

@@ -200,5 +200,6 @@ class WriteThroughStream:
                 checksums=self.options.checksums,
                 cache_dir=self.options.dir,
                 cache_bytes=self.options.bytes,
+                pin_memory=self.placement.batch_device.type == "cuda",
             )
         return self._shards

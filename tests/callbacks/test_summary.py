@@ -13,9 +13,9 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 
+from deeplens_lightning.activation_data import data_parallel_ranks
 from deeplens_lightning.callbacks import FitSummary, LatentStatistics, LossRecovered, Throughput
 from deeplens_lightning.callbacks.summary import Summary, summary_table
-from deeplens_lightning.callbacks.support import data_parallel_ranks
 from deeplens_lightning.callbacks.throughput import peak_rss
 
 

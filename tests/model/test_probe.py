@@ -1,6 +1,7 @@
 """The probe goes past the lengths in a model's configuration, and finds small errors in lower precision."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from deeplens_lightning.model import exact_copy, frozen
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
-from deeplens_lightning.model.isolation import relative_error
+from deeplens_lightning.model.isolation import choose, relative_error
 from deeplens_lightning.model.lengths import lengths_of
 from tests.model.segments import segment, together
 from tests.support.model_families import randomised, rope_config, snapshot
@@ -202,3 +203,15 @@ def test_lengths_are_found_by_their_names(name: str, changes: dict[str, object],
 def test_blocks_of_any_size_can_be_probed(block: int) -> None:
     model = model_of(any_config("opt", max_position_embeddings=max(block, 2)))
     assert opened(model, block).isolation == ("packed" if block == 1 else "padded")
+
+
+def test_a_row_of_nan_does_not_hide_the_other_rows_in_lower_precision() -> None:
+    def run(tokens: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Any:
+        x = tokens[..., None].float() + 1
+        packed = position_ids is not None
+        if packed:
+            x = x * 3
+            x[:, 0] = torch.nan
+        return {"resid": x.to(torch.float16)}
+
+    assert choose(run, vocab_size=500, block=64, exact=False) != "packed"

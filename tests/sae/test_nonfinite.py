@@ -169,3 +169,13 @@ def test_rows_are_checked_after_a_bounded_number_of_batches_even_if_no_step_logs
     assert len(seen) == CHECK_EVERY - 1
     with pytest.raises((RuntimeError, NotImplementedError)):
         seen.watch(clean, 8, clean.sum(), None)
+
+
+def test_a_rank_without_rows_adds_an_empty_batch():
+    rows = NonFiniteRows()
+    rows.add(torch.zeros(0, dtype=torch.bool), 0, None)
+    rows.add(torch.tensor([False, True]), 2, lambda row: f"row {row} of the second batch")
+    with pytest.raises(
+        NonFiniteRowsError, match=r"1 of 2 rows hold NaN or infinity \(row 1 of the second batch\)"
+    ):
+        rows.check()

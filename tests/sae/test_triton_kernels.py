@@ -97,6 +97,6 @@ def test_cuda_uses_triton_or_a_warning_says_what_is_missing(dtype, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_benchmark_says_what_it_needs_where_there_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["kernels.py"])
+    monkeypatch.setattr(sys, "argv", ["sparse_kernels.py"])
     with pytest.raises(SystemExit, match="no CUDA device was found"):
-        runpy.run_path(str(ROOT / "examples" / "benchmarks" / "kernels.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "examples" / "benchmarks" / "sparse_kernels.py"), run_name="__main__")

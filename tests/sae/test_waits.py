@@ -29,6 +29,7 @@ class Steps:
     """What a module reads from its Trainer, at a step that logs nothing."""
 
     world_size = 1
+    strategy = None
     log_every_n_steps = 50
     global_step = 3
     accumulate_grad_batches = 1

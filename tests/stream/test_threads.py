@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from deeplens_lightning.shards import verify
 from deeplens_lightning.stream.live_activations import LiveActivations
@@ -77,3 +79,31 @@ def test_a_cache_written_with_threads_has_every_row(
     report = verify(str(tmp_path / "cache"))
     assert report.problems == []
     assert report.rows == whole + 64
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_cache_is_not_complete_when_the_model_failed_before_the_end(
+    ahead: int, tiny: Callable[[str], str], tmp_path: Path
+) -> None:
+    live, stream = opened(tiny("gpt2"), write_shards=str(tmp_path / "cache"))
+    assert isinstance(stream, WriteThroughStream)
+    stream.live = replace(threaded(stream.live), ahead=ahead)
+    batches = stream.batches(stream.start(0), 0)
+    list(islice(batches, 3))
+    run, calls = live.model.activations, 0
+
+    def fails_once(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ConnectionError("the model is away")
+        return run(*args, **kwargs)
+
+    live.model.activations = fails_once  # type: ignore[method-assign]
+    with pytest.raises(ConnectionError):
+        list(batches)
+    with pytest.raises(ConnectionError):  # the epoch ends unevenly, and the rest of it is to be written
+        stream.dropped(stream.start(0), 3)
+    stream.close()
+    live.close()
+    assert not (tmp_path / "cache" / "index.json").exists()

@@ -25,7 +25,7 @@ ROWS, D_IN, D_SAE, K = 301, 77, 1000, 7
 BANDWIDTH = 0.5
 """Width of JumpReLU's straight-through kernel."""
 
-ADVICE = "give --model.kernel=dense in your runs, and report the device and the versions"
+ADVICE = "uninstall triton, so that torch computes instead, and report the device and the versions"
 
 
 @dataclass(frozen=True, kw_only=True)
