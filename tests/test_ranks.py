@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from deeplens_lightning.datamodule import ActivationDataModule
-from deeplens_lightning.options import BufferOptions
+from deeplens_lightning.options import BufferOptions, ModelOptions
 from deeplens_lightning.shards import verify
 from deeplens_lightning.text.documents import Documents
 from deeplens_lightning.text.sources import open_source
@@ -274,6 +274,30 @@ def test_ranks_write_a_cache_in_the_first_epoch_and_read_all_of_it_later(
     assert len(counts) == sum(lengths), "a row was never served"
     assert set(counts.values()) <= {2, 3}, "a row was served twice in an epoch"
     assert sum(count == 2 for count in counts.values()) == results[0]["dropped"]
+
+
+def _opening(rank: int, ranks: int, folder: Path, lm: str, fault: str) -> str:
+    """Train with a data module that differs on rank 1; return the error of this rank."""
+    dataset = "/no/such.jsonl" if (rank, fault) == (1, "file") else texts(60)
+    options = ModelOptions(isolation="padded" if (rank, fault) == (1, "isolation") else "auto")
+    dm = data(lm, dataset, model_options=options, val_fraction=0.0)
+    run = trainer(folder, strategy="ddp", devices=ranks, max_steps=1, limit_val_batches=0)
+    try:
+        run.fit(Mean(dm.d_in), dm)  # type: ignore[arg-type]
+    except Exception as error:  # noqa: BLE001  returned and compared
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_rank_that_cannot_open_its_data_ends_all_ranks(tiny: Any, tmp_path: Path) -> None:
+    first, second = launch(2, _opening, tmp_path, tiny("gpt2"), "file", seconds=60)
+    assert second.startswith("FileNotFoundError: ")
+    assert first.startswith("RankError: rank 1 failed with FileNotFoundError: ")
+
+
+def test_ranks_that_keep_segments_apart_in_different_ways_are_refused(tiny: Any, tmp_path: Path) -> None:
+    found = launch(2, _opening, tmp_path, tiny("gpt2"), "isolation", seconds=60)
+    assert all("different ways, by rank: packed, padded" in one for one in found)
 
 
 def _faulty(rank: int, ranks: int, folder: Path, lm: str, fault: str) -> str:

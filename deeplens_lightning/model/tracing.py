@@ -185,7 +185,7 @@ def _trace(structure: Structure) -> Trace:
         raise ValueError(
             f"{family!r} models are not supported: most likely, which tokens a module computes depends on the text (as "
             "with global attention to some tokens, or experts that are given a list of tokens), so its rows cannot be "
-            f"told apart; give a model whose layers compute every token ({error})"
+            "told apart; give a model whose layers compute every token"
         ) from error
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.plugins.precision import FSDPPrecision, MixedPrecision
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -84,10 +85,18 @@ class DictionaryTraining(LightningModule):
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam, fused where possible, with warm-up and decay over the planned steps."""
+        """Adam, fused where possible, with warm-up and decay over the planned steps.
+
+        Raises:
+            ValueError: the Trainer's strategy is FSDP.
+        """
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                'FSDP splits the decoder over ranks, and the norm of its rows needs whole rows: give strategy="ddp"'
+            )
         saes = self.dictionaries.values()
         plugin = self.trainer.precision_plugin
-        scales_gradients = isinstance(plugin, MixedPrecision | FSDPPrecision) and plugin.scaler is not None
+        scales_gradients = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         fused = self.device.type in ("cpu", "cuda") and not scales_gradients
         optimizer = torch.optim.Adam([sae.parameter_group() for sae in saes], fused=fused)
         planned = planned_steps(self.trainer)

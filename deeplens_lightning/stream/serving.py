@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from deeplens_lightning.activation_data import NotSetUpError
+from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.stream.cached_source import CachedActivations, CachedSettings
 from deeplens_lightning.stream.checkpoint import DataState, check_fingerprint, lost_in_accumulation
 from deeplens_lightning.stream.live_activations import LiveActivations
@@ -79,8 +80,14 @@ class Serving:
     def open(self, placement: Placement) -> None:
         """Load text, tokenizer and model, or list the shards; does nothing if they are open for the same placement.
 
+        A collective operation if there are several ranks.
+
         Args:
             placement: rank and devices of this process.
+
+        Raises:
+            RankError: it failed on another rank.
+            ValueError: the ranks found different ways to keep segments apart; with other errors of the source.
         """
         if self.opened is not None:
             if replace(self.opened.placement, progress=placement.progress) == placement:
@@ -91,9 +98,19 @@ class Serving:
             self._state = None
             if self._statistics_loaded:
                 self._statistics, self._statistics_loaded = None, False
-        self.opened = self.source.open(placement)
+        ways = on_every_rank(lambda: self._open(placement), placement)
+        if len(set(ways)) > 1:
+            raise ValueError(
+                f"the ranks keep segments apart in different ways, by rank: {', '.join(map(str, ways))}; give one of "
+                "them as model_options.isolation"
+            )
         if self._state is not None:
             self._keep_choices(self._state)
+
+    def _open(self, placement: Placement) -> str | None:
+        """Open the source; returns how the model keeps segments apart."""
+        self.opened = self.source.open(placement)
+        return self.opened.model.isolation if isinstance(self.opened, LiveActivations) else None
 
     def measured(self) -> Statistics:
         """Normalisation and norm limits, measured at the first call.

@@ -86,7 +86,9 @@ def test_big_bird_is_left_as_it_was_and_every_text_is_read_as_if_it_were_the_fir
     ("name", "family"), [("longformer", "longformer"), ("switch", "switch_transformers")]
 )
 def test_models_whose_modules_do_not_compute_every_token_are_refused(name: str, family: str) -> None:
-    with pytest.raises(ValueError, match=rf"'{family}' models are not supported: which tokens .* depends on"):
+    with pytest.raises(
+        ValueError, match=rf"'{family}' models are not supported: most likely, which tokens .* depends on"
+    ):
         resolve(any_config(name), 1, "resid_post")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from deeplens_lightning.shards import verify
 from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.live_stream import LiveStream
 from deeplens_lightning.stream.measured_statistics import Statistics
+from deeplens_lightning.stream.prefetch import TURN
 from deeplens_lightning.stream.write_through import WriteThroughStream
 from deeplens_lightning.types import Served
 from tests.support.training import data
@@ -107,3 +109,14 @@ def test_a_cache_is_not_complete_when_the_model_failed_before_the_end(
     stream.close()
     live.close()
     assert not (tmp_path / "cache" / "index.json").exists()
+
+
+def test_threads_take_short_turns_only_while_one_prefetches(tiny: Callable[[str], str]) -> None:
+    before = sys.getswitchinterval()
+    dm = data(tiny("gpt2"), prefetch=2)
+    dm.setup("fit")
+    batches = iter(dm.train_dataloader())
+    next(batches)
+    assert sys.getswitchinterval() <= TURN < before
+    dm.teardown("fit")
+    assert sys.getswitchinterval() == before
