@@ -393,7 +393,8 @@ def _model_parallel(rank: int, ranks: int, folder: Path, make: Callable[[], Acti
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2)
     run = trainer(folder, recorder, strategy=strategy, devices=ranks, max_epochs=1, limit_val_batches=0)
     run.fit(Replicated(dm.d_in), dm)  # type: ignore[arg-type]
-    return {"rows": [rows.numpy() for _, rows in recorder.batches]}
+    ranks_in_state = len(dm.state_dict()["position"]["ranks"])
+    return {"rows": [rows.numpy() for _, rows in recorder.batches], "ranks": ranks_in_state}
 
 
 @pytest.mark.filterwarnings("ignore:a rank has no more rows:UserWarning")
@@ -403,6 +404,7 @@ def test_processes_that_share_a_sharded_module_get_the_same_rows(tiny: Any, tmp_
     a, a_too, b, b_too = launch(4, _model_parallel, tmp_path, make)
     for one, other in ((a, a_too), (b, b_too)):
         assert all(np.array_equal(x, y) for x, y in zip(one["rows"], other["rows"], strict=True))
+    assert {one["ranks"] for one in (a, a_too, b, b_too)} == {2}, "a checkpoint counts processes as ranks"
     counts = sum(served([a, b]), Counter())
     assert max(counts.values()) == 1, "a row was served to both"
     assert counts.total() > 0.8 * sum(lengths)
