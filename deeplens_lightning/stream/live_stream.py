@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.stream.arrivals import BlockArrivals, RowArrivals, RowWriter
+from deeplens_lightning.stream.automatic_sizes import row_bytes
 from deeplens_lightning.stream.computed_batches import ComputedBatch, computed_batches
 from deeplens_lightning.stream.prefetch import Prefetch, cuda_stream
 from deeplens_lightning.stream.rotating_shuffle import Mixed, RotatingShuffle
@@ -86,8 +87,7 @@ class LiveStream:
     @property
     def buffer_bytes(self) -> int:
         """Size of the shuffle buffer in bytes."""
-        row = sum(point.d_in * self.model.dtypes[point.name].itemsize for point in self.model.hook_points)
-        return self.buffer_rows * row
+        return self.buffer_rows * row_bytes(self.model)
 
     def batches(self, position: StreamPosition, skip: int) -> Iterator[Served]:
         """Iterate over the batches from `position` to the end of the epoch, without the first `skip` ones.
