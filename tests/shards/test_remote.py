@@ -175,9 +175,12 @@ def test_no_incomplete_file_ever_has_a_final_name(tmp_path):
 
     def watch():
         while not stop.is_set():
-            for path in fs.glob(f"{root}/*.pt"):
+            # `fs.glob` and `fs.size` lock the buffers that are being written
+            for path in [
+                path for path in list(fs.store) if path.startswith(f"{root}/") and path.endswith(".pt")
+            ]:
                 name = path.rsplit("/", 1)[-1]
-                try:  # not `fs.size`, which locks the buffer that is being written
+                try:
                     size = len(fs.store[path].getvalue())
                 except KeyError:
                     continue
