@@ -77,7 +77,7 @@ def fail(rank: int, ranks: int, model: str, texts: list[str], folder: Path) -> s
 def test_an_error_on_rank_0_ends_the_other_ranks_too(
     lm_folder: str, texts: list[str], tmp_path: Path
 ) -> None:
-    own, other = launch(2, fail, lm_folder, texts, tmp_path)
+    own, other = launch(2, fail, lm_folder, texts, tmp_path, seconds=60)
     assert own.startswith("ValueError: LossRecovered found no held-out token to score")
     assert other == f"RuntimeError: rank 0 failed with {own}"
 

@@ -87,7 +87,7 @@ def _same(found: dict[str, Any], expected: dict[str, Any]) -> bool:
 def test_a_signal_to_rank_1_stops_both_ranks_and_both_resume_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
     lm = tiny("gpt2")
     whole = launch(2, _fit, tmp_path, lm, None, None)
-    first = launch(2, _fit, tmp_path, lm, 5, None)
+    first = launch(2, _fit, tmp_path, lm, 5, None, seconds=60)
     assert [one["stopped"] for one in first] == [True, True]
     assert first[0]["step"] == first[1]["step"] in range(6, 9), (
         "the ranks stopped at different steps, or late"
@@ -104,7 +104,7 @@ def test_a_signal_to_rank_1_stops_both_ranks_and_both_resume_bit_for_bit(tiny: A
 
 
 def test_a_signal_in_the_last_batch_is_not_lost(tiny: Any, tmp_path: Path) -> None:
-    ended = launch(2, _fit, tmp_path, tiny("gpt2"), STEPS - 1, None)
+    ended = launch(2, _fit, tmp_path, tiny("gpt2"), STEPS - 1, None, seconds=60)
     assert [one["stopped"] for one in ended] == [True, True]
     assert [one["step"] for one in ended] == [STEPS, STEPS]
     assert torch.load(tmp_path / Preemption.FILE, weights_only=True)["global_step"] == STEPS
