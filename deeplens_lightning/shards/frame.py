@@ -1,0 +1,134 @@
+"""The bytes of a torch file outside its numbers: compute and compare their checksum; check the CRCs of the others.
+
+A file that `torch.save` wrote is a zip with one entry for each storage of numbers, the payload. All other bytes, its
+frame, are a few kilobytes: headers, the pickled shapes and offsets, and the directory with a CRC of each entry. Reading
+these bytes alone finds all damage outside a payload.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from deeplens_lightning.disk.records import Count, Digest
+from deeplens_lightning.shards.errors import DamagedShardError, ShardError
+
+_STORAGE = re.compile(r"[^/]+/data/[0-9]+")
+_HEADER = 30  # bytes of a local header in a zip, before the name
+_PIECE = 2**20
+_UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, ValueError, EOFError, LookupError,
+    OverflowError, MemoryError,
+)  # fmt: skip
+"""All that `zipfile` raises on bytes that are not a zip."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """The bytes of a shard outside its payloads.
+
+    Attributes:
+        payloads: offset and length in bytes of each payload, in the order of the file.
+        sha256: checksum of all other bytes.
+
+    Raises:
+        ShardError: payloads overlap.
+    """
+
+    payloads: tuple[tuple[Count, Count], ...]
+    sha256: Digest
+
+    def __post_init__(self) -> None:
+        end = 0
+        for offset, length in self.payloads:
+            if offset < end:
+                raise ShardError("payloads overlap or are not in order")
+            end = offset + length
+
+
+def read_frame(path: Path) -> Frame:
+    """The frame of a file that `torch.save` wrote.
+
+    Raises:
+        DamagedShardError: the file is not such a zip.
+    """
+    with path.open("rb") as file:
+        payloads = []
+        for entry in _entries(path):
+            if _STORAGE.fullmatch(entry.filename):
+                file.seek(entry.header_offset + _HEADER - 4)
+                name, extra = struct.unpack("<HH", file.read(4))
+                payloads.append((entry.header_offset + _HEADER + name + extra, entry.file_size))
+    found = tuple(sorted(payloads))
+    return Frame(payloads=found, sha256=_outside(path, found))
+
+
+def check_frame(path: Path, frame: Frame, where: str, fix: str) -> None:
+    """Compare the bytes of a shard outside its payloads with their checksum.
+
+    Args:
+        path: path of the local file.
+        frame: the frame that it was written with.
+        where: path or URL of the shard, for messages.
+        fix: what to do if it differs, for messages.
+
+    Raises:
+        DamagedShardError: it differs.
+    """
+    if _outside(path, frame.payloads) != frame.sha256:
+        raise DamagedShardError(f"{where} is altered outside its numbers, or is another shard. {fix}")
+
+
+def check_crcs(path: Path, where: str) -> None:
+    """Compare every entry of a file that `torch.save` wrote with its CRC.
+
+    Raises:
+        DamagedShardError: one differs, or the file is not such a zip.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_entries(path, archive.infolist())
+            bad = archive.testzip()
+    except _UNREADABLE as error:
+        raise DamagedShardError(f"{where} is altered: {error}. Copy it again") from error
+    if bad is not None:
+        raise DamagedShardError(
+            f"{where} is altered: {bad} in it does not have its CRC. Copy it again; if it was saved under "
+            "torch.serialization.set_crc32_options(False), load it and torch.save it again"
+        )
+
+
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except _UNREADABLE as error:
+        raise DamagedShardError(f"{path} is not a file that torch.save wrote: {error}") from error
+
+
+def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
+    """Check that reading the entries takes no more than the file, and that no name stands for two."""
+    stored = all(
+        entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+        for entry in entries
+    )
+    total = sum(entry.file_size for entry in entries)
+    if not stored or total > path.stat().st_size or len({entry.filename for entry in entries}) < len(entries):
+        raise zipfile.BadZipFile("its directory is not one that torch.save writes")
+
+
+def _outside(path: Path, payloads: tuple[tuple[int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        at = 0
+        for offset, length in payloads:
+            digest.update(file.read(offset - at))
+            at = file.seek(offset + length)
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
