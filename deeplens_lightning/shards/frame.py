@@ -12,6 +12,7 @@ import re
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 _STORAGE = re.compile(r"[^/]+/data/[0-9]+")
 _HEADER = 30  # bytes of a local header in a zip, before the name
 _PIECE = 2**20
+_DESCRIPTORS = {0, 12, 16, 20, 24}
+"""Bytes that may follow the content of an entry: its CRC and sizes, of 32 or 64 bits, with or without a signature."""
 _UNREADABLE = (
     zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, ValueError, EOFError, LookupError,
     OverflowError, MemoryError,
@@ -57,13 +60,13 @@ def read_frame(path: Path) -> Frame:
     Raises:
         DamagedShardError: the file is not such a zip.
     """
-    with path.open("rb") as file:
-        payloads = []
-        for entry in _entries(path):
-            if _STORAGE.fullmatch(entry.filename):
-                file.seek(entry.header_offset + _HEADER - 4)
-                name, extra = struct.unpack("<HH", file.read(4))
-                payloads.append((entry.header_offset + _HEADER + name + extra, entry.file_size))
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = [entry for entry in archive.infolist() if _STORAGE.fullmatch(entry.filename)]
+        starts = _starts(path, entries)
+    except _UNREADABLE as error:
+        raise DamagedShardError(f"{path} is not a file that torch.save wrote: {error}") from error
+    payloads = [(start, entry.file_size) for start, entry in zip(starts, entries, strict=True)]
     found = tuple(sorted(payloads))
     return Frame(payloads=found, sha256=_outside(path, found))
 
@@ -90,36 +93,62 @@ def check_crcs(path: Path, where: str) -> None:
     Raises:
         DamagedShardError: one differs, or the file is not such a zip.
     """
+    _check_zip(path, where, lambda _name: True)
+
+
+def check_frame_crcs(path: Path, where: str) -> None:
+    """Compare every entry but the payloads of a file that `torch.save` wrote with its CRC, which reads a few kilobytes.
+
+    Raises:
+        DamagedShardError: one differs, or the file is not such a zip.
+    """
+    _check_zip(path, where, lambda name: _STORAGE.fullmatch(name) is None)
+
+
+def _check_zip(path: Path, where: str, wanted: Callable[[str], bool]) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            _check_entries(path, archive.infolist())
-            bad = archive.testzip()
+            entries = archive.infolist()
+            _check_directory(path, entries, archive.start_dir)
+            for entry in entries:
+                if wanted(entry.filename):
+                    with archive.open(entry) as file:
+                        while file.read(_PIECE):
+                            pass
     except _UNREADABLE as error:
-        raise DamagedShardError(f"{where} is altered: {error}. Copy it again") from error
-    if bad is not None:
         raise DamagedShardError(
-            f"{where} is altered: {bad} in it does not have its CRC. Copy it again; if it was saved under "
+            f"{where} is altered: {error}. Copy it again; if it was saved under "
             "torch.serialization.set_crc32_options(False), load it and torch.save it again"
-        )
+        ) from error
 
 
-def _entries(path: Path) -> list[zipfile.ZipInfo]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.infolist()
-    except _UNREADABLE as error:
-        raise DamagedShardError(f"{path} is not a file that torch.save wrote: {error}") from error
-
-
-def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
-    """Check that reading the entries takes no more than the file, and that no name stands for two."""
+def _check_directory(path: Path, entries: list[zipfile.ZipInfo], directory: int) -> None:
+    """Check that the entries of a zip are not compressed, differ in name, and fill the file up to its directory."""
     stored = all(
         entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
         for entry in entries
     )
-    total = sum(entry.file_size for entry in entries)
-    if not stored or total > path.stat().st_size or len({entry.filename for entry in entries}) < len(entries):
+    entries = sorted(entries, key=lambda entry: entry.header_offset)
+    starts = _starts(path, entries)
+    following = [*(entry.header_offset for entry in entries[1:]), directory]
+    gaps = {
+        after - start - entry.file_size
+        for start, entry, after in zip(starts, entries, following, strict=True)
+    }
+    names = {entry.filename for entry in entries}
+    if not stored or len(names) < len(entries) or not gaps <= _DESCRIPTORS:
         raise zipfile.BadZipFile("its directory is not one that torch.save writes")
+
+
+def _starts(path: Path, entries: list[zipfile.ZipInfo]) -> list[int]:
+    """Offset in bytes of the content of each entry, which its local header decides."""
+    starts = []
+    with path.open("rb") as file:
+        for entry in entries:
+            file.seek(entry.header_offset + _HEADER - 4)
+            name, extra = struct.unpack("<HH", file.read(4))
+            starts.append(entry.header_offset + _HEADER + name + extra)
+    return starts
 
 
 def _outside(path: Path, payloads: tuple[tuple[int, int], ...]) -> str:

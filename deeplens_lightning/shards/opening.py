@@ -18,7 +18,7 @@ from deeplens_lightning.shards.catalog import Shard
 from deeplens_lightning.shards.checksum import sha256_of
 from deeplens_lightning.shards.errors import DamagedShardError
 from deeplens_lightning.shards.format import Rows
-from deeplens_lightning.shards.frame import check_crcs, check_frame
+from deeplens_lightning.shards.frame import check_crcs, check_frame, check_frame_crcs
 from deeplens_lightning.shards.sidecar import FIX
 from deeplens_lightning.shards.tensors import OpenShard, open_bare, open_shard
 
@@ -37,14 +37,16 @@ def open_listed(
     Raises:
         DamagedShardError: it is missing, or is not the shard that its sidecar describes.
     """
+    try:
+        if shard.storage == "bare":
+            check_frame_crcs(path, shard.where)
+        elif shard.frame is not None:
+            check_frame(path, shard.frame, shard.where, FIX)
+    except OSError as error:
+        raise _unreadable(shard, error) from error
     if shard.storage == "bare":
         [kind] = hook_points.values()
         return open_bare(path, bare_hook, (shard.rows, kind.d_in))
-    if shard.frame is not None:
-        try:
-            check_frame(path, shard.frame, shard.where, FIX)
-        except OSError as error:
-            raise _unreadable(shard, error) from error
     opened = open_shard(path, hook_points, shard.storage, shard.rows)
     starts = np.cumsum(shard.document_rows) - shard.document_rows
     if not np.array_equal(opened.provenance[:, 0].numpy()[starts], shard.document_hashes):

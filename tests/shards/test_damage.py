@@ -184,8 +184,8 @@ def _bombs(mark):
     yield "as provenance", {"rows": {}, "provenance": Bomb(mark)}
 
 
-def _forge(cache, shard):
-    """Make sidecar and index of a cache agree with what shard 1 holds now."""
+def forge(cache, shard):
+    """Make the sidecar and the index of a cache agree with what its shard 1 holds now."""
     rows = 200 * manifest().row_bytes
     frame = {"payloads": [[0, rows]], "sha256": hashlib.sha256(shard.read_bytes()[rows:]).hexdigest()}
     entry = {"nbytes": shard.stat().st_size, "sha256": sha256_of(shard)}
@@ -214,7 +214,7 @@ def test_a_pickle_that_would_run_code_is_refused_wherever_a_file_is_read_and_not
         # In a cache whose sidecar and index were forged to match, so that only opening it shows the damage.
         shard = cache / shard_name(0, 1)
         torch.save([bomb, torch.zeros(shard.stat().st_size, dtype=torch.uint8)], shard)
-        _forge(cache, shard)
+        forge(cache, shard)
         with pytest.raises(DamagedShardError, match="nothing in it was executed"):
             read_all(cache, checksums=True)
         assert "nothing in it was executed" in verify(cache).problems[0]

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning.disk.json_text import signed
+from deeplens_lightning.disk.records import to_plain
 from deeplens_lightning.shards import Manifest, Rows, ShardStream, ShardWriter
+from deeplens_lightning.shards.checksum import sha256_of
+from deeplens_lightning.shards.frame import read_frame
 from deeplens_lightning.shards.names import MANIFEST
 from deeplens_lightning.types import Served
 
@@ -73,6 +76,16 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(path.read_text())
     change(content)
     path.write_text(json.dumps(signed(content) if content["version"] > 1 else content, indent=2))
+
+
+def forge_sidecar(shard: Path) -> None:
+    """Make the sidecar of a shard agree with what the shard holds now, but for its documents."""
+    changed = {
+        "nbytes": shard.stat().st_size,
+        "sha256": sha256_of(shard),
+        "frame": to_plain(read_frame(shard)),
+    }
+    edit(shard.with_suffix(".json"), lambda content: content.update(changed))
 
 
 def read_manifest(folder: Path) -> Manifest:
