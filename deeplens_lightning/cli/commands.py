@@ -106,21 +106,26 @@ def extract(
     )
 
 
-def verify(shards: str) -> None:
-    """Compare every shard with its checksum.
+def verify(shards: str, upgrade: bool = False) -> None:
+    """Compare every shard with its checksum, and all files of a cache with each other.
 
     Args:
         shards: folder, file, glob or fsspec URL.
+        upgrade: if all is well, rewrite the JSON files of a cache of an older format version.
 
     Raises:
         ValueError: shards are damaged or missing; the message lists each with what to do.
     """
     from deeplens_lightning.shards import verify as read_all
 
-    found = read_all(shards)
+    found = read_all(shards, upgrade=upgrade)
     if found.problems:
         raise ValueError("\n  ".join([f"{len(found.problems)} problem(s) in {shards}:", *found.problems]))
     print(f"{shards}: {found.shards} shard(s), {found.rows:,} rows, {found.nbytes:,} bytes, all intact")
+    if not found.finished:
+        print("It is not finished: run its extract command again to continue it.")
+    for folder in found.upgraded:
+        print(f"{folder} has the present format version now.")
 
 
 def doctor(

@@ -12,7 +12,7 @@ from typing import Any
 
 from deeplens_lightning.disk.records import RecordError
 
-LIMIT = 256 * 2**20
+LIMIT = 64 * 2**20
 """Largest size in bytes of a JSON file that is read: parsing takes some ten times as much memory."""
 DIGEST = "digest"
 """Key of the SHA-256 of the rest of the object."""

@@ -7,7 +7,6 @@ get their shapes.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,25 +16,16 @@ from numpy.typing import NDArray
 
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.folder import Folder
-from deeplens_lightning.shards.format import Manifest, Rows, Sidecar, differences
-from deeplens_lightning.shards.index import read_index
+from deeplens_lightning.shards.format import Manifest, Rows, differences
+from deeplens_lightning.shards.frame import Frame
+from deeplens_lightning.shards.listing import Refuse, list_cache
 from deeplens_lightning.shards.local_copies import LocalCopies, local_path
-from deeplens_lightning.shards.names import (
-    INDEX,
-    MANIFEST,
-    parse_shard_name,
-    shard_name,
-    shard_of,
-    sidecar_name,
-)
+from deeplens_lightning.shards.names import MANIFEST
 from deeplens_lightning.shards.open_folder import open_folder
 from deeplens_lightning.shards.paths import ShardPath, group_paths
 from deeplens_lightning.shards.tensors import DTYPE_NAMES, open_bare
 
-_OVERHEAD = 2**16  # bytes of a shard file beside its rows, at most (the zip directory)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +38,7 @@ class Shard:
         rows: number of rows in it.
         nbytes: its size in bytes.
         sha256: its checksum; None for a bare tensor.
+        frame: checksum of its bytes outside its numbers; None for a bare tensor and in format version 1.
         storage: `exact`, `int8` or `bare`.
         document_hashes: int64 `(runs,)`, text hash of each run of consecutive rows of one document.
         document_rows: int64 `(runs,)`, rows in each run.
@@ -58,6 +49,7 @@ class Shard:
     rows: int
     nbytes: int
     sha256: str | None
+    frame: Frame | None
     storage: str
     document_hashes: NDArray[np.int64]
     document_rows: NDArray[np.int64]
@@ -76,11 +68,13 @@ class Catalog:
         hook_points: `Rows` by canonical hook name, the same for every shard.
         shards: in the order in which their rows are numbered.
         manifests: by folder, for the paths that are caches and not bare tensors.
+        finished: whether nothing is left to write to any of the caches.
     """
 
     hook_points: Mapping[str, Rows]
     shards: Sequence[Shard]
     manifests: Mapping[str, Manifest]
+    finished: bool = True
 
     @property
     def rows(self) -> int:
@@ -91,6 +85,20 @@ class Catalog:
     def nbytes(self) -> int:
         """Size of all shards in bytes."""
         return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def stretch_rows(self) -> int:
+        """Number of rows of a full shard, the largest of several caches; it does not depend on when shards were saved.
+
+        For bare tensors and caches of format version 1, which do not record it, the rows of the largest shard.
+        """
+        recorded = [self._recorded_rows(where) for where in self.manifests]
+        others = [shard.rows for shard in self.shards if not self._recorded_rows(shard.folder.where)]
+        return max([*recorded, *others])
+
+    def _recorded_rows(self, where: str) -> int:
+        manifest = self.manifests.get(where)
+        return manifest.shard_rows or 0 if manifest is not None else 0
 
     def digest(self) -> str:
         """A hash of the names, rows and checksums of the shards in their order: 16 hexadecimal digits."""
@@ -115,13 +123,25 @@ def open_catalog(
         ShardError: there are no rows, or the shards are of different models, hook points, widths or dtypes.
         DamagedShardError: a file is missing or has another size than its sidecar says.
     """
+    return list_shards(paths, hook, copies, _raise)
+
+
+def list_shards(
+    paths: ShardPath | Iterable[ShardPath], hook: str | None, copies: LocalCopies | None, refuse: Refuse
+) -> Catalog:
+    """`open_catalog`, which calls `refuse` with everything that is wrong with single shards.
+
+    Raises:
+        ShardError: which shards there are cannot be known, or none is left.
+    """
     groups = group_paths(paths)
-    parts = [_open_folder(where, files, hook, copies) for where, files in groups.items()]
-    _check_alike(parts)
+    parts = [_open_folder(where, files, hook, copies, refuse) for where, files in groups.items()]
+    _check_alike(parts, refuse)
     catalog = Catalog(
         hook_points=parts[0].hook_points,
         shards=_divide_bare_tensors([shard for part in parts for shard in part.shards]),
         manifests={where: manifest for part in parts for where, manifest in part.manifests.items()},
+        finished=all(part.finished for part in parts),
     )
     if not catalog.rows:
         raise ShardError(
@@ -131,13 +151,17 @@ def open_catalog(
     return catalog
 
 
+def _raise(error: ShardError) -> None:
+    raise error
+
+
 def _open_folder(
-    where: str, files: list[str] | None, hook: str | None, copies: LocalCopies | None
+    where: str, files: list[str] | None, hook: str | None, copies: LocalCopies | None, refuse: Refuse
 ) -> Catalog:
     folder = open_folder(where)
     sizes = folder.sizes()
     if MANIFEST in sizes:
-        return _open_cache(folder, sizes, files)
+        return _open_cache(folder, sizes, files, refuse)
     wanted = files if files is not None else [name for name in sizes if name.endswith(".pt")]
     if not wanted:
         raise ShardError(
@@ -145,90 +169,33 @@ def _open_folder(
             + (f" (it has {', '.join(list(sizes)[:5])})" if sizes else " and may not exist")
             + "; give a folder that `extract` wrote, or .pt files"
         )
-    return _open_bare_files(folder, sizes, wanted, hook, copies)
+    return _open_bare_files(folder, sizes, wanted, hook, copies, refuse)
 
 
-def _open_cache(folder: Folder, sizes: Mapping[str, int], files: list[str] | None) -> Catalog:
-    manifest = Manifest.parse(folder.read(MANIFEST), f"{folder.where}/{MANIFEST}")
-    if INDEX in sizes:
-        names = [entry.file for entry in read_index(folder)]
-    else:
-        names = [shard for name in sizes if (shard := shard_of(name)) is not None]
-        log.warning(
-            "%s is not finished: reading its %d finished shards; run its extract command again to continue",
-            folder.where,
-            len(names),
-        )
-        _check_gapless(folder, names)
-    if files is not None:
-        for name in files:
-            if name not in names:
-                raise ShardError(
-                    f"{folder.where}/{name} is not a finished shard of the cache in that folder: give the folder itself, "
-                    f"or one of its shards, such as {names[0] if names else shard_name(0, 0)}"
-                )
-        names = [name for name in names if name in files]
-    for name in names:
-        if name not in sizes or sidecar_name(name) not in sizes:
-            missing = name if name not in sizes else sidecar_name(name)
-            raise DamagedShardError(
-                f"{folder.where}/{missing} is missing: copy it again from where the cache came from, or run "
-                "its extract command again, which writes the missing shards"
-            )
+def _open_cache(folder: Folder, sizes: Mapping[str, int], files: list[str] | None, refuse: Refuse) -> Catalog:
+    listing = list_cache(folder, sizes, files, refuse)
     shards = []
-    for name, text in zip(names, folder.read_many([sidecar_name(name) for name in names]), strict=True):
-        sidecar = Sidecar.parse(text, f"{folder.where}/{sidecar_name(name)}")
-        _check_size(folder, name, sidecar, sizes[name], manifest)
+    for sidecar in listing.sidecars:
+        hashes, lengths = sidecar.documents.arrays()
         shards.append(
             Shard(
                 folder=folder,
-                file=name,
+                file=sidecar.file,
                 rows=sidecar.rows,
                 nbytes=sidecar.nbytes,
                 sha256=sidecar.sha256,
-                storage=manifest.storage,
-                document_hashes=sidecar.document_hashes,
-                document_rows=sidecar.document_rows.astype(np.int64),
+                frame=sidecar.frame,
+                storage=listing.manifest.storage,
+                document_hashes=hashes,
+                document_rows=lengths,
             )
         )
-    return Catalog(hook_points=manifest.hook_points, shards=shards, manifests={folder.where: manifest})
-
-
-def _check_gapless(folder: Folder, names: Sequence[str]) -> None:
-    """Check that the shards of each rank are numbered without gaps, which shows a missing one without an index.
-
-    Raises:
-        DamagedShardError: a shard is missing.
-    """
-    for name in names:
-        rank, number = parse_shard_name(name) or (0, 0)
-        before = shard_name(rank, max(0, number - 1))
-        if before not in names:
-            raise DamagedShardError(
-                f"{folder.where}/{before} is missing and {name} is there: copy it again, or run the extract "
-                "command again, which writes the missing shards"
-            )
-
-
-def _check_size(folder: Folder, name: str, sidecar: Sidecar, size: int, manifest: Manifest) -> None:
-    where = f"{folder.where}/{name}"
-    if sidecar.file != name:
-        raise DamagedShardError(
-            f"{folder.where}/{sidecar_name(name)} is the sidecar of {sidecar.file}, not of {name}: copy both files again "
-            "from where the cache came from"
-        )
-    if size != sidecar.nbytes:
-        raise DamagedShardError(
-            f"{where} has {size:,} bytes, its sidecar says {sidecar.nbytes:,}: it is truncated or altered. "
-            "Copy it again, or delete it and run the extract command again"
-        )
-    expected = sidecar.rows * manifest.row_bytes
-    if not expected <= size <= expected + _OVERHEAD + 1024 * len(manifest.hook_points):
-        raise DamagedShardError(
-            f"{where} has {size:,} bytes for {sidecar.rows:,} rows; rows of the manifest's hook points take "
-            f"{manifest.row_bytes} bytes each, so this shard has another d_in or dtype: copy it and {MANIFEST} again "
-            "from where the cache came from"
-        )
+    return Catalog(
+        hook_points=listing.manifest.hook_points,
+        shards=shards,
+        manifests={folder.where: listing.manifest},
+        finished=listing.finished,
+    )
 
 
 def _open_bare_files(
@@ -237,28 +204,30 @@ def _open_bare_files(
     names: Sequence[str],
     hook: str | None,
     copies: LocalCopies | None,
+    refuse: Refuse,
 ) -> Catalog:
     hook_points: dict[str, Rows] = {}
     shards: list[Shard] = []
     for name in names:
-        if name not in sizes:
-            raise DamagedShardError(f"{folder.where}/{name} is missing: copy it again, or leave it out")
-        path = local_path(folder, name, sizes[name], None, copies)
-        [(found, rows)] = open_bare(path, hook).rows.items()
-        here = {found: Rows(d_in=rows.shape[1], dtype=DTYPE_NAMES[rows.dtype])}
-        if hook_points and here != hook_points:
-            raise ShardError(
-                f"{folder.where}/{name} holds {_name_rows(here)}, {names[0]} holds {_name_rows(hook_points)}"
-                ": give files of one hook point, d_in and dtype"
-            )
+        try:
+            here, rows = _bare_rows(folder, sizes, name, hook, copies)
+            if hook_points and here != hook_points:
+                raise ShardError(
+                    f"{folder.where}/{name} holds {_name_rows(here)}, {shards[0].file} holds {_name_rows(hook_points)}"
+                    ": give files of one hook point, d_in and dtype"
+                )
+        except ShardError as error:
+            refuse(error)
+            continue
         hook_points = here
         shards.append(
             Shard(
                 folder=folder,
                 file=name,
-                rows=len(rows),
+                rows=rows,
                 nbytes=sizes[name],
                 sha256=None,
+                frame=None,
                 storage="bare",
                 document_hashes=np.zeros(0, np.int64),
                 document_rows=np.zeros(0, np.int64),
@@ -267,25 +236,41 @@ def _open_bare_files(
     return Catalog(hook_points=hook_points, shards=shards, manifests={})
 
 
-def _check_alike(parts: Sequence[Catalog]) -> None:
+def _bare_rows(
+    folder: Folder, sizes: Mapping[str, int], name: str, hook: str | None, copies: LocalCopies | None
+) -> tuple[dict[str, Rows], int]:
+    """What a file with a bare tensor holds, and the number of its rows."""
+    if name not in sizes:
+        raise DamagedShardError(f"{folder.where}/{name} is missing: copy it again, or leave it out")
+    path = local_path(folder, name, sizes[name], None, copies)
+    [(found, rows)] = open_bare(path, hook).rows.items()
+    return {found: Rows(d_in=rows.shape[1], dtype=DTYPE_NAMES[rows.dtype])}, len(rows)
+
+
+def _check_alike(parts: Sequence[Catalog], refuse: Refuse) -> None:
     first = parts[0]
     for part in parts[1:]:
         where, at = (next(iter(catalog.shards)).where if catalog.shards else "?" for catalog in (part, first))
         if part.hook_points != first.hook_points:
-            raise ShardError(
-                f"{where} holds {_name_rows(part.hook_points)}, {at} holds {_name_rows(first.hook_points)}: "
-                "give shards of the same hook points, d_in and dtype"
+            refuse(
+                ShardError(
+                    f"{where} holds {_name_rows(part.hook_points)}, {at} holds {_name_rows(first.hook_points)}: "
+                    "give shards of the same hook points, d_in and dtype"
+                )
             )
         for one in part.manifests.values():
             for other in first.manifests.values():
                 different = differences(_model(other), _model(one))
                 if different:
-                    raise ShardError(
-                        f"{where} and {at} come from different models: "
-                        + "; ".join(
-                            f"{name or 'model'} is {here!r} and {there!r}" for name, there, here in different
+                    refuse(
+                        ShardError(
+                            f"{where} and {at} come from different models: "
+                            + "; ".join(
+                                f"{name or 'model'} is {here!r} and {there!r}"
+                                for name, there, here in different
+                            )
+                            + ". Give shards of one model"
                         )
-                        + ". Give shards of one model"
                     )
 
 

@@ -124,7 +124,7 @@ class LocalFolder:
         return {
             entry.name: entry.stat().st_size
             for entry in sorted(entries, key=lambda entry: entry.name)
-            if entry.is_file() and not entry.name.startswith(".")
+            if not entry.name.startswith(".") and _is_file(entry)
         }
 
     def read(self, name: str) -> bytes:
@@ -228,3 +228,11 @@ class FileLock:
     def release(self) -> None:
         """Release the lock."""
         self._file.close()
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a file; not for a link to itself, of which the system cannot tell."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False

@@ -1,4 +1,4 @@
-"""File formats of a cache: `manifest.json`, one JSON sidecar per finished shard, and `index.json`.
+"""File formats of a cache: its files, `manifest.json`, and how its JSON files are written and read.
 
 A cache is a folder:
 
@@ -9,26 +9,30 @@ A cache is a folder:
     rank00000.done.json         this rank has written all of its rows
     index.json                  all ranks have; lists every shard with its size and checksum
 
-`names.py` makes and checks the file names.
+Every JSON file holds a digest of its own content. A sidecar holds the checksum of its shard and the manifest's identity;
+the index holds digests of the manifest and of all sidecars. `sidecar.py` and `index.py` have these files, `names.py` the
+file names.
 """
 
 from __future__ import annotations
 
 import json
-from base64 import b64decode, b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from deeplens_lightning.disk.json_text import DIGEST, LIMIT, check_digest, digest_of, parse_object, signed
+from deeplens_lightning.disk.records import Count, Positive, RecordError, read_record, to_plain
 from deeplens_lightning.shards.errors import DamagedShardError, OtherConfigError, ShardError
-from deeplens_lightning.shards.names import check_shard_name
+from deeplens_lightning.shards.folder import Folder
+
+T = TypeVar("T")
 
 FORMAT = "deeplens-lightning shards"
-VERSION = 1
+VERSION = 2
+"""Version of the format. Version 1 has no digests of its JSON files; it is read, and `verify --upgrade` rewrites it."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGES = ("exact", "int8")
@@ -48,7 +52,7 @@ class Rows:
         ShardError: another dtype, or `d_in` below 1.
     """
 
-    d_in: int
+    d_in: Positive
     dtype: str
 
     def __post_init__(self) -> None:
@@ -71,6 +75,8 @@ class Manifest:
         world_size: number of ranks that write the cache.
         versions: of the libraries that the cache was started with, for people to read; never compared.
         extra: JSON values to keep beside the rows, such as activation statistics; never compared.
+        shard_rows: rows of a full shard, which the writer sets; None if not known (format version 1); never compared.
+        version: version of the format of its cache.
 
     Raises:
         ShardError: there is no hook point, or `storage` is unknown.
@@ -79,9 +85,11 @@ class Manifest:
     hook_points: Mapping[str, Rows]
     storage: str = "exact"
     config: Mapping[str, Any] = field(default_factory=dict)
-    world_size: int = 1
+    world_size: Positive = 1
     versions: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    shard_rows: Positive | None = None
+    version: Positive = VERSION
 
     def __post_init__(self) -> None:
         if not self.hook_points:
@@ -96,9 +104,22 @@ class Manifest:
             return 32 + sum(rows.d_in + 4 for rows in self.hook_points.values())
         return 32 + sum(rows.d_in * DTYPES[rows.dtype].itemsize for rows in self.hook_points.values())
 
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what determines the rows: hook points, storage, configuration and number of ranks.
+
+        Sidecars hold it. Versions of libraries are not part of it, because ranks may differ in them.
+        """
+        return digest_of({**self.comparable(), "world_size": self.world_size})
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole content, as it stands in the file."""
+        return str(json.loads(self.dump())[DIGEST])
+
     def dump(self) -> bytes:
         """The content of `manifest.json`."""
-        return dump_json(asdict(self))
+        return dump_json(to_plain(self))
 
     @classmethod
     def parse(cls, data: bytes, where: str) -> Manifest:
@@ -111,25 +132,8 @@ class Manifest:
         Raises:
             ShardError: it is not a manifest, or of a newer version.
         """
-        content = parse_json(data, where)
-        try:
-            hook_points = content["hook_points"]
-            if not isinstance(hook_points, dict):
-                raise TypeError("hook_points is not an object")
-            return cls(
-                hook_points={
-                    name: Rows(d_in=rows["d_in"], dtype=rows["dtype"]) for name, rows in hook_points.items()
-                },
-                storage=content["storage"],
-                config=content["config"],
-                world_size=content["world_size"],
-                versions=content["versions"],
-                extra=content["extra"],
-            )
-        except (KeyError, TypeError) as error:
-            raise ShardError(
-                f"{where} is not the manifest of a cache ({error!r}): copy it again from where it was written"
-            ) from error
+        manifest, version = read_json(cls, data, where, "Copy it again from where the cache was written")
+        return replace(manifest, version=version)
 
     def check_same(self, other: Manifest, where: str) -> None:
         """Check that a cache can be continued: that `other` describes the same cache as this manifest.
@@ -157,7 +161,7 @@ class Manifest:
 
     def comparable(self) -> dict[str, Any]:
         """Hook points, storage and configuration as JSON values: what must be equal to continue a cache."""
-        content = asdict(self)
+        content = to_plain(self)
         kept = {key: content[key] for key in ("hook_points", "storage", "config")}
         result: dict[str, Any] = json.loads(json.dumps(kept))
         return result
@@ -175,122 +179,73 @@ class Resume:
     """
 
     source: Any
-    first_row: int
-    row: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sidecar:
-    """Content of a sidecar, the JSON file of one finished shard.
-
-    Attributes:
-        file: file name of the shard.
-        rows: number of rows in it.
-        nbytes: its size in bytes.
-        sha256: its checksum in hexadecimal, as `sha256sum` prints it.
-        next: where the rank continues after this shard.
-        dropped: rows that the rank has left out up to here because they held NaN or infinity.
-        document_hashes: int64 `(runs,)`: text hash of each run of consecutive rows of one document.
-        document_rows: int32 `(runs,)`: rows in each run.
-    """
-
-    file: str
-    rows: int
-    nbytes: int
-    sha256: str
-    next: Resume
-    dropped: int
-    document_hashes: NDArray[np.int64]
-    document_rows: NDArray[np.int32]
-
-    def dump(self) -> bytes:
-        """The content of the sidecar file; document runs are base64 of little-endian integers."""
-        content = {
-            "file": self.file,
-            "rows": self.rows,
-            "nbytes": self.nbytes,
-            "sha256": self.sha256,
-            "dropped": self.dropped,
-            "next": asdict(self.next),
-            "documents": {
-                "runs": len(self.document_rows),
-                "hashes": b64encode(self.document_hashes.astype("<i8").tobytes()).decode(),
-                "rows": b64encode(self.document_rows.astype("<i4").tobytes()).decode(),
-            },
-        }
-        return dump_json(content)
-
-    @classmethod
-    def parse(cls, data: bytes, where: str) -> Sidecar:
-        """Parse the content of a sidecar file.
-
-        Args:
-            data: the content.
-            where: the file's path, for messages.
-
-        Raises:
-            DamagedShardError: it is not a sidecar, or its numbers do not fit together.
-            ShardError: it is of a newer version.
-        """
-        content = parse_json(data, where)
-        try:
-            documents, following = content["documents"], content["next"]
-            sidecar = cls(
-                file=content["file"],
-                rows=content["rows"],
-                nbytes=content["nbytes"],
-                sha256=content["sha256"],
-                dropped=content["dropped"],
-                next=Resume(following["source"], following["first_row"], following["row"]),
-                document_hashes=np.frombuffer(b64decode(documents["hashes"]), "<i8"),
-                document_rows=np.frombuffer(b64decode(documents["rows"]), "<i4"),
-            )
-            counts = int(sidecar.document_rows.sum()), len(sidecar.document_rows)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DamagedShardError(
-                f"{where} is not the sidecar of a shard ({error!r}): copy it again, or delete it and run the extract "
-                "command again"
-            ) from error
-        check_shard_name(sidecar.file, where)
-        if counts != (sidecar.rows, len(sidecar.document_hashes)):
-            raise DamagedShardError(
-                f"{where} is damaged: the rows of its documents do not add up to the rows of its shard. Copy it again, "
-                "or delete it and run the extract command again"
-            )
-        return sidecar
+    first_row: Count
+    row: Count
 
 
 def dump_json(content: Mapping[str, Any]) -> bytes:
-    """Content of a JSON file of a cache: format name, format version, and `content`, indented."""
-    return (json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=2) + "\n").encode()
+    """Content of a JSON file of a cache: format name, format version, `content` and a digest of it all, indented."""
+    plain = json.loads(json.dumps({"format": FORMAT, "version": VERSION, **content}, allow_nan=False))
+    return (json.dumps(signed(plain), indent=2) + "\n").encode()
 
 
-def parse_json(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON file of a cache and check its format name and version.
+def read_json(kind: type[T], data: bytes, where: str, fix: str) -> tuple[T, int]:
+    """Read a JSON file of a cache: check its format name, version and digest, and the type and range of every field.
 
     Args:
+        kind: dataclass with a field for each entry of the file.
         data: the file's content.
         where: the file's path, for messages.
+        fix: what to do if it is damaged, for messages.
+
+    Returns:
+        The record, and the format version of the file.
 
     Raises:
-        DamagedShardError: it is not JSON.
+        DamagedShardError: it is not JSON, was altered, or does not hold such a record.
         ShardError: another program wrote it, or it is of a newer version.
     """
     try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise DamagedShardError(
-            f"{where} is not valid JSON ({error}): delete it and run the extract command again"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ShardError(f'{where} was not written by deeplens_lightning: it has no "format": "{FORMAT}"')
-    version = content.get("version")
-    if not isinstance(version, int) or version > VERSION:
+        content = parse_object(data)
+    except RecordError as error:
+        raise DamagedShardError(f"{where} cannot be used: {error}. {fix}") from error
+    if content.pop("format", None) != FORMAT:
         raise ShardError(
-            f"{where} has format version {version!r} and this deeplens_lightning reads up to {VERSION}: "
-            "pip install --upgrade deeplens-lightning"
+            f'{where} was not written by deeplens_lightning: it has no "format": "{FORMAT}". {fix}'
         )
-    return content
+    version = content.pop("version", None)
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise ShardError(
+            f"{where} has format version {version!r} and this deeplens_lightning reads 1 to {VERSION}: "
+            f"pip install --upgrade deeplens-lightning, or if the file is damaged: {fix}"
+        )
+    try:
+        if version > 1:
+            check_digest({"format": FORMAT, "version": version, **content})
+            del content[DIGEST]
+        return read_record(kind, content), version
+    except RecordError as error:
+        raise DamagedShardError(f"{where} is damaged: {error}. {fix}") from error
+
+
+def read_small(folder: Folder, sizes: Mapping[str, int], names: Sequence[str]) -> list[bytes]:
+    """Read JSON files of a cache.
+
+    Args:
+        folder: the folder.
+        sizes: bytes by file name, as `folder.sizes()` returns them.
+        names: names of the files.
+
+    Raises:
+        DamagedShardError: a file is missing, or so large that it is not one of a cache.
+    """
+    for name in names:
+        if sizes.get(name, 0) > LIMIT:
+            raise DamagedShardError(
+                f"{folder.where}/{name} has {sizes[name]:,} bytes, more than any JSON file of a cache: copy it again "
+                "from where the cache was written, or delete it and run the extract command again"
+            )
+    return folder.read_many(names)
 
 
 def differences(there: Any, here: Any, name: str = "") -> Sequence[tuple[str, Any, Any]]:

@@ -10,21 +10,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deeplens_lightning.shards.catalog import Catalog, Shard
-from deeplens_lightning.shards.checksum import sha256_of
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.folder import LocalFolder
 from deeplens_lightning.shards.format import DTYPES, Rows
 from deeplens_lightning.shards.joined import JoinedShards
 from deeplens_lightning.shards.local_copies import LocalCopies, local_path
+from deeplens_lightning.shards.opening import check_finite_bare, check_sum, open_listed
 from deeplens_lightning.shards.rowset import Integers, RowSet
-from deeplens_lightning.shards.tensors import OpenShard, open_bare, open_shard
+from deeplens_lightning.shards.tensors import OpenShard
 from deeplens_lightning.types import PROVENANCE, Origins
 
 PIECES = 8
@@ -138,6 +137,8 @@ class Gatherer:
             name: joined.take(name, shards, places, self._empty(len(places), kind.d_in, DTYPES[kind.dtype]))
             for name, kind in self._hook_points.items()
         }
+        if any(self._catalog.shards[number].storage == "bare" for number in located.touched):
+            check_finite_bare(rows, shards, places, self._catalog.shards)
         source = joined.provenance
 
         @cache
@@ -164,10 +165,7 @@ class Gatherer:
         if self._checksums and number not in self._checked:
             check_sum(shard, path)
             self._checked.add(number)
-        if shard.storage == "bare":
-            [kind] = self._catalog.hook_points.values()
-            return open_bare(path, self._bare_hook, (shard.rows, kind.d_in))
-        return open_shard(path, self._catalog.hook_points, shard.storage, shard.rows)
+        return open_listed(shard, path, self._catalog.hook_points, self._bare_hook)
 
     def _read_ahead(self, shard: Shard) -> None:
         if not isinstance(shard.folder, LocalFolder):
@@ -218,20 +216,3 @@ def chosen_hook_points(catalog: Catalog, only: Sequence[str] | None) -> dict[str
             "those, or run the extract command with the others into another folder"
         )
     return {name: catalog.hook_points[name] for name in only or catalog.hook_points}
-
-
-def check_sum(shard: Shard, path: Path) -> None:
-    """Compare a shard with its checksum; a bare tensor has none and passes.
-
-    Args:
-        shard: the shard with the checksum.
-        path: path of the local file to compare.
-
-    Raises:
-        DamagedShardError: the checksum differs.
-    """
-    if shard.sha256 is not None and (found := sha256_of(path)) != shard.sha256:
-        raise DamagedShardError(
-            f"{shard.where} is altered: its checksum is {found}, its sidecar says {shard.sha256}. Copy it "
-            "again, or delete it and run the extract command again"
-        )

@@ -6,13 +6,19 @@ A name read from a file is checked before use, so that no file can lead outside 
 from __future__ import annotations
 
 import re
+from typing import Annotated
 
-from deeplens_lightning.shards.errors import DamagedShardError
+from deeplens_lightning.disk.records import Matching
 
 MANIFEST = "manifest.json"
 INDEX = "index.json"
 
-_SHARD = re.compile(r"rank(\d{5})-(\d{6})\.pt")
+_SHARD = re.compile(r"rank([0-9]{5})-([0-9]{6})\.pt")
+
+ShardName = Annotated[
+    str, Matching(_SHARD.pattern, "the name of a shard of its own folder, such as 'rank00000-000000.pt'")
+]
+"""A name read from a file: the name of a shard, and not a path to somewhere else."""
 
 
 def shard_name(rank: int, number: int) -> str:
@@ -42,18 +48,6 @@ def parse_shard_name(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def check_shard_name(name: object, where: str) -> None:
-    """Check that a name read from a file is the name of a shard, and not a path to somewhere else.
-
-    Args:
-        name: the name.
-        where: the file that it was read from, for messages.
-
-    Raises:
-        DamagedShardError: it is not the name of a shard.
-    """
-    if not isinstance(name, str) or parse_shard_name(name) is None:
-        raise DamagedShardError(
-            f"{where} names {name!r}, which is not a shard of its own folder (such as 'rank00000-000000.pt'). Nothing "
-            "was read; do not use this cache unless you know who wrote it"
-        )
+def rank_of(shard: str) -> int:
+    """Rank in the file name of a shard."""
+    return int(shard[len("rank") : len("rank00000")])

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deeplens_lightning.shards.codec import quantize
 from deeplens_lightning.shards.format import DTYPES, Manifest
+from deeplens_lightning.shards.sidecar import Documents
 
 
 class ShardBuffer:
@@ -71,11 +70,9 @@ class ShardBuffer:
             content["scales"] = {name: self._used(scales) for name, scales in self._scales.items()}
         return {**content, "provenance": self._used(self._provenance)}
 
-    def document_runs(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """Runs of consecutive rows of one document: text hashes int64 `(runs,)` and lengths int32 `(runs,)`."""
-        table = self._provenance[: self.filled, :2].numpy()
-        starts = np.flatnonzero(np.concatenate([[True], (table[1:] != table[:-1]).any(axis=1)]))
-        return table[starts, 0], np.diff(np.append(starts, len(table))).astype(np.int32)
+    def documents(self) -> Documents:
+        """The runs of consecutive rows of one document."""
+        return Documents.of(self._provenance[: self.filled].numpy())
 
     def _used(self, tensor: Tensor) -> Tensor:
         """The filled rows; a copy unless all are filled, because `torch.save` saves the whole storage of a view."""

@@ -29,7 +29,7 @@ UNKNOWN = -1
 _DEEPLENS = re.compile(r"features_layer_(\d+)_\d+\.pt")
 _UNREADABLE = (
     OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
-    OverflowError, struct.error,
+    OverflowError, MemoryError, struct.error,
 )  # fmt: skip
 """All that torch's zip reader and restricted unpickler raise on bytes that are not tensors (found by flipping bytes)."""
 
@@ -68,7 +68,8 @@ def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: 
             f"{path} holds {describe(content)}, not a shard of activations: copy it again, or delete it "
             "and run the extract command again"
         )
-    if set(content["rows"]) != set(hook_points):
+    known = {"rows", "provenance", "scales"} if storage == "int8" else {"rows", "provenance"}
+    if not parts <= known or set(content["rows"]) != set(hook_points):
         raise DamagedShardError(
             f"{path} has rows of {sorted(map(str, content['rows']))}, its manifest says {sorted(hook_points)}"
         )
@@ -77,10 +78,13 @@ def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: 
         dtype = torch.int8 if storage == "int8" else DTYPES[want.dtype]
         _check_tensor(path, name, content["rows"][name], (rows, want.d_in), dtype)
         if storage == "int8":
-            scales[name] = content.get("scales", {}).get(name)
-            _check_tensor(path, f"scales of {name}", scales[name], (rows,), torch.float32)
+            given = content.get("scales")
+            value: Any = given.get(name) if isinstance(given, dict) else None
+            _check_tensor(path, f"scales of {name}", value, (rows,), torch.float32)
+            scales[name] = value
     _check_tensor(path, "provenance", content["provenance"], (rows, 4), torch.int64)
-    return OpenShard(rows=content["rows"], scales=scales, provenance=content["provenance"])
+    rows_of = {name: content["rows"][name].detach() for name in hook_points}
+    return OpenShard(rows=rows_of, scales=scales, provenance=content["provenance"])
 
 
 def open_bare(path: Path, hook: str | None, expected: tuple[int, int] | None = None) -> OpenShard:
@@ -97,12 +101,12 @@ def open_bare(path: Path, hook: str | None, expected: tuple[int, int] | None = N
         DamagedShardError: the file is missing, cannot be read, or has another shape than `expected`.
     """
     content = load_mapped(path)
-    if not isinstance(content, Tensor) or content.layout is not torch.strided:
+    if not isinstance(content, Tensor) or not _is_plain(content):
         raise ShardError(
             f"{path} holds {describe(content)}; give one activation tensor of shape (rows, d_in) per file, "
             "or the folder that `deeplens-lightning extract` wrote"
         )
-    if content.ndim != 2 or not len(content):
+    if content.ndim != 2 or not content.numel():
         raise ShardError(
             f"{path} holds a tensor of shape {tuple(content.shape)}, expected (rows, d_in) with at least one "
             "row: save `x.reshape(-1, x.shape[-1])`"
@@ -110,6 +114,11 @@ def open_bare(path: Path, hook: str | None, expected: tuple[int, int] | None = N
     if content.dtype not in DTYPES.values():
         raise ShardError(
             f"{path} holds {content.dtype}, expected {', '.join(DTYPES)}: save `x.float()` instead"
+        )
+    if not _is_stored(content):
+        raise ShardError(
+            f"{path} holds a tensor of shape {tuple(content.shape)} and only {content.untyped_storage().nbytes():,} "
+            "bytes of it (an expanded or negated view): torch.save(x.clone(memory_format=torch.contiguous_format), path)"
         )
     match = _DEEPLENS.fullmatch(path.name)
     name = hook or (f"layers.{match[1]}.mlp_act" if match else "activations")
@@ -146,7 +155,11 @@ def load_mapped(path: Path) -> Any:
 def describe(content: Any) -> str:
     """Describe the content of a file in a few words, for messages."""
     if isinstance(content, Tensor):
-        return f"a tensor of shape {tuple(content.shape)}"
+        if _is_plain(content):
+            return f"a tensor of shape {tuple(content.shape)}"
+        kind = "nested" if content.is_nested else "quantized" if content.is_quantized else str(content.layout)
+        where = "" if content.device.type == "cpu" else f" on the device {content.device.type}"
+        return f"a tensor that is not a plain one ({kind.removeprefix('torch.')}, {type(content).__name__}{where})"
     if isinstance(content, dict):
         names = ", ".join(repr(key) for key in list(content)[:4])
         more = ", ..." if len(content) > 4 else ""
@@ -155,10 +168,24 @@ def describe(content: Any) -> str:
 
 
 def _check_tensor(path: Path, name: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
-        raise DamagedShardError(f"{path}: {name} is {describe(value)}, expected a tensor")
+    if not isinstance(value, Tensor) or not _is_plain(value) or not _is_stored(value):
+        raise DamagedShardError(
+            f"{path}: {name} is {describe(value)}, expected a plain tensor, whole in the file"
+        )
     if tuple(value.shape) != shape or value.dtype != dtype:
         raise DamagedShardError(
             f"{path}: {name} is {value.dtype} {tuple(value.shape)}, its manifest says {dtype} {shape}: copy it again, or "
             "delete it and run the extract command again"
         )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a strided one on the CPU, of no other class, so that its elements can be read from memory."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_nested and not tensor.is_quantized
+    return plain and tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
+def _is_stored(tensor: Tensor) -> bool:
+    """Whether every element has its own place in the file, which an expanded tensor lacks, and is stored as it is."""
+    nbytes = tensor.numel() * tensor.element_size()
+    return nbytes <= tensor.untyped_storage().nbytes() and not tensor.is_neg() and not tensor.is_conj()

@@ -1,20 +1,20 @@
-"""Verify a cache: compare sizes and checksums, and check the contents of every shard."""
+"""Verify a cache: compare all files with each other, and every byte with its checksum; upgrade an older version."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from deeplens_lightning.options import CACHE_BYTES
-from deeplens_lightning.shards.catalog import Catalog, Shard, open_catalog
+from deeplens_lightning.shards.catalog import Catalog, Shard, list_shards
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
-from deeplens_lightning.shards.gather import check_sum
 from deeplens_lightning.shards.local_copies import LocalCopies, local_path
+from deeplens_lightning.shards.names import INDEX, done_name
+from deeplens_lightning.shards.open_folder import open_folder
+from deeplens_lightning.shards.opening import check_finite, check_sum, open_listed
 from deeplens_lightning.shards.paths import ShardPath
-from deeplens_lightning.shards.tensors import open_bare, open_shard
+from deeplens_lightning.shards.sidecar import FIX, Documents
+from deeplens_lightning.shards.upgrade import upgrade_cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,64 +22,106 @@ class Report:
     """Result of `verify`.
 
     Attributes:
-        shards: number of shards.
+        shards: number of shards that could be listed.
         rows: number of rows in them.
         nbytes: their size in bytes.
-        problems: one message for each damaged shard, with the fix; empty if all is well.
+        finished: whether nothing is left to write; an unfinished cache may have been longer.
+        problems: one message for each problem, with the fix; empty if all is well.
+        upgraded: folders of the caches that were rewritten in the present format version.
     """
 
     shards: int
     rows: int
     nbytes: int
     problems: list[str]
+    finished: bool = True
+    upgraded: tuple[str, ...] = ()
 
 
 def verify(
-    paths: ShardPath | Iterable[ShardPath], hook: str | None = None, cache_bytes: int = CACHE_BYTES
+    paths: ShardPath | Iterable[ShardPath],
+    hook: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
+    upgrade: bool = False,
 ) -> Report:
-    """Read all shards at some paths and compare them with their checksums.
+    """Read all shards at some paths; compare them with their checksums and documents, and all files with each other.
 
-    Every shard with damaged content is reported. If a file is missing or has a wrong size, the shards cannot be listed,
-    and this is the only problem reported.
+    Every problem is reported that can be found. Without a manifest or a readable index the shards are not known, and this
+    is the only problem of that folder.
 
     Args:
         paths: one or several folders that `extract` wrote, `.pt` files, folders of bare `.pt` files, or globs of any
             of these; local or fsspec URLs.
         hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
         cache_bytes: limit on the local copies of remote shards, in bytes.
+        upgrade: if there is no problem, rewrite the JSON files of caches of format version 1 in the present version.
+
+    Raises:
+        ShardError: a cache that is to be rewritten is being written by another process, or not given as a whole.
     """
+    given = [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else list(paths)
     copies = LocalCopies(max_bytes=cache_bytes)
+    problems: list[str] = []
     try:
         try:
-            catalog = open_catalog(paths, hook, copies)
+            catalog = list_shards(given, hook, copies, lambda error: problems.append(str(error)))
         except ShardError as error:
-            return Report(shards=0, rows=0, nbytes=0, problems=[str(error)])
-        found = [_problem(catalog, shard, hook, copies) for shard in catalog.shards]
-        problems = [problem for problem in found if problem is not None]
-        return Report(shards=len(catalog.shards), rows=catalog.rows, nbytes=catalog.nbytes, problems=problems)
+            return Report(shards=0, rows=0, nbytes=0, problems=[*problems, str(error)], finished=False)
+        for shard in catalog.shards:
+            try:
+                _check(catalog, shard, hook, copies)
+            except ShardError as error:
+                problems.append(str(error))
+        problems += [problem for where in catalog.manifests for problem in _missing_marks(catalog, where)]
+        upgraded = _upgrade_all(catalog, copies) if upgrade and not problems else ()
+        return Report(
+            shards=len(catalog.shards),
+            rows=catalog.rows,
+            nbytes=catalog.nbytes,
+            problems=problems,
+            finished=catalog.finished,
+            upgraded=upgraded,
+        )
     finally:
         copies.close()
 
 
-def _problem(catalog: Catalog, shard: Shard, hook: str | None, copies: LocalCopies) -> str | None:
-    """What is wrong with a shard; None if nothing is."""
-    try:
-        path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
-        check_sum(shard, path)
-        if shard.storage == "bare":
-            [rows] = open_bare(path, hook).rows.values()
-            _check_finite(shard.where, rows)
-        else:
-            open_shard(path, catalog.hook_points, shard.storage, shard.rows)
-    except ShardError as error:
-        return str(error)
-    return None
-
-
-def _check_finite(where: str, rows: Tensor, piece: int = 2**14) -> None:
-    parts = (rows[start : start + piece] for start in range(0, len(rows), piece))
-    bad = sum(int((~torch.isfinite(part).all(dim=1)).sum().item()) for part in parts)
-    if bad:
+def _check(catalog: Catalog, shard: Shard, hook: str | None, copies: LocalCopies) -> None:
+    """Check the content of a shard; raise a ShardError if something is wrong."""
+    path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
+    check_sum(shard, path)
+    opened = open_listed(shard, path, catalog.hook_points, hook)
+    for rows in (*opened.rows.values(), *opened.scales.values()):
+        if rows.is_floating_point():
+            check_finite(shard.where, rows if rows.ndim == 2 else rows.unsqueeze(1))
+    if shard.storage == "bare":
+        return
+    found, lengths = Documents.of(opened.provenance.numpy()).arrays()
+    if found.tolist() != shard.document_hashes.tolist() or lengths.tolist() != shard.document_rows.tolist():
         raise DamagedShardError(
-            f"{where} holds NaN or infinity in {bad} of {len(rows)} rows: extract it again"
+            f"{shard.where} holds rows of other documents than its sidecar says, which decides what is held out. {FIX}"
         )
+
+
+def _missing_marks(catalog: Catalog, where: str) -> list[str]:
+    """Messages for the ranks of a finished cache whose marks are missing; nothing that reading needs."""
+    sizes = open_folder(where).sizes()
+    ranks = range(catalog.manifests[where].world_size) if INDEX in sizes else ()
+    return [
+        f"{where}/{done_name(rank)} is missing: copy it again, or delete {INDEX} and run the extract command again"
+        for rank in ranks
+        if done_name(rank) not in sizes
+    ]
+
+
+def _upgrade_all(catalog: Catalog, copies: LocalCopies) -> tuple[str, ...]:
+    """Rewrite the caches of format version 1; the folders of those that were rewritten."""
+    old = {where: manifest for where, manifest in catalog.manifests.items() if manifest.version == 1}
+    for where, manifest in old.items():
+        shards = [shard for shard in catalog.shards if shard.folder.where == where]
+        paths = {
+            shard.file: local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
+            for shard in shards
+        }
+        upgrade_cache(open_folder(where), manifest, paths)
+    return tuple(old)

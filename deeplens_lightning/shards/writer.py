@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -24,12 +25,14 @@ from torch import Tensor
 from deeplens_lightning.shards.checksum import save_hashed
 from deeplens_lightning.shards.errors import DiskFullError, NonFiniteError, ShardError
 from deeplens_lightning.shards.folder import Folder, Lock
-from deeplens_lightning.shards.format import DTYPES, Manifest, Resume, Sidecar, dump_json
-from deeplens_lightning.shards.index import is_whole, write_index
+from deeplens_lightning.shards.format import DTYPES, Manifest, Resume
+from deeplens_lightning.shards.frame import read_frame
+from deeplens_lightning.shards.index import DoneMark, is_whole, read_manifest, write_index
 from deeplens_lightning.shards.names import INDEX, MANIFEST, done_name, shard_name, sidecar_name
 from deeplens_lightning.shards.open_folder import open_folder
 from deeplens_lightning.shards.recover import delete_after, finished_shards, is_done
 from deeplens_lightning.shards.shard_buffer import ShardBuffer
+from deeplens_lightning.shards.sidecar import Sidecar
 
 NonFinite = Literal["refuse", "drop"]
 """What to do with rows that hold NaN or infinity: raise an error, or leave them out and count them."""
@@ -66,9 +69,9 @@ class ShardWriter:
 
     Raises:
         OtherConfigError: the folder holds a cache of another configuration.
-        DamagedShardError: a shard in the folder has another size than its sidecar says.
-        ShardError: another process is writing to the folder, it holds other `.pt` files, or another number of ranks
-            started the cache.
+        DamagedShardError: files in the folder are damaged, or do not agree with each other.
+        ShardError: another process is writing to the folder, it holds other `.pt` files, another number of ranks started
+            the cache, or it has an older format version.
         DiskFullError: there is not enough free space for `expected_rows`.
     """
 
@@ -172,11 +175,13 @@ class ShardWriter:
             if not self.finished and not self.complete:
                 self.sync()
                 self._check_single_writer(done_name(self._rank))
-                mark = {"shards": self.shards, "rows": self.rows, "dropped": self._dropped}
-                self._folder.write(done_name(self._rank), dump_json(mark))
+                mark = DoneMark(
+                    shards=self.shards, rows=self.rows, dropped=self._dropped, manifest=self._found.identity
+                )
+                self._folder.write(done_name(self._rank), mark.dump())
                 self.finished = True
             if not self.complete:
-                self.complete = write_index(self._folder, self._manifest.world_size)
+                self.complete = write_index(self._folder)
             self.close()
 
     def close(self) -> None:
@@ -205,11 +210,16 @@ class ShardWriter:
                 raise ShardError(
                     f"{self._folder.where} has .pt files and no {MANIFEST}, so it is not a cache: choose another folder"
                 )
-            self._folder.write(MANIFEST, self._manifest.dump())
-        found = Manifest.parse(self._folder.read(MANIFEST), f"{self._folder.where}/{MANIFEST}")
+            self._folder.write(MANIFEST, replace(self._manifest, shard_rows=self._capacity).dump())
+        self._found = found = read_manifest(self._folder, sizes)
         self._manifest.check_same(found, self._folder.where)
-        if INDEX in sizes and is_whole(self._folder, sizes):
+        if INDEX in sizes and is_whole(self._folder, sizes, found):
             return True
+        if found.version == 1:
+            raise ShardError(
+                f"{self._folder.where} has format version 1 and is not finished; before it can be continued: "
+                f"deeplens-lightning verify {self._folder.where} --upgrade"
+            )
         if found.world_size != self._manifest.world_size:
             raise ShardError(
                 f"{self._folder.where} was started by {found.world_size} rank(s) and is not finished: run with "
@@ -219,9 +229,10 @@ class ShardWriter:
 
     def _recover(self) -> None:
         """Count the finished shards of an earlier writer of this rank, and delete its other files."""
-        for sidecar in finished_shards(self._folder, self._rank):
+        sidecars = finished_shards(self._folder, self._rank, self._found)
+        for sidecar in sidecars:
             self._count(sidecar)
-        self.finished = is_done(self._folder, self._rank, self.shards)
+        self.finished = is_done(self._folder, self._rank, sidecars, self._found)
         if not self.finished:
             delete_after(self._folder, self._rank, self.shards)
 
@@ -309,16 +320,16 @@ class ShardWriter:
         staged = self._folder.stage(name)
         try:
             size, digest = save_hashed(buffer.content(), staged)
-            hashes, lengths = buffer.document_runs()
             sidecar = Sidecar(
                 file=name,
                 rows=buffer.filled,
                 nbytes=size,
                 sha256=digest,
-                next=following,
+                manifest=self._found.identity,
+                frame=read_frame(staged),
                 dropped=dropped,
-                document_hashes=hashes,
-                document_rows=lengths,
+                next=following,
+                documents=buffer.documents(),
             )
             self._folder.publish(staged, name)
             self._folder.write(sidecar_name(name), sidecar.dump())

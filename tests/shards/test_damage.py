@@ -1,6 +1,6 @@
 """Damaged, foreign and hostile files: refused with the file's name and the fix; no code in them is executed."""
 
-import json
+import hashlib
 import os
 import pickle
 import zipfile
@@ -11,8 +11,9 @@ import torch
 
 from deeplens_lightning.shards import DamagedShardError, Rows, ShardError, ShardStream, ShardWriter, verify
 from deeplens_lightning.shards.checksum import sha256_of
-from deeplens_lightning.shards.names import INDEX, MANIFEST, shard_name, sidecar_name
-from tests.support.caches import NARROW, WIDE, manifest, one_epoch, write_cache
+from deeplens_lightning.shards.index import digest_of_sidecars
+from deeplens_lightning.shards.names import INDEX, MANIFEST, done_name, shard_name, sidecar_name
+from tests.support.caches import NARROW, WIDE, edit, manifest, one_epoch, read_manifest, write_cache
 
 
 @pytest.fixture
@@ -80,8 +81,8 @@ def test_a_missing_shard_shows_in_an_unfinished_cache_too(cache):
 
 
 def test_an_unfinished_cache_is_read_up_to_its_last_shard_with_a_warning(cache, caplog):
-    (cache / INDEX).unlink()
-    (cache / sidecar_name(shard_name(0, 2))).unlink()
+    for name in (INDEX, done_name(0), sidecar_name(shard_name(0, 2))):
+        (cache / name).unlink()
     assert sum(len(batch.provenance) for batch in read_all(cache)) == 400
     assert "is not finished: reading its 2 finished shards" in caplog.text
 
@@ -90,17 +91,18 @@ def test_shards_swapped_between_caches_are_noticed(tmp_path):
     write_cache(tmp_path / "a", n=500, shard_rows=200)
     wide = {WIDE: Rows(d_in=16, dtype="float32"), NARROW: Rows(d_in=64, dtype="bfloat16")}
     manifest_path = tmp_path / "a" / MANIFEST
-    content = json.loads(manifest_path.read_text())
-    content["hook_points"][NARROW]["d_in"] = wide[NARROW].d_in
-    manifest_path.write_text(json.dumps(content))
-    with pytest.raises(DamagedShardError, match="so this shard has another d_in or dtype"):
+    edit(manifest_path, lambda content: content["hook_points"][NARROW].update(d_in=wide[NARROW].d_in))
+    with pytest.raises(DamagedShardError, match="belongs to another cache"):
         ShardStream(tmp_path / "a", batch_size=10)
 
 
 def test_a_shard_of_another_layout_and_the_same_size_is_noticed_when_read(cache):
-    content = json.loads((cache / MANIFEST).read_text())
-    content["hook_points"][NARROW]["dtype"] = "float16"
-    (cache / MANIFEST).write_text(json.dumps(content))
+    edit(cache / MANIFEST, lambda content: content["hook_points"][NARROW].update(dtype="float16"))
+    for number in range(3):
+        path = cache / sidecar_name(shard_name(0, number))
+        edit(path, lambda content: content.update(manifest=read_manifest(cache).identity))
+    (cache / INDEX).unlink()
+    (cache / done_name(0)).unlink()
     with pytest.raises(
         DamagedShardError, match=r"is torch.bfloat16 \(200, 8\), its manifest says torch.float16"
     ):
@@ -136,7 +138,7 @@ FOREIGN = {
     "empty": (torch.zeros(0, 5), "at least one row"),
     "double": (torch.zeros(3, 5).double(), r"save `x.float\(\)`"),
     "tokens": (torch.zeros(3, 5).long(), r"torch.int64, expected float32"),
-    "sparse": (torch.eye(3).to_sparse(), "a tensor of shape"),
+    "sparse": (torch.eye(3).to_sparse(), r"not a plain one \(sparse_coo"),
     "number": (3, "a int"),
 }
 
@@ -182,6 +184,22 @@ def _bombs(mark):
     yield "as provenance", {"rows": {}, "provenance": Bomb(mark)}
 
 
+def forge(cache, shard):
+    """Make the sidecar and the index of a cache agree with what its shard 1 holds now."""
+    rows = 200 * manifest().row_bytes
+    frame = {"payloads": [[0, rows]], "sha256": hashlib.sha256(shard.read_bytes()[rows:]).hexdigest()}
+    entry = {"nbytes": shard.stat().st_size, "sha256": sha256_of(shard)}
+    edit(cache / sidecar_name(shard.name), lambda content: content.update(entry, frame=frame))
+
+    def change(index):
+        index["shards"][1].update(entry)
+        index["nbytes"] = sum(each["nbytes"] for each in index["shards"])
+        sidecars = [(cache / sidecar_name(each["file"])).read_bytes() for each in index["shards"]]
+        index["sidecars"] = digest_of_sidecars(sidecars)
+
+    edit(cache / INDEX, change)
+
+
 def test_a_pickle_that_would_run_code_is_refused_wherever_a_file_is_read_and_nothing_runs(cache, tmp_path):
     mark = tmp_path / "executed"
     folder = tmp_path / "hostile"
@@ -196,11 +214,7 @@ def test_a_pickle_that_would_run_code_is_refused_wherever_a_file_is_read_and_not
         # In a cache whose sidecar and index were forged to match, so that only opening it shows the damage.
         shard = cache / shard_name(0, 1)
         torch.save([bomb, torch.zeros(shard.stat().st_size, dtype=torch.uint8)], shard)
-        for text in (cache / INDEX, cache / sidecar_name(shard.name)):
-            content = json.loads(text.read_text())
-            entry = content["shards"][1] if "shards" in content else content
-            entry |= {"nbytes": shard.stat().st_size, "sha256": sha256_of(shard)}
-            text.write_text(json.dumps(content))
+        forge(cache, shard)
         with pytest.raises(DamagedShardError, match="nothing in it was executed"):
             read_all(cache, checksums=True)
         assert "nothing in it was executed" in verify(cache).problems[0]

@@ -16,9 +16,11 @@ from deeplens_lightning.shards import (
     ShardStream,
 )
 from deeplens_lightning.shards.codec import dequantize, quantize
-from deeplens_lightning.shards.format import Resume, Sidecar
+from deeplens_lightning.shards.format import VERSION, Resume
+from deeplens_lightning.shards.frame import Frame
 from deeplens_lightning.shards.names import MANIFEST, shard_name, sidecar_name
-from tests.support.caches import NARROW, WIDE, make_rows, manifest, write_cache
+from deeplens_lightning.shards.sidecar import Documents, Sidecar
+from tests.support.caches import NARROW, WIDE, edit, make_rows, manifest, write_cache
 
 
 def test_a_shard_opens_with_plain_torch_load_and_holds_rows_beside_provenance(tmp_path):
@@ -56,16 +58,15 @@ def test_sidecar_and_manifest_survive_a_round_trip():
         file=shard_name(3, 5),
         rows=7,
         nbytes=100,
-        sha256="ab",
+        sha256="ab" * 32,
+        manifest=manifest().identity,
+        frame=Frame(payloads=((64, 20), (128, 10)), sha256="cd" * 32),
         next=Resume({"epoch": 1}, 40, 47),
         dropped=2,
-        document_hashes=np.array([-5, 2**62]),
-        document_rows=np.array([3, 4], np.int32),
+        documents=Documents.of(np.array([[-5, 0, 0, 0]] * 3 + [[2**62, 1, 0, 0]] * 4)),
     )
-    again = Sidecar.parse(sidecar.dump(), "here")
-    assert again.next == sidecar.next
-    assert again.document_hashes.tolist() == [-5, 2**62]
-    assert again.document_rows.tolist() == [3, 4]
+    assert Sidecar.parse(sidecar.dump(), "here") == sidecar
+    assert [part.tolist() for part in sidecar.documents.arrays()] == [[-5, 2**62], [3, 4]]
     first = manifest()
     assert Manifest.parse(first.dump(), "here").comparable() == first.comparable()
 
@@ -92,8 +93,10 @@ def test_library_versions_and_extra_do_not_make_another_cache():
 def test_a_newer_format_says_to_upgrade(tmp_path):
     write_cache(tmp_path, n=100)
     path = tmp_path / MANIFEST
-    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
-    with pytest.raises(ShardError, match=r"format version 2.*pip install --upgrade deeplens-lightning"):
+    edit(path, lambda content: content.update(version=VERSION + 1))
+    with pytest.raises(
+        ShardError, match=rf"format version {VERSION + 1}.*pip install --upgrade deeplens-lightning"
+    ):
         ShardStream(tmp_path, batch_size=10)
 
 
@@ -115,17 +118,15 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path, name, place):
     write_cache(tmp_path / "acts", n=100)
     torch.save(torch.zeros(3, 2), tmp_path / "secret.pt")
     path = tmp_path / "acts" / ("index.json" if place == "index" else sidecar_name(shard_name(0, 0)))
-    content = json.loads(path.read_text())
-    (content["shards"][0] if place == "index" else content)["file"] = name
-    path.write_text(json.dumps(content))
-    with pytest.raises(DamagedShardError, match="not a shard of its own folder"):
+    edit(path, lambda content: (content["shards"][0] if place == "index" else content).update(file=name))
+    with pytest.raises(DamagedShardError, match=r"file is .*, expected"):
         ShardStream(tmp_path / "acts", batch_size=10)
 
 
 def test_a_sidecar_that_contradicts_itself_is_refused(tmp_path):
     write_cache(tmp_path, n=100)
     path = tmp_path / sidecar_name(shard_name(0, 0))
-    path.write_text(path.read_text().replace('"rows": 100', '"rows": 90'))
+    edit(path, lambda content: content.update(rows=90))
     with pytest.raises(DamagedShardError, match="do not add up"):
         ShardStream(tmp_path, batch_size=10)
 

@@ -10,7 +10,7 @@ import torch
 
 from deeplens_lightning.shards import DamagedShardError, ShardError, ShardStream, ShardWriter, verify
 from deeplens_lightning.shards.local_copies import LocalCopies
-from deeplens_lightning.shards.names import INDEX, shard_name, sidecar_name
+from deeplens_lightning.shards.names import INDEX, done_name, shard_name, sidecar_name
 from deeplens_lightning.shards.remote import RemoteFolder
 from tests.support.caches import WIDE, feed, make_rows, manifest, one_epoch, write_cache
 
@@ -216,6 +216,7 @@ def test_an_empty_url_is_refused(url):
 def test_an_unfinished_remote_cache_is_read_up_to_its_last_finished_shard(url):
     write_cache(url, n=2000, shard_rows=700)
     RemoteFolder(url).remove(INDEX)
+    RemoteFolder(url).remove(done_name(0))
     RemoteFolder(url).remove(sidecar_name(shard_name(0, 2)))
     assert ShardStream(url, batch_size=1).rows == 1400
 

@@ -20,8 +20,8 @@ from deeplens_lightning.shards import (
     ShardWriter,
     verify,
 )
-from deeplens_lightning.shards.format import Sidecar
 from deeplens_lightning.shards.names import INDEX, done_name, shard_name, sidecar_name
+from deeplens_lightning.shards.sidecar import Sidecar
 from tests.support.caches import (
     NARROW,
     WIDE,
@@ -160,7 +160,7 @@ def test_one_thread_may_append_while_another_syncs(tmp_path):
         index = provenance[seen : seen + sidecar.rows, 1].numpy()
         seen += sidecar.rows
         assert sidecar.next.row == seen
-        assert sidecar.document_rows.tolist() == np.unique(index, return_counts=True)[1].tolist()
+        assert sidecar.documents.arrays()[1].tolist() == np.unique(index, return_counts=True)[1].tolist()
 
 
 def test_two_ranks_write_one_cache_and_the_last_one_closes_it(tmp_path):
@@ -226,7 +226,9 @@ def test_damage_in_a_finished_cache_is_repaired_by_running_again(tmp_path):
     write_cache(tmp_path / "other", n=1000, shard_rows=300)
     shard = tmp_path / "other" / shard_name(0, 1)
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DamagedShardError, match=r"000001.pt has .* delete it and run again"):
+    with pytest.raises(
+        DamagedShardError, match=r"000001.pt has .* delete it and run the extract command again"
+    ):
         ShardWriter(tmp_path / "other", manifest())
     shard.unlink()
     with ShardWriter(tmp_path / "other", manifest(), shard_bytes=shards_of(300)) as writer:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deeplens_lightning.disk.json_text import signed
+from deeplens_lightning.disk.records import to_plain
 from deeplens_lightning.shards import Manifest, Rows, ShardStream, ShardWriter
+from deeplens_lightning.shards.checksum import sha256_of
+from deeplens_lightning.shards.frame import read_frame
+from deeplens_lightning.shards.names import MANIFEST
 from deeplens_lightning.types import Served
 
 WIDE, NARROW = "layers.0.mlp_out", "layers.1.resid_post"
@@ -62,6 +69,28 @@ def write_cache(where: str | Path, n: int = 3000, shard_rows: int = 700, **kwarg
     with ShardWriter(where, description, shard_bytes=shard_rows * description.row_bytes) as writer:
         feed(writer, rows, provenance)
         writer.finish()
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of a JSON file of a cache, and give it the digest of its new content."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(signed(content) if content["version"] > 1 else content, indent=2))
+
+
+def forge_sidecar(shard: Path) -> None:
+    """Make the sidecar of a shard agree with what the shard holds now, but for its documents."""
+    changed = {
+        "nbytes": shard.stat().st_size,
+        "sha256": sha256_of(shard),
+        "frame": to_plain(read_frame(shard)),
+    }
+    edit(shard.with_suffix(".json"), lambda content: content.update(changed))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a cache."""
+    return Manifest.parse((folder / MANIFEST).read_bytes(), str(folder))
 
 
 def one_epoch(stream: ShardStream, epoch: int = 0) -> Iterator[Served]:
