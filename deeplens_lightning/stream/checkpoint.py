@@ -27,6 +27,7 @@ from deeplens_lightning.disk.records import (
 )
 from deeplens_lightning.normalization import Scaling, scalings_state
 from deeplens_lightning.shards.format import ADDED_ENTRIES
+from deeplens_lightning.stream.automatic_sizes import LEAST_BUFFER_BATCHES, MAX_BUFFER_ROWS
 from deeplens_lightning.stream.earlier_states import from_version_1
 from deeplens_lightning.stream.measured_statistics import Statistics
 from deeplens_lightning.types import STATE_VERSION, LivePosition, RankProgress, ShardPosition
@@ -140,9 +141,17 @@ class DataState:
             return
         if rows is None and isinstance(position.ranks[0].position, LivePosition):
             raise ValueError("buffer_rows is missing, and the position is that of a live stream")
-        if rows is not None and rows % position.batch_size:
+        if rows is None:
+            return
+        given = self.fingerprint.get("buffer_size", "")
+        most = (
+            int(given)
+            if given.isdecimal()
+            else max(MAX_BUFFER_ROWS, LEAST_BUFFER_BATCHES * position.batch_size)
+        )
+        if rows % position.batch_size or (given and rows > most):
             raise ValueError(
-                f"buffer_rows is {rows}, expected a multiple of batch_size={position.batch_size}"
+                f"buffer_rows is {rows}, expected a multiple of batch_size={position.batch_size} and at most {most}"
             )
 
     def to_state(self) -> dict[str, Any]:

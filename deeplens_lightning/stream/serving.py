@@ -260,6 +260,11 @@ class Serving:
             if trainer is not None and not anyway:
                 _refuse_lost_position(trainer)
             return
+        if position.batch_size != loader.batch_size and not anyway:
+            raise ValueError(
+                f"the checkpoint has a position in batches of {position.batch_size} rows, and this run has "
+                f"batch_size={loader.batch_size}: take another checkpoint, or give resume_anyway=True to accept it"
+            )
         if trainer is not None and (lost := lost_in_accumulation(trainer)):
             rank_zero_warn(lost)
         table = [
