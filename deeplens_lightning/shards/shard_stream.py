@@ -49,15 +49,16 @@ class ShardStream(Stream):
         rank: number of the rank that gets the batches, below `world_size`. All ranks follow one common order, whose
             batches go to them in turn, so their batches are disjoint and their epochs end at the same step.
         world_size: number of ranks that take turns.
-        shuffle: `global` (all rows at once), `window` (some random shards at a time, for caches larger than memory),
-            `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and at most
+        shuffle: `global` (all rows at once), `window` (some random stretches of consecutive rows at a time, for caches
+            larger than memory), `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and at most
             `cache_bytes`, if it is remote), else `window`.
         split: `train`, `val` or `all`.
         val_fraction: fraction of the documents that is held out.
         max_rows: serve at most this number of rows, from the documents with the lowest hashes.
         hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
         only: canonical names of the hook points to serve, in this order; default all in the cache.
-        window_bytes: size of a window in bytes; default an eighth of this machine's memory.
+        window_bytes: size of a window in bytes; default an eighth of this machine's memory, for remote shards at most a
+            sixth of `cache_bytes`.
         drop_last: leave out the smaller batch at the end of an epoch.
         checksums: compare every local shard with its checksum when it is first read (remote ones always are).
         cache_dir: folder for copies of remote shards; by default a temporary folder.

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from deeplens_lightning.callbacks import StreamStatistics
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.shards.errors import DamagedShardError
 from deeplens_lightning.shards.format import Resume
 from tests.support.recorder import take
@@ -291,3 +293,19 @@ def test_a_state_of_another_type_is_refused(made: Made) -> None:
         deep = [deep]
     with pytest.raises(ValueError, match="nested too deeply"):
         made("few").load_state_dict(made("few").state_dict() | {"x": deep})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trained_on": 5}, "the checkpoint.trained_on is 5, expected an object"),
+        ({"trained_on": {"model_name": 5}}, "the checkpoint.trained_on.model_name is 5, expected a string"),
+        ({"hyper_parameters": [1]}, "the hyperparameters in the checkpoint are a list"),
+    ],
+)
+def test_a_damaged_description_of_an_sae_is_refused(changes: dict[str, Any], message: str) -> None:
+    model = SparseAutoencoder(d_in=4, d_sae=8, k=2)
+    with pytest.raises(ValueError, match=message):
+        model.on_load_checkpoint(changes)
+    with pytest.raises(ValueError, match=r"StreamStatistics\.rows is -1, expected at least 0"):
+        StreamStatistics().load_state_dict({"rows": -1})
