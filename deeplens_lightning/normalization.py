@@ -71,9 +71,23 @@ class Scaling:
         return {"shift": self.shift.cpu(), "scale": self.scale.cpu()}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Scaling:
-        """Make a `Scaling` from its `state_dict`."""
-        return cls(state["shift"], state["scale"])
+    def from_state_dict(cls, state: object) -> Scaling:
+        """Make a `Scaling` from its `state_dict`.
+
+        Raises:
+            ValueError: it does not hold two finite tensors float32 `(d_in,)`, or a factor is zero.
+        """
+        if not isinstance(state, Mapping) or state.keys() != {"shift", "scale"}:
+            raise ValueError("a normalisation consists of the tensors shift and scale")
+        for name, tensor in state.items():
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32 or tensor.ndim != 1:
+                raise ValueError(f"{name} of a normalisation is not a tensor float32 (d_in,)")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} of a normalisation is not finite")
+        shift, scale = state["shift"], state["scale"]
+        if len(shift) != len(scale) or not scale.all():
+            raise ValueError("shift and scale of a normalisation have different lengths, or a factor is zero")
+        return cls(shift, scale)
 
 
 @dataclass(slots=True)

@@ -1,20 +1,24 @@
 """Data types that the folders of the package share: batches, provenance, positions in the data, ranks and devices.
 
-Plain data. This module imports no other module of the package.
+Plain data. Positions are read from checkpoints and sidecars, so every number in them has a range.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-STATE_VERSION = 1
+from deeplens_lightning.disk.records import Count, Positive, read_record, to_plain
+
+STATE_VERSION = 2
 """Version of the states below (`to_state`) and of the data module's part of a checkpoint."""
+SHARD_ORDER: Final = 2
+"""Version of the order in which a cache is read: 1 depended on the number of its shards, 2 does not."""
 
 PROVENANCE = ("document_hash", "document_index", "position", "token_id")
 """The columns of a provenance tensor, int64 `(batch, 4)`."""
@@ -79,17 +83,17 @@ class Place:
 
     def to_state(self) -> dict[str, Any]:
         """Convert to JSON-like values, for a checkpoint; `from_state` is the inverse."""
-        # Not `asdict`: it does not call the `to_state` of other places.
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+        state: dict[str, Any] = to_plain(self)
+        return state
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """Restore from JSON-like values: the inverse of `to_state`."""
-        return cls(**state)
+        """Restore from JSON-like values: the inverse of `to_state`.
 
-
-def _plain(value: Any) -> Any:
-    return value.to_state() if isinstance(value, Place) else value
+        Raises:
+            RecordError: a field is missing, unknown, of another type or out of range.
+        """
+        return read_record(cls, state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,22 +109,19 @@ class DealingState(Place):
         earlier: the state before the number of ranks changed.
     """
 
-    ranks: int
+    ranks: Positive
     by_shards: bool
-    loads: tuple[int, ...]
-    frontiers: tuple[tuple[int, int, int], ...] = ()
+    loads: tuple[Count, ...]
+    frontiers: tuple[tuple[Count, Count, Count], ...] = ()
     earlier: DealingState | None = None
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The inverse of `to_state`."""
-        return cls(
-            ranks=state["ranks"],
-            by_shards=state["by_shards"],
-            loads=tuple(state["loads"]),
-            frontiers=tuple((part, number, segment) for part, number, segment in state["frontiers"]),
-            earlier=cls.from_state(state["earlier"]) if state["earlier"] else None,
-        )
+    def __post_init__(self) -> None:
+        if len(self.loads) != self.ranks or len(self.frontiers) not in (0, self.ranks):
+            raise ValueError(
+                f"there are {len(self.loads)} loads and {len(self.frontiers)} frontiers of {self.ranks} ranks"
+            )
+        if self.earlier is not None and not self.earlier.frontiers:
+            raise ValueError("the assignment to an earlier number of ranks has no frontiers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,26 +136,10 @@ class TextPosition(Place):
         segment: number of the first segment of the document that is read.
     """
 
-    at: tuple[int, int]
-    reader: tuple[Any, tuple[int, int]] | None
+    at: tuple[Count, Count]
+    reader: tuple[Any, tuple[Count, Count]] | None
     dealing: DealingState
-    segment: int = 0
-
-    def to_state(self) -> dict[str, Any]:
-        """The fields as JSON-like values; `from_state` is the inverse."""
-        document = {"at": self.at, "state": self.reader, "dealing": self.dealing.to_state()}
-        return {"document": document, "segment": self.segment}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The inverse of `to_state`."""
-        document = state["document"]
-        return cls(
-            at=_pair(document["at"]),
-            reader=(document["state"][0], _pair(document["state"][1])) if document["state"] else None,
-            dealing=DealingState.from_state(document["dealing"]),
-            segment=state["segment"],
-        )
+    segment: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,16 +155,10 @@ class BlockPosition(Place):
     """
 
     start: TextPosition | None = None
-    kept: int = 0
-    window: int = 0
-    skip: int = 0
-    since: int = 0
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The inverse of `to_state`."""
-        start = TextPosition.from_state(state["start"]) if state["start"] else None
-        return cls(**{**state, "start": start})
+    kept: Count = 0
+    window: Count = 0
+    skip: Count = 0
+    since: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,15 +174,10 @@ class RowPosition(Place):
     """
 
     blocks: BlockPosition
-    batch: int = 0
-    row: int = 0
-    outliers: int = 0
-    made: int = 0
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The inverse of `to_state`."""
-        return cls(**{**state, "blocks": BlockPosition.from_state(state["blocks"])})
+    batch: Count = 0
+    row: Count = 0
+    outliers: Count = 0
+    made: Count = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,15 +190,13 @@ class LivePosition(Place):
         rows: position of the window's first row; None for the start of the epoch.
     """
 
-    epoch: int
-    window: int = 0
+    epoch: Count
+    window: Count = 0
     rows: RowPosition | None = None
 
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The inverse of `to_state`; for the start of an epoch, `{"epoch": n}` is enough."""
-        rows = state.get("rows")
-        return cls(**{**state, "rows": RowPosition.from_state(rows) if rows else None})
+    def __post_init__(self) -> None:
+        if self.rows is None and self.window:
+            raise ValueError(f"the first row of window {self.window} is not known")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,30 +208,28 @@ class ShardPosition(Place):
         start: number of rows of the epoch before this position, the sum over all ranks.
         world_size: number of ranks; batches of the epoch's order go to them in turn.
         batch_size: rows per batch of each rank.
-        shuffle: kind of order: "global", "window" or "none".
-        window_bytes: size of a window of shards in bytes.
+        shuffle: kind of order.
+        window_bytes: size of a window in bytes.
+        order: version of the order; positions of version 1 do not hold it.
+        stretch_rows: number of consecutive rows that stay together in a window; None in version 1 of the order.
     """
 
-    epoch: int
-    start: int
-    world_size: int
-    batch_size: int
-    shuffle: str
-    window_bytes: int
+    epoch: Count
+    start: Count
+    world_size: Positive
+    batch_size: Positive
+    shuffle: Literal["global", "window", "none"]
+    window_bytes: Positive
+    order: Literal[1, 2] = 1
+    stretch_rows: Positive | None = None
+
+    def __post_init__(self) -> None:
+        if (self.order == 1) != (self.stretch_rows is None):
+            raise ValueError(f"order {self.order} does not go with stretch_rows={self.stretch_rows}")
 
 
 StreamPosition: TypeAlias = LivePosition | ShardPosition
 """A position in a stream of batches: a field of `Served`, saved in checkpoints."""
-
-
-def stream_position(state: Mapping[str, Any]) -> StreamPosition:
-    """Restore a `LivePosition` or a `ShardPosition` from its `to_state`."""
-    return ShardPosition.from_state(state) if "shuffle" in state else LivePosition.from_state(state)
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    first, second = values
-    return first, second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,8 +269,8 @@ class RankProgress:
     """
 
     position: StreamPosition
-    step: int
-    rows: int
+    step: Count
+    rows: Count
 
 
 class Stream(Protocol):
@@ -322,6 +292,21 @@ class Stream(Protocol):
 
     def batches(self, position: StreamPosition, skip: int) -> Iterator[Served]:
         """Iterate over the batches from `position` to the end of the epoch, without the first `skip` ones."""
+
+    def checked(self, position: StreamPosition, step: int, *, anyway: bool = False) -> StreamPosition:
+        """Check that a position lies in the data and that the batches after it can be served again.
+
+        Args:
+            position: a position of any number of ranks.
+            step: number of batches already served from there.
+            anyway: accept a position whose order has changed since.
+
+        Returns:
+            The position, in the present version of the order.
+
+        Raises:
+            ValueError: it does not.
+        """
 
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[StreamPosition, int]:
         """Find where to continue with another number of ranks.

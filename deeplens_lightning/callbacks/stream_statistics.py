@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,13 @@ from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
 from deeplens_lightning.callbacks.support import batch_rows, log_every
+from deeplens_lightning.disk.records import Count, read_record
 from deeplens_lightning.stream.loader import ActivationLoader
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    rows: Count
 
 
 class StreamStatistics(Callback):
@@ -43,7 +50,7 @@ class StreamStatistics(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.rows = state_dict["rows"]
+        self.rows = read_record(_State, state_dict, "the checkpoint's state of StreamStatistics").rows
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

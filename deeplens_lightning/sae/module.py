@@ -22,7 +22,7 @@ from torch import Tensor
 
 from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
 from deeplens_lightning.preemption import default_preemption
-from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint
+from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint, read_trained_on
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.nonfinite import Describe
@@ -221,10 +221,10 @@ class SparseAutoencoder(PortableDictionary, DictionaryTraining):
         """Restore what the SAE was trained on.
 
         Raises:
-            ValueError: the checkpoint holds another architecture or size.
+            ValueError: the checkpoint holds another architecture or size, or is damaged.
         """
         check_checkpoint(dict(self.hparams), checkpoint.get("hyper_parameters", {}))
-        self.trained_on = dict(checkpoint.get("trained_on", {}))
+        self.trained_on = read_trained_on(checkpoint)
 
 
 def _log_name(stage: str, metric: str, dictionary: str) -> str:

@@ -28,8 +28,6 @@ from deeplens_lightning.types import PROVENANCE, Origins
 
 PIECES = 8
 """Number of pieces that a shuffled batch is divided into; each piece is a random sample in ascending order."""
-READS = 128
-"""Target for the number of reads of a batch (pieces times shards); with more shards there are fewer pieces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,18 +100,15 @@ class Gatherer:
         """Find where some rows are stored.
 
         Rows of ascending numbers keep their order. Any other numbers are treated as a random sample: they are divided
-        into up to `PIECES` pieces, and the rows of each piece are put in ascending order. Each piece is a random sample
-        too. Reading in random order, or moving the rows a second time, would take twice the time.
+        into `PIECES` pieces, and the rows of each piece are put in ascending order. Each piece is a random sample too.
+        Reading in random order, or moving the rows a second time, would take twice the time. The result depends on the
+        numbers alone, and not on the shards that the rows are stored in.
 
         Args:
             ordinals: numbers of rows within the split, int64 `(n,)`.
         """
         if (ordinals[1:] < ordinals[:-1]).any():
-            pieces = PIECES
-            if (len(self._firsts) - 1) * PIECES > READS:
-                touched = int(np.count_nonzero(np.diff(np.searchsorted(np.sort(ordinals), self._firsts))))
-                pieces = max(1, min(PIECES, READS // touched))
-            ordinals = _each_sorted(ordinals, -(-len(ordinals) // pieces))
+            ordinals = _each_sorted(ordinals, -(-len(ordinals) // PIECES))
         shards = np.searchsorted(self._firsts, ordinals, "right") - 1
         rows = self._rows[ordinals] - self._starts[shards]
         return Located(shards=shards, rows=rows, touched=np.flatnonzero(np.bincount(shards)).tolist())

@@ -18,17 +18,22 @@ import torch
 
 from deeplens_lightning.options import CACHE_BYTES, Shuffle
 from deeplens_lightning.shards.catalog import Catalog, open_catalog
+from deeplens_lightning.shards.epoch_orders import EpochOrders, stretches
 from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.folder import LocalFolder
-from deeplens_lightning.shards.gather import Gatherer, chosen_hook_points, shard_starts
+from deeplens_lightning.shards.gather import Gatherer, chosen_hook_points
 from deeplens_lightning.shards.local_copies import LocalCopies
-from deeplens_lightning.shards.order import GlobalOrder, Order, WindowOrder
 from deeplens_lightning.shards.paths import ShardPath
 from deeplens_lightning.shards.rowset import split_rows
 from deeplens_lightning.shards.shard_steps import EpochPlan, ShardSteps
-from deeplens_lightning.types import RankProgress, Served, ShardPosition, Stream, StreamPosition
+from deeplens_lightning.types import SHARD_ORDER, RankProgress, Served, ShardPosition, Stream, StreamPosition
 
 Split = Literal["train", "val", "all"]
+ShuffleKind = Literal["global", "window", "none"]
+WINDOWS_KEPT = 6
+"""Windows that local copies of remote shards have room for: this one and the next, with up to three times the bytes of
+their rows. A stretch of `n` rows overlaps shards of at most `n` rows each, of which the first and the last may lie
+outside but for one row."""
 
 
 class ShardStream(Stream):
@@ -44,15 +49,16 @@ class ShardStream(Stream):
         rank: number of the rank that gets the batches, below `world_size`. All ranks follow one common order, whose
             batches go to them in turn, so their batches are disjoint and their epochs end at the same step.
         world_size: number of ranks that take turns.
-        shuffle: `global` (all rows at once), `window` (some random shards at a time, for caches larger than memory),
-            `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and at most
+        shuffle: `global` (all rows at once), `window` (some random stretches of consecutive rows at a time, for caches
+            larger than memory), `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and at most
             `cache_bytes`, if it is remote), else `window`.
         split: `train`, `val` or `all`.
         val_fraction: fraction of the documents that is held out.
         max_rows: serve at most this number of rows, from the documents with the lowest hashes.
         hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
         only: canonical names of the hook points to serve, in this order; default all in the cache.
-        window_bytes: size of a window in bytes; default an eighth of this machine's memory.
+        window_bytes: size of a window in bytes; default an eighth of this machine's memory, for remote shards at most a
+            sixth of `cache_bytes`.
         drop_last: leave out the smaller batch at the end of an epoch.
         checksums: compare every local shard with its checksum when it is first read (remote ones always are).
         cache_dir: folder for copies of remote shards; by default a temporary folder.
@@ -112,14 +118,14 @@ class ShardStream(Stream):
         self.hook_points = chosen_hook_points(self.catalog, only)
         self.d_in = {name: rows.d_in for name, rows in self.hook_points.items()}
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self._seed, self._drop_last = seed, drop_last
+        self._drop_last = drop_last
         shards = self.catalog.shards
         hashes = np.concatenate([shard.document_hashes for shard in shards])
         lengths = np.concatenate([shard.document_rows for shard in shards])
         split_set = split_rows(hashes, lengths, val_fraction, split, max_rows)
         self.rows = len(split_set)
-        self._counts = np.diff(split_set.count_below(shard_starts(shards)))
-        self._sizes = np.array([shard.nbytes for shard in shards], np.int64)
+        self._orders = EpochOrders(catalog=self.catalog, split=split_set, seed=seed)
+        self._stretch_rows = max(shard.rows for shard in shards)
         pinned = pin_memory and torch.cuda.is_available()
         self._gatherer = Gatherer(
             self.catalog, self.hook_points, split_set, self._copies, hook, checksums, pinned
@@ -160,6 +166,8 @@ class ShardStream(Stream):
             batch_size=self.batch_size,
             shuffle=self._shuffle,
             window_bytes=self._window_bytes,
+            order=SHARD_ORDER,
+            stretch_rows=self._stretch_rows,
         )
 
     def steps(self, position: ShardPosition | None = None) -> int:
@@ -190,18 +198,53 @@ class ShardStream(Stream):
             skip: the `step` of the last batch that was used; 0 for none.
 
         Raises:
-            ShardError: the position is of a live stream, another batch size, or another number of ranks.
+            ShardError: the position is of a live stream, another batch size, or another number of ranks, or `checked`
+                refuses it.
             DamagedShardError: a shard is missing or damaged.
         """
-        here = _in_shards(position)
+        here = self.checked(position, skip)
         steps = ShardSteps(
             here,
             plan=self._plan(here),
-            order=self._order(here),
+            order=self._orders.order(here),
             gatherer=self._gatherer,
             rank=self.rank,
         )
         yield from map(steps.__getitem__, range(skip, len(steps)))
+
+    def checked(self, position: StreamPosition, step: int, *, anyway: bool = False) -> ShardPosition:
+        """Check that a position lies in this cache and that the batches after it can be served again.
+
+        Args:
+            position: a position of any number of ranks and any batch size.
+            step: number of batches already served from there.
+            anyway: accept a position whose order has changed since.
+
+        Returns:
+            The position, in the present version of the order.
+
+        Raises:
+            ShardError: the position is of a live stream, beyond the rows of the split, or in the middle of an epoch whose
+                order has changed since.
+        """
+        here = _in_shards(position)
+        left = self.rows - here.start
+        steps = EpochPlan.of(max(left, 0), here.batch_size, here.world_size, self._drop_last).steps
+        if left < 0 or step > steps:
+            raise ShardError(
+                f"the position of the checkpoint is {here.start:,} rows and {step:,} batches into an epoch, which has "
+                f"{self.rows:,} rows here: take another checkpoint, or the cache that this one was taken with"
+            )
+        if here.order == SHARD_ORDER:
+            return here
+        present = replace(here, order=SHARD_ORDER, stretch_rows=self._stretch_rows)
+        if step < steps and not anyway and not self._orders.same_in_version_1(present):
+            raise ShardError(
+                "the checkpoint was taken in the middle of an epoch by a release that read this cache in another order, "
+                "so rows would be served twice and others not at all. Continue with that release to the end of the "
+                "epoch, take a checkpoint from the end of an epoch, or give resume_anyway=True to accept it"
+            )
+        return present
 
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[ShardPosition, int]:
         """Continue with another number of ranks or another batch size.
@@ -233,7 +276,7 @@ class ShardStream(Stream):
         self._gatherer.close()
         self._copies.close()
 
-    def _choose(self, shuffle: Shuffle, window_bytes: int | None) -> tuple[str, int]:
+    def _choose(self, shuffle: Shuffle, window_bytes: int | None) -> tuple[ShuffleKind, int]:
         """The kind of shuffle and the size of its windows in bytes."""
         memory = _machine_memory()
         remote = sum(
@@ -241,7 +284,7 @@ class ShardStream(Stream):
         )
         window = window_bytes or memory // 8
         if remote:
-            window = min(window, self._copies.max_bytes // 3)  # the window before, this one and the next
+            window = max(min(window, self._copies.max_bytes // WINDOWS_KEPT), 1)
         if shuffle == "global" and remote > self._copies.max_bytes:
             raise ShardError(
                 f"shuffle='global' needs local copies of all {remote:,} bytes of remote shards, and "
@@ -249,15 +292,10 @@ class ShardStream(Stream):
                 "or use shuffle='window'"
             )
         if shuffle == "auto":
-            fits = self.catalog.nbytes <= memory // 2 and remote <= self._copies.max_bytes
-            shuffle = "global" if fits and window_bytes is None else "window"
+            size = int(stretches(self.catalog, self._stretch_rows)[1].sum())
+            fits = size <= memory // 2 and remote <= self._copies.max_bytes
+            return ("global" if fits and window_bytes is None else "window"), window
         return shuffle, window
-
-    def _order(self, position: ShardPosition) -> Order:
-        if position.shuffle == "global":
-            return GlobalOrder(self.rows, self._seed, position.epoch)
-        window = position.window_bytes if position.shuffle == "window" else None
-        return WindowOrder(self._counts, self._sizes, window, self._seed, position.epoch)
 
     def _plan(self, position: ShardPosition) -> EpochPlan:
         for name, there, here in (

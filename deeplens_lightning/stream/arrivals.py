@@ -136,9 +136,23 @@ class RowArrivals:
             kept=torch.empty(0, dtype=torch.int64),
             provenance=torch.empty(0, len(PROVENANCE), dtype=torch.int64),
         )
-        if enter and self._advance():
-            self._row = start.row
-            self._since = start.blocks.since
+        if enter:
+            self._enter(start)
+
+    def _enter(self, start: RowPosition) -> None:
+        """Take the model batch of a position.
+
+        Raises:
+            ValueError: it has no such row.
+        """
+        if not self._advance() and not start.row:
+            return
+        if start.row > len(self._out.kept):
+            raise ValueError(
+                f"the model batch where the checkpoint was taken has {len(self._out.kept)} rows and no row {start.row}: "
+                "take another checkpoint, or the dataset and model that it was made with"
+            )
+        self._row, self._since = start.row, start.blocks.since
 
     def position(self) -> RowPosition:
         """The position of the next row."""

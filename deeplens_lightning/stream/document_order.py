@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from deeplens_lightning.disk.records import Count, RecordError
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.rows import run_model
+from deeplens_lightning.shards.errors import DamagedShardError
 from deeplens_lightning.shards.format import DTYPES, Manifest, Resume, Rows
 from deeplens_lightning.shards.writer import SHARD_BYTES
+from deeplens_lightning.stream.earlier_states import from_version_1
 from deeplens_lightning.text.packing import Chunk, model_batches
 from deeplens_lightning.text.pipeline import TextStage
 from deeplens_lightning.text.sources import IndexedSource
-from deeplens_lightning.types import TextPosition
+from deeplens_lightning.types import Place, TextPosition
 
 _SAMPLED_DOCUMENTS = 256
 
@@ -43,6 +46,19 @@ class ModelRows(NamedTuple):  # Lightning moves named tuples, and no other class
     source: dict[str, Any]
     first_row: int
     tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source(Place):
+    """Where the rows of a chunk are computed from: the `source` in sidecars.
+
+    Attributes:
+        start: position of the chunk; None for the start of the text.
+        row: number of the chunk's first row among all rows of the rank.
+    """
+
+    start: TextPosition | None = None
+    row: Count = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,11 +159,12 @@ class Extraction:
         self.exhausted = True
 
     def _rows(self, resume: Resume) -> Iterator[ModelRows]:
-        at = resume.source or {"start": None, "row": 0}
-        start = TextPosition.from_state(at["start"]) if at["start"] else None
-        number: int = at["row"]
+        at = _Source() if resume.source is None else _read_source(resume.source)
+        start, number = at.start, at.row
+        if start is not None:
+            self.text.documents.check(start)
         for chunk in self.text.chunks(0, start):
-            source = {"start": chunk.start.to_state(), "row": number}
+            source = _Source(start=chunk.start, row=number).to_state()
             for index in model_batches(chunk.blocks, self.inference_batch_size, self.model.isolation):
                 blocks = chunk.blocks.select(index)
                 first, count = number, int(blocks.keep.sum())
@@ -205,3 +222,18 @@ class Extraction:
             memory=2 * shard_bytes + widest,
             ranks=documents.ranks,
         )
+
+
+def _read_source(source: Any) -> _Source:
+    """Read the `source` of a sidecar of this release or an earlier one.
+
+    Raises:
+        DamagedShardError: it is not one.
+    """
+    try:
+        return _Source.from_state(from_version_1(source))
+    except RecordError as error:
+        raise DamagedShardError(
+            f"the last sidecar of the cache does not say where to continue ({error}): copy it again, or delete it and "
+            "its shard and run the extract command again"
+        ) from error

@@ -119,6 +119,31 @@ class LiveStream:
         """Count the rows of this epoch after this rank's first `epoch_batches` batches; reads the rest of the text."""
         return self._rows.count_all() - epoch_batches * self.batch_size if self._rows is not None else 0
 
+    def checked(
+        self,
+        position: StreamPosition,
+        step: int,
+        *,
+        anyway: bool = False,  # noqa: ARG002  (the order of a live stream has not changed)
+    ) -> LivePosition:
+        """Check that a position lies in the text and that a window can have had `step` batches.
+
+        Raises:
+            ValueError: it does not, or it is a position in a cache.
+        """
+        at = live(position)
+        shuffle = self._row_shuffle(at.epoch)
+        most = shuffle.window_size(at.window) + shuffle.window_size(at.window + 1)
+        if step > -(-most // self.batch_size):
+            raise ValueError(
+                f"the position of the checkpoint is {step:,} batches into a window of {most:,} rows at most: take "
+                "another checkpoint"
+            )
+        start = at.rows.blocks.start if at.rows else None
+        if start is not None:
+            self.text.documents.check(start)
+        return at
+
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[LivePosition, int]:
         """Find where to continue with another number of ranks.
 

@@ -226,6 +226,7 @@ class Serving:
         if fitting and not self.settings.resume_anyway:
             unused = () if state.position else ("batch_size",)  # before the first batch a tuner may change it
             check_fingerprint(state.fingerprint, self._fingerprint(batch_size), unused)
+        state.check_widths(self.source.widths)
         if state.statistics is not None:
             self._statistics, self._statistics_loaded = state.statistics, True
         if fitting:
@@ -254,18 +255,29 @@ class Serving:
     def _continue(self, loader: ActivationLoader, state: DataState, trainer: Trainer | None) -> None:
         """Move a loader to the position of a checkpoint, which may come from another number of ranks."""
         position, placement = state.position, self.activations.placement
+        anyway = self.settings.resume_anyway
         if position is None:
+            if trainer is not None and not anyway:
+                _refuse_lost_position(trainer)
             return
+        if position.batch_size != loader.batch_size and not anyway:
+            raise ValueError(
+                f"the checkpoint has a position in batches of {position.batch_size} rows, and this run has "
+                f"batch_size={loader.batch_size}: take another checkpoint, or give resume_anyway=True to accept it"
+            )
         if trainer is not None and (lost := lost_in_accumulation(trainer)):
             rank_zero_warn(lost)
-        table = position.table()
+        table = [
+            replace(progress, position=loader.stream.checked(progress.position, progress.step, anyway=anyway))
+            for progress in position.table()
+        ]
         if len(table) == placement.ranks:
             here = table[placement.rank]
             loader.go_to(here.position, here.step, position)
             return
         where, again = loader.stream.rescaled(table)
         in_epoch = position.in_epoch * len(table) // placement.ranks
-        loader.go_to(where, 0, replace(position, epoch_batches=0, in_epoch=in_epoch))
+        loader.go_to(where, 0, replace(position, since=0, epoch_batches=0, in_epoch=in_epoch))
         rank_zero_info(
             f"continuing with {placement.ranks} rank(s) a run of {len(table)} rank(s): {again} rows are served again"
         )
@@ -298,4 +310,15 @@ def _refuse_resume(trainer: Trainer | None, name: str) -> None:
             f"{trainer.ckpt_path} holds no state of {name}, so the data would start from the beginning: was the data "
             "module renamed or subclassed? To continue training with the data from the beginning give "
             "resume_anyway=True; to load only the model use load_from_checkpoint"
+        )
+
+
+def _refuse_lost_position(trainer: Trainer) -> None:
+    """Raise a ValueError if a checkpoint of a Trainer that has trained holds a state from before the first batch."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    trained: int = progress.total.processed
+    if is_fitting(trainer) and trained:
+        raise ValueError(
+            f"{trainer.ckpt_path} was saved after {trained} batches and its data state has no position, so the data "
+            "would start from the beginning: take another checkpoint, or give resume_anyway=True to accept it"
         )

@@ -83,6 +83,11 @@ class WriteThroughStream:
             self.live.writer = self
         return self.live.batches(position, skip)
 
+    def checked(self, position: StreamPosition, step: int, *, anyway: bool = False) -> StreamPosition:
+        """Check that a position lies in the text or in the cache, as the stream that it belongs to does."""
+        stream = self._read() if isinstance(position, ShardPosition) else self.live
+        return stream.checked(position, step, anyway=anyway)
+
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[StreamPosition, int]:
         """Find where to continue with another number of ranks, which is possible only if the cache is complete.
 

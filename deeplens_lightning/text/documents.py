@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from deeplens_lightning.text.dealing import Dealing, Place
-from deeplens_lightning.text.sources import Row, Source
+from deeplens_lightning.text.sources import IndexedSource, Row, Source
 from deeplens_lightning.types import DealingState, TextPosition
 
 Split = Literal["train", "heldout"]
@@ -101,6 +101,21 @@ class Documents:
                 segment, first_segment = max(dealt[1], first_segment), 0
                 position = TextPosition(at=text.at, reader=text.reader, dealing=before, segment=segment)
                 yield RankDocument(position=position, index=text.index, hash=document, row=text.row)
+
+    def check(self, start: TextPosition) -> None:
+        """Check that a position lies in the dataset.
+
+        Raises:
+            ValueError: it is beyond the last part or the last document.
+        """
+        part, number = start.at
+        if part >= self.source.parts or (
+            isinstance(self.source, IndexedSource) and number >= len(self.source)
+        ):
+            raise ValueError(
+                f"the position in the text is document {number:,} of part {part}, beyond the end of the dataset: take "
+                "another checkpoint or cache, or the dataset that it was made with"
+            )
 
     def dealt_again(self, start: TextPosition | None, frontiers: Sequence[Place], ranks: int) -> DealingState:
         """Assign the documents that an earlier number of ranks had not finished to the present ranks.
