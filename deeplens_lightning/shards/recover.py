@@ -1,14 +1,21 @@
-"""Find finished shards of a rank; delete incomplete files."""
+"""Find finished shards of a rank; delete incomplete files; notice a folder that is not the same any more."""
 
 from __future__ import annotations
 
 import logging
 from itertools import count
 
-from deeplens_lightning.shards.errors import DamagedShardError
+from deeplens_lightning.shards.errors import DamagedShardError, FolderLostError, ShardError
 from deeplens_lightning.shards.folder import Folder
-from deeplens_lightning.shards.format import Sidecar, parse_json
-from deeplens_lightning.shards.names import INDEX, done_name, parse_shard_name, shard_name, sidecar_name
+from deeplens_lightning.shards.format import Manifest, Sidecar, parse_json
+from deeplens_lightning.shards.names import (
+    INDEX,
+    MANIFEST,
+    done_name,
+    parse_shard_name,
+    shard_name,
+    sidecar_name,
+)
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +28,7 @@ def finished_shards(folder: Folder, rank: int) -> list[Sidecar]:
     Raises:
         DamagedShardError: a shard has another size than its sidecar says.
     """
-    folder.clean(f"rank{rank:05d}")
+    folder.clean()
     sizes = folder.sizes()
     sidecars: list[Sidecar] = []
     for number in count():
@@ -53,12 +60,56 @@ def is_done(folder: Folder, rank: int, shards: int) -> bool:
 
 
 def delete_after(folder: Folder, rank: int, shards: int) -> None:
-    """Delete a rank's files after its first `shards` shards, its done file, and the index."""
+    """Delete a rank's files after its first `shards` shards, its done file, and the index.
+
+    The index goes first and then the last shard, so that what is left at any moment is the beginning of a cache.
+    """
     folder.remove(INDEX)
     folder.remove(done_name(rank))
-    for name in folder.sizes():
+    for name in reversed(folder.sizes()):
         shard = name.replace(".json", ".pt")
         parsed = parse_shard_name(shard)
         if parsed is not None and parsed[0] == rank and parsed[1] >= shards:
             folder.remove(sidecar_name(shard))
             folder.remove(shard)
+
+
+def check_same_folder(folder: Folder, manifest: Manifest, rank: int, shards: int, coming: str) -> None:
+    """Check before a file is written that the folder still holds the cache, with all that this rank has written.
+
+    Args:
+        folder: the folder.
+        manifest: the manifest of the cache.
+        rank: number of the rank that writes.
+        shards: number of its finished shards.
+        coming: name of the file that comes next.
+
+    Raises:
+        FolderLostError: the folder was removed, emptied or replaced.
+        ShardError: another process has written the file that comes next.
+    """
+    sizes = folder.sizes()
+    names = [shard_name(rank, number) for number in range(shards)]
+    lost = sum(name not in sizes or sidecar_name(name) not in sizes for name in names)
+    try:
+        found = Manifest.parse(folder.read(MANIFEST), f"{folder.where}/{MANIFEST}")
+        manifest.check_same(found, folder.where)
+        same = found.world_size == manifest.world_size
+    except ShardError:
+        same = False
+    if lost or not same:
+        raise folder_lost(folder, rank, lost)
+    if coming in sizes:
+        raise ShardError(
+            f"{folder.where}/{coming} appeared while this process was writing it: another process "
+            "writes to the same folder. Stop one of them and run the other again"
+        )
+
+
+def folder_lost(folder: Folder, rank: int, shards: int) -> FolderLostError:
+    """The error that says that a folder was removed or replaced, with `shards` finished shards of a rank."""
+    return FolderLostError(
+        f"{folder.where} was removed, emptied or replaced while rank {rank} was writing to it, and {shards} finished "
+        "shard(s) of this rank are lost: put the folder back, or remove what is in its place, and run the same command "
+        "again, which writes what is missing; a training continues from its last checkpoint without write_shards"
+    )
