@@ -27,7 +27,7 @@ def watch(watcher: Watcher | None) -> None:
     """Call `watcher(step, path)` before every step of this process from now on; None to call nothing, as at first.
 
     The steps are `create`, `append`, `write`, `inside write` (half of the bytes are written), `sync`, `replace`,
-    `remove`, `make folder`, `sync folder`, `download` and `upload`.
+    `remove`, `truncate`, `make folder`, `sync folder`, `download` and `upload`.
     """
     _watchers[:] = [] if watcher is None else [watcher]
 
@@ -57,6 +57,18 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file, which another function has written, is on the disk."""
+    with path.open("rb+") as file:
+        sync(file)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Shorten a file to a number of bytes."""
+    announce("truncate", path)
+    os.truncate(path, size)
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the names in a folder are on the disk, where the operating system can do that for a folder."""
     if os.name != "posix":
@@ -71,7 +83,7 @@ def sync_folder(path: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename a file, replacing a file of the new name, and wait until the new name is on the disk."""
+    """Rename a file or folder, replacing a file of the new name, and wait until the new name is on the disk."""
     announce("replace", target)
     source.replace(target)
     sync_folder(target.parent)

@@ -22,6 +22,7 @@ from deeplens_lightning.disk.files import (
     remove,
     replace,
     sync,
+    sync_file,
 )
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 
@@ -175,8 +176,7 @@ class LocalFolder:
 
     def publish(self, staged: Path, name: str) -> None:
         """Flush the staged file to the disk, rename it, then flush the rename."""
-        with staged.open("rb+") as file:
-            sync(file)
+        sync_file(staged)
         replace(staged, self.path / name)
 
     def remove(self, name: str) -> None:
