@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from itertools import count
 
 from deeplens_lightning.shards.errors import DamagedShardError, FolderLostError, ShardError
@@ -88,15 +89,14 @@ def check_same_folder(folder: Folder, manifest: Manifest, rank: int, shards: int
         FolderLostError: the folder was removed, emptied or replaced.
         ShardError: another process has written the file that comes next.
     """
-    sizes = folder.sizes()
     names = [shard_name(rank, number) for number in range(shards)]
-    lost = sum(name not in sizes or sidecar_name(name) not in sizes for name in names)
-    try:
+    lost, same = shards, False
+    with suppress(ShardError, NotADirectoryError):
+        sizes = folder.sizes()
+        lost = sum(name not in sizes or sidecar_name(name) not in sizes for name in names)
         found = Manifest.parse(folder.read(MANIFEST), f"{folder.where}/{MANIFEST}")
         manifest.check_same(found, folder.where)
         same = found.world_size == manifest.world_size
-    except ShardError:
-        same = False
     if lost or not same:
         raise folder_lost(folder, rank, lost)
     if coming in sizes:
