@@ -10,6 +10,9 @@ from multiprocessing.context import ForkServerContext
 # One thread a process, in processes that tests start too: with two, several processes on two cores run many times
 # slower, and the tests would depend on how busy the machine is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The process that others are forked from must have no thread: pyarrow's allocator would start one.
+os.environ.setdefault("JE_ARROW_MALLOC_CONF", "background_thread:false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
@@ -48,6 +51,7 @@ def processes() -> ForkServerContext:
         [
             "deeplens_lightning.extraction.shard_prediction_writer",
             "deeplens_lightning.shards",
+            "tests.support.kills",
             "transformers.models.gpt2.modeling_gpt2",
         ]
     )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.disk.files import write_whole
 from deeplens_lightning.model.frozen import FrozenModel
 
 Inputs = Mapping[str, Tensor]
@@ -118,9 +119,8 @@ def bench(
     Console().print(table)
     if out is not None:
         threads = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-        Path(out).write_text(
-            json.dumps(asdict(result) | {"ratio": median(result.ratios)} | threads, indent=2)
-        )
+        figures = asdict(result) | {"ratio": median(result.ratios)} | threads
+        write_whole(Path(out), json.dumps(figures, indent=2).encode())
     return result
 
 

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.devices import device_of
+from deeplens_lightning.disk.files import write_whole
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
@@ -199,15 +200,9 @@ class FromHuggingFace:
                 yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
 
     def _save(self, features: Tensor) -> Path:
-        """Save under the file name that DeepLens uses; write another file first and rename it."""
+        """Save under the file name that DeepLens uses."""
         path = Path("saved_features") / f"features_layer_{self.layer}_{len(features)}.pt"
-        path.parent.mkdir(exist_ok=True)
-        unfinished = path.with_name(f".writing-{path.name}")
-        try:
-            torch.save(features, unfinished)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, lambda file: torch.save(features, file))
         return path
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from deeplens_lightning.disk.files import write_whole
 from deeplens_lightning.reporting.readable_tokens import code_point, readable
 
 if TYPE_CHECKING:
@@ -136,9 +137,8 @@ def finish(figure: Figure, path: str | PathLike[str] | None) -> Figure:
         assert isinstance(item, Text)
         item.set_fontfamily(list(families))
     if path is not None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=100)
+        target = Path(path) if Path(path).suffix else Path(f"{path}.png")
+        write_whole(target, lambda file: figure.savefig(file, dpi=100, format=target.suffix[1:]))
     return figure
 
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from deeplens_lightning.disk.files import write_whole
 from deeplens_lightning.reporting.drawing import (
     draw_heatmap,
     drawable,
@@ -182,9 +183,7 @@ def save_pixels(pixels: NDArray[np.uint8], path: str | PathLike[str]) -> None:
     """Write the pixels of `figure_pixels` as a PNG file; missing folders are created."""
     from matplotlib.image import imsave
 
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    imsave(target, pixels, format="png")
+    write_whole(Path(path), lambda file: imsave(file, pixels, format="png"))
 
 
 def _most_active(values: NDArray[np.float32], n: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from deeplens_lightning.disk.files import write_whole
 from deeplens_lightning.reporting.run_data import RunData, find_run, names_of, read_run
 
 _SCRIPTS = ("charts.js", "latents.js", "samples.js", "report.js")
@@ -39,10 +40,7 @@ def write_report(run_dir: str | PathLike[str], out: str | PathLike[str] | None =
     """
     folder = find_run(Path(run_dir))
     target = folder / "report.html" if out is None else Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(page(read_run(folder)), encoding="utf-8")
-    temporary.replace(target)
+    write_whole(target, page(read_run(folder)).encode())
     return target
 
 

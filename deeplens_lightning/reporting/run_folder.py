@@ -15,6 +15,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from deeplens_lightning.disk.files import append_to, make_folder, truncate, write_whole
+
 
 def run_folder(trainer: Trainer) -> Path:
     """The folder of this run, the same on every rank. A collective: every rank calls it.
@@ -27,23 +29,24 @@ def run_folder(trainer: Trainer) -> Path:
 
 
 def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Append JSON objects to a file, one on each line; numbers that are not finite become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records]
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    """Append JSON objects to a file, one on each line; numbers that are not finite become null.
+
+    An incomplete last line, from a killed process, is deleted first.
+    """
+    make_folder(path.parent)
+    lines = [_json(record) + b"\n" for record in records]
+    if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
+        truncate(path, content.rfind(b"\n") + 1)
+    with append_to(path) as file:
         file.writelines(lines)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file under a temporary name and rename it, so that no reader gets half a file.
+    """Write a JSON file so that readers see all of it or nothing.
 
     Numbers that are not finite become null.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    temporary.replace(path)
+    write_whole(path, _json(value))
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -65,6 +68,10 @@ def _folder(trainer: Trainer) -> str | os.PathLike[str]:
         _ = logger.experiment  # starts the run, which gives it the id that names its folder
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace")
 
 
 def _finite(value: Any) -> Any:

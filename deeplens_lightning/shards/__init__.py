@@ -8,6 +8,7 @@ from deeplens_lightning.shards.catalog import Catalog, open_catalog
 from deeplens_lightning.shards.errors import (
     DamagedShardError,
     DiskFullError,
+    FolderLostError,
     NonFiniteError,
     OtherConfigError,
     ShardError,
@@ -22,6 +23,7 @@ __all__ = [
     "Catalog",
     "DamagedShardError",
     "DiskFullError",
+    "FolderLostError",
     "Manifest",
     "NonFiniteError",
     "OtherConfigError",

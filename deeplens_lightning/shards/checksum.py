@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import torch
+
+from deeplens_lightning.disk.files import create
 
 
 def sha256_of(path: Path) -> str:
@@ -29,7 +31,7 @@ def save_hashed(content: Mapping[str, Any], path: Path) -> tuple[int, str]:
         OSError: the file cannot be written (disk full, for example). `torch.save` alone would raise a
             RuntimeError without the reason.
     """
-    with path.open("wb") as file:
+    with create(path) as file:
         hashing = _HashingFile(file)
         try:
             torch.save(content, hashing)  # type: ignore[arg-type]
@@ -43,7 +45,7 @@ def save_hashed(content: Mapping[str, Any], path: Path) -> tuple[int, str]:
 class _HashingFile:
     """Pass writes on to a file, hash the bytes, and keep the first error that writing raised."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.digest = hashlib.sha256()
         self.size = 0

@@ -15,6 +15,10 @@ class OtherConfigError(ShardError):
     """The folder holds a cache of another configuration; the message lists the differences."""
 
 
+class FolderLostError(ShardError):
+    """The folder of a cache was removed or replaced while rows were being written to it."""
+
+
 class NonFiniteError(ShardError):
     """Activations to be written hold NaN or infinity."""
 

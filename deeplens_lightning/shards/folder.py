@@ -14,13 +14,20 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
+from deeplens_lightning.disk.files import (
+    TEMPORARY,
+    append_to,
+    create,
+    make_folder,
+    remove,
+    replace,
+    sync,
+    sync_file,
+)
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 
 if sys.platform != "win32":
     import fcntl
-
-TEMPORARY = ".writing-"
-"""Prefix of the names of unfinished files. Readers ignore these files."""
 
 
 class Folder(Protocol):
@@ -31,6 +38,10 @@ class Folder(Protocol):
     """
 
     where: str
+
+    def create(self) -> None:
+        """Create the folder if it does not exist. No other method does, so that a folder that vanished is noticed."""
+        ...
 
     def sizes(self) -> dict[str, int]:
         """Bytes by file name, sorted, without unfinished files; empty if the folder does not exist."""
@@ -68,8 +79,8 @@ class Folder(Protocol):
         """Delete a file if it exists."""
         ...
 
-    def clean(self, prefix: str) -> None:
-        """Delete unfinished files whose final names begin with `prefix`."""
+    def clean(self) -> None:
+        """Delete the unfinished files that an earlier process of the same owner left."""
         ...
 
     def lock(self, name: str) -> Lock:
@@ -105,15 +116,21 @@ class LocalFolder:
 
     Args:
         where: its path; a `file://` prefix and `~` are understood.
+        owner: name of the writer, which unfinished files bear; one process at a time writes as this owner.
 
     Attributes:
         path: the folder's path.
         where: the same as a string.
     """
 
-    def __init__(self, where: str | os.PathLike[str]) -> None:
+    def __init__(self, where: str | os.PathLike[str], owner: str = "") -> None:
         self.path = Path(str(where).removeprefix("file://")).expanduser()
         self.where = str(self.path)
+        self._owner = owner
+
+    def create(self) -> None:
+        """Create the folder and its parents if they do not exist."""
+        make_folder(self.path)
 
     def sizes(self) -> dict[str, int]:
         """Bytes by file name, sorted, without unfinished files; empty if the folder does not exist."""
@@ -146,36 +163,30 @@ class LocalFolder:
         """Write a small file so that readers see all of it or nothing."""
         staged = self.stage(f"{name}-{uuid4().hex}")  # several ranks may write the same manifest at once
         try:
-            staged.write_bytes(content)
-            self.publish(staged, name)
+            with create(staged) as file:
+                file.write(content)
+                sync(file)
+            replace(staged, self.path / name)
         finally:
-            staged.unlink(missing_ok=True)
+            remove(staged)
 
     def stage(self, name: str) -> Path:
         """A path in the same folder (a rename must not cross file systems) that readers ignore."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        return self.path / f"{TEMPORARY}{name}"
+        return self.path / unfinished_name(self._owner, name)
 
     def publish(self, staged: Path, name: str) -> None:
         """Flush the staged file to the disk, rename it, then flush the rename."""
-        with staged.open("rb+") as file:
-            os.fsync(file.fileno())
-        staged.replace(self.path / name)
-        if os.name == "posix":
-            directory = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+        sync_file(staged)
+        replace(staged, self.path / name)
 
     def remove(self, name: str) -> None:
         """Delete a file if it exists."""
-        (self.path / name).unlink(missing_ok=True)
+        remove(self.path / name)
 
-    def clean(self, prefix: str) -> None:
-        """Delete unfinished files whose final names begin with `prefix`."""
-        for path in self.path.glob(f"{TEMPORARY}{prefix}*"):
-            path.unlink(missing_ok=True)
+    def clean(self) -> None:
+        """Delete the unfinished files that an earlier process of the same owner left."""
+        for path in self.path.glob(f"{TEMPORARY}{self._owner}*"):
+            remove(path)
 
     def lock(self, name: str) -> Lock:
         """Lock the folder against other writers on this file system.
@@ -186,7 +197,6 @@ class LocalFolder:
         Raises:
             ShardError: another process holds the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
         return FileLock(self.path / name)
 
     def free_bytes(self) -> int | None:
@@ -215,7 +225,7 @@ class FileLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a")
+        self._file = append_to(path)
         if sys.platform != "win32":
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -236,3 +246,8 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
         return entry.is_file()
     except OSError:
         return False
+
+
+def unfinished_name(owner: str, name: str) -> str:
+    """Name of the unfinished file that becomes `name`; it begins with the name of its owner."""
+    return f"{TEMPORARY}{name}" if name.startswith(owner) else f"{TEMPORARY}{owner}-{name}"

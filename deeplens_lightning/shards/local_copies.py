@@ -21,10 +21,11 @@ from pathlib import Path
 from threading import Lock as ThreadLock
 from uuid import uuid4
 
+from deeplens_lightning.disk.files import TEMPORARY, announce, make_folder, remove, replace
 from deeplens_lightning.options import CACHE_BYTES
 from deeplens_lightning.shards.checksum import sha256_of
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
-from deeplens_lightning.shards.folder import TEMPORARY, Folder, LocalFolder
+from deeplens_lightning.shards.folder import Folder, LocalFolder
 
 _SUBFOLDER = re.compile("[0-9a-f]{16}")
 UNFINISHED_SECONDS = 3600
@@ -51,7 +52,7 @@ class LocalCopies:
             directory = Path(tempfile.mkdtemp(prefix="deeplens-lightning-"))
             self._delete = weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self._directory = directory
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self._directory)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="shard-fetch")
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
         self._guard = ThreadLock()
@@ -88,7 +89,7 @@ class LocalCopies:
                     future.cancel()
                     with suppress(Exception):  # `get` raises the error to the caller who needs the file
                         future.cancelled() or future.result()
-                old.unlink(missing_ok=True)
+                remove(old)
             self._files[path] = size, self._pool.submit(_download, folder, name, path, sha256)
 
     def get(self, folder: Folder, name: str, size: int, sha256: str | None) -> Path:
@@ -161,15 +162,16 @@ def local_path(folder: Folder, file: str, size: int, sha256: str | None, copies:
 def _download(folder: Folder, name: str, path: Path, sha256: str | None) -> None:
     if path.exists() and sha256 is not None and sha256_of(path) == sha256:
         return  # an earlier run with the same `directory` fetched it
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     part = path.with_name(f"{TEMPORARY}{path.name}-{uuid4().hex}")
     try:
+        announce("download", part)
         folder.download(name, part)
         if sha256 is not None and (found := sha256_of(part)) != sha256:
             raise DamagedShardError(
                 f"{folder.where}/{name} is altered: its checksum is {found}, its sidecar says {sha256}. "
                 "Copy it again from where it was written, or delete it and run the extract command again"
             )
-        part.replace(path)
+        replace(part, path)
     finally:
-        part.unlink(missing_ok=True)
+        remove(part)

@@ -7,10 +7,14 @@ from deeplens_lightning.shards.paths import ShardPath, is_remote
 from deeplens_lightning.shards.remote import RemoteFolder
 
 
-def open_folder(where: ShardPath) -> Folder:
+def open_folder(where: ShardPath, owner: str = "") -> Folder:
     """The folder at a local path or an fsspec URL; it need not exist yet.
+
+    Args:
+        where: path or URL.
+        owner: name of the writer, which unfinished files bear; not needed to read.
 
     Raises:
         ShardError: the URL's file system needs a package that is not installed.
     """
-    return RemoteFolder(str(where)) if is_remote(str(where)) else LocalFolder(where)
+    return RemoteFolder(str(where), owner) if is_remote(str(where)) else LocalFolder(where, owner)

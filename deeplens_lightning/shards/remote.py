@@ -16,8 +16,9 @@ from uuid import uuid4
 
 import fsspec
 
+from deeplens_lightning.disk.files import TEMPORARY, announce, create, remove, upload
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
-from deeplens_lightning.shards.folder import TEMPORARY, Lock
+from deeplens_lightning.shards.folder import Lock, unfinished_name
 
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf"}
 """Protocols where a file appears only when its upload is complete; on others, upload and then rename."""
@@ -28,6 +29,7 @@ class RemoteFolder:
 
     Args:
         where: the URL, such as `s3://bucket/acts`.
+        owner: name of the writer, which unfinished files bear; one process at a time writes as this owner.
 
     Attributes:
         where: the URL without a slash at the end.
@@ -36,8 +38,9 @@ class RemoteFolder:
         ShardError: the URL's file system needs a package that is not installed.
     """
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, owner: str = "") -> None:
         self.where = where.rstrip("/")
+        self._owner = owner
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.where)
         except ImportError as error:
@@ -47,6 +50,11 @@ class RemoteFolder:
         staging = tempfile.mkdtemp(prefix="deeplens-lightning-")
         self._staging = Path(staging)
         weakref.finalize(self, shutil.rmtree, staging, ignore_errors=True)
+
+    def create(self) -> None:
+        """Create the folder, where the file system has folders and it does not exist."""
+        announce("make folder", self._root)
+        self._fs.makedirs(self._root, exist_ok=True)
 
     def sizes(self) -> dict[str, int]:
         """Bytes by file name, sorted, without unfinished files; empty if the folder does not exist."""
@@ -84,34 +92,37 @@ class RemoteFolder:
     def write(self, name: str, content: bytes) -> None:
         """Write a small file so that readers see all of it or nothing."""
         staged = self.stage(f"{name}-{uuid4().hex}")
-        staged.write_bytes(content)
+        with create(staged) as file:
+            file.write(content)
         self.publish(staged, name)
 
     def stage(self, name: str) -> Path:
         """A path in a local temporary folder, to write the file `name` to before `publish`."""
-        return self._staging / f"{TEMPORARY}{name}"
+        return self._staging / unfinished_name(self._owner, name)
 
     def publish(self, staged: Path, name: str) -> None:
         """Upload a staged file under its final name and delete the local one."""
-        self._fs.makedirs(self._root, exist_ok=True)
         if self._atomic:
-            self._fs.put_file(str(staged), self._at(name))
+            upload(self._fs, staged, self._at(name))
         else:
-            unfinished = self._at(f"{TEMPORARY}{name}-{uuid4().hex}")
-            self._fs.put_file(str(staged), unfinished)
+            unfinished = self._at(f"{unfinished_name(self._owner, name)}-{uuid4().hex}")
+            upload(self._fs, staged, unfinished)
             self.remove(name)
+            announce("replace", self._at(name))
             self._fs.mv(unfinished, self._at(name))
-        staged.unlink()
+        remove(staged)
 
     def remove(self, name: str) -> None:
         """Delete a file if it exists."""
+        announce("remove", self._at(name))
         with suppress(FileNotFoundError):
             self._fs.rm(self._at(name))
 
-    def clean(self, prefix: str) -> None:
-        """Delete unfinished files whose final names begin with `prefix`."""
+    def clean(self) -> None:
+        """Delete the unfinished files that an earlier process of the same owner left."""
         with suppress(FileNotFoundError):
-            for path in self._fs.glob(self._at(f"{TEMPORARY}{prefix}*")):
+            for path in self._fs.glob(self._at(f"{TEMPORARY}{self._owner}*")):
+                announce("remove", path)
                 self._fs.rm(path)
 
     def lock(self, name: str) -> Lock:  # noqa: ARG002

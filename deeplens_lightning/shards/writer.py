@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from deeplens_lightning.disk.files import remove
 from deeplens_lightning.shards.checksum import save_hashed
 from deeplens_lightning.shards.errors import DiskFullError, NonFiniteError, ShardError
 from deeplens_lightning.shards.folder import Folder, Lock
@@ -30,7 +31,13 @@ from deeplens_lightning.shards.frame import read_frame
 from deeplens_lightning.shards.index import DoneMark, is_whole, read_manifest, write_index
 from deeplens_lightning.shards.names import INDEX, MANIFEST, done_name, shard_name, sidecar_name
 from deeplens_lightning.shards.open_folder import open_folder
-from deeplens_lightning.shards.recover import delete_after, finished_shards, is_done
+from deeplens_lightning.shards.recover import (
+    check_same_folder,
+    delete_after,
+    finished_shards,
+    folder_lost,
+    is_done,
+)
 from deeplens_lightning.shards.shard_buffer import ShardBuffer
 from deeplens_lightning.shards.sidecar import Sidecar
 
@@ -92,7 +99,7 @@ class ShardWriter:
                 f"rank must be between 0 and {manifest.world_size - 1} (manifest.world_size is {manifest.world_size}), "
                 f"got {rank}"
             )
-        self._folder: Folder = open_folder(where)
+        self._folder: Folder = open_folder(where, f"rank{rank:05d}")
         self._manifest = manifest
         self._rank = rank
         self._nonfinite = nonfinite
@@ -174,11 +181,12 @@ class ShardWriter:
         with self._guard:
             if not self.finished and not self.complete:
                 self.sync()
-                self._check_single_writer(done_name(self._rank))
+                coming = done_name(self._rank)
+                check_same_folder(self._folder, self._found, self._rank, self.shards, coming)
                 mark = DoneMark(
                     shards=self.shards, rows=self.rows, dropped=self._dropped, manifest=self._found.identity
                 )
-                self._folder.write(done_name(self._rank), mark.dump())
+                self._folder.write(coming, mark.dump())
                 self.finished = True
             if not self.complete:
                 self.complete = write_index(self._folder)
@@ -210,6 +218,7 @@ class ShardWriter:
                 raise ShardError(
                     f"{self._folder.where} has .pt files and no {MANIFEST}, so it is not a cache: choose another folder"
                 )
+            self._folder.create()
             self._folder.write(MANIFEST, replace(self._manifest, shard_rows=self._capacity).dump())
         self._found = found = read_manifest(self._folder, sizes)
         self._manifest.check_same(found, self._folder.where)
@@ -261,17 +270,7 @@ class ShardWriter:
             raise ShardError(
                 f"rank {self._rank} of {self._folder.where} is finished; nothing can be added to it"
             )
-        if set(rows) != set(self._manifest.hook_points):
-            raise ShardError(
-                f"got rows of {sorted(rows)}, the manifest says {sorted(self._manifest.hook_points)}"
-            )
-        for name, want in self._manifest.hook_points.items():
-            got, shape = rows[name], (len(provenance), want.d_in)
-            if got.dtype != DTYPES[want.dtype] or tuple(got.shape) != shape:
-                raise ShardError(
-                    f"rows of {name} are {got.dtype} {tuple(got.shape)}, "
-                    f"the manifest says {want.dtype} {shape}"
-                )
+        self._manifest.check_rows(rows, len(provenance))
 
     def _wanted(self, rows: Mapping[str, Tensor], provenance: Tensor, seen: int) -> Tensor:
         """Indices of the rows to write, int64 `(m,)`: without the first `seen` rows and without rows to drop."""
@@ -302,18 +301,10 @@ class ShardWriter:
             self._saving.result()
             self._saving = None
 
-    def _check_single_writer(self, name: str) -> None:
-        """Check that no other process has written the file that comes next."""
-        if name in self._folder.sizes():
-            raise ShardError(
-                f"{self._folder.where}/{name} appeared while this process was writing it: another process "
-                "writes to the same folder. Stop one of them and run the other again"
-            )
-
     def _save(self, buffer: ShardBuffer, following: Resume, dropped: int) -> None:
         """Write a shard, then its sidecar; runs in the background thread."""
         name = shard_name(self._rank, self.shards)
-        self._check_single_writer(sidecar_name(name))
+        check_same_folder(self._folder, self._found, self._rank, self.shards, sidecar_name(name))
         need, free = buffer.filled * self._manifest.row_bytes + _SLACK, self._folder.free_bytes()
         if free is not None and free < need:
             raise self._disk_full(need - free, "no space left")
@@ -333,13 +324,15 @@ class ShardWriter:
             )
             self._folder.publish(staged, name)
             self._folder.write(sidecar_name(name), sidecar.dump())
+        except FileNotFoundError as error:
+            raise folder_lost(self._folder, self._rank, self.shards) from error
         except OSError as error:
             if error.errno not in _NO_SPACE:
                 raise
             written = staged.stat().st_size if staged.exists() else 0
             raise self._disk_full(max(need - written, 1), error.strerror or str(error)) from error
         finally:
-            staged.unlink(missing_ok=True)
+            remove(staged)
         self._count(sidecar)
         buffer.filled = 0
         self._spare.append(buffer)

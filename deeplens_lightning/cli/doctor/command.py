@@ -31,6 +31,7 @@ from deeplens_lightning.cli.doctor.speed import step_speed, stream_speed
 from deeplens_lightning.cli.doctor.subject import ACCELERATOR, Check, Sizes, Subject
 from deeplens_lightning.cli.doctor.training import resume, waits
 from deeplens_lightning.devices import device_of
+from deeplens_lightning.disk.files import write_whole
 
 CHECKS: tuple[Callable[[Subject], Check], ...] = (
     fidelity,
@@ -106,7 +107,7 @@ def doctor(
     if out is not None:
         report = {"passed": passed, "strict": strict, "model": hf_model, "machine": machine}
         report["checks"] = [asdict(result) for result in results]
-        Path(out).write_text(json.dumps(report, indent=2))
+        write_whole(Path(out), json.dumps(report, indent=2).encode())
     return passed
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from deeplens_lightning.cli.doctor.subject import Found, Sizes, Subject, check
+from deeplens_lightning.disk.files import write_whole
 
 RANKS = 2
 
@@ -98,9 +99,8 @@ def train_rank(rank: int, port: int, folder: str, kind: str, sizes: Sizes, texts
     digest = hashlib.sha256()
     for parameter in sae.parameters():
         digest.update(parameter.detach().cpu().numpy().tobytes())
-    _result(folder, rank).write_text(
-        json.dumps({"steps": trainer.global_step, "weights": digest.hexdigest()})
-    )
+    result = {"steps": trainer.global_step, "weights": digest.hexdigest()}
+    write_whole(_result(folder, rank), json.dumps(result).encode())
 
 
 def _run(start: str, work: Work, folder: str, kind: str, sizes: Sizes, texts: list[str]) -> str | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deeplens_lightning.disk.files import make_folder, remove_folder, replace, sync_file, sync_folder
+
 
 @contextmanager
 def fresh_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder, which is renamed to `folder` if the block ends without an error.
+
+    A kill leaves the older folder, the new one, or none of that name and the older one whole inside a hidden folder.
 
     Args:
         folder: the final path.
@@ -25,13 +28,17 @@ def fresh_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Pat
         raise FileExistsError(
             f"{folder} exists already: choose another folder, or pass overwrite=True to replace it"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    new, old = temporary / "new", temporary / "old"
     try:
-        yield temporary
-        temporary.chmod(0o755)
+        make_folder(new)
+        yield new
+        for path in new.iterdir():
+            sync_file(path)
+        sync_folder(new)
         if folder.is_dir():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+            replace(folder, old)
+        replace(new, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from deeplens_lightning.disk.files import write_whole
 from deeplens_lightning.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.interop.files import fresh_folder
@@ -129,7 +130,7 @@ def export_saelens(
     }
     with fresh_folder(folder, overwrite=overwrite) as new:
         save_file({name: t.detach().float().cpu().contiguous() for name, t in tensors.items()}, new / WEIGHTS)
-        (new / CONFIG).write_text(json.dumps(config, indent=2))
+        write_whole(new / CONFIG, json.dumps(config, indent=2).encode())
     return Path(folder)
 
 
