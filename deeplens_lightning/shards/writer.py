@@ -26,7 +26,7 @@ from deeplens_lightning.disk.files import remove
 from deeplens_lightning.shards.checksum import save_hashed
 from deeplens_lightning.shards.errors import DiskFullError, NonFiniteError, ShardError
 from deeplens_lightning.shards.folder import Folder, Lock
-from deeplens_lightning.shards.format import DTYPES, Manifest, Resume
+from deeplens_lightning.shards.format import Manifest, Resume
 from deeplens_lightning.shards.frame import read_frame
 from deeplens_lightning.shards.index import DoneMark, is_whole, read_manifest, write_index
 from deeplens_lightning.shards.names import INDEX, MANIFEST, done_name, shard_name, sidecar_name
