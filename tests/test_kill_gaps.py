@@ -14,8 +14,6 @@ import pytest
 import torch
 
 from deeplens_lightning.shards import verify
-from deeplens_lightning.shards.format import parse_json
-from deeplens_lightning.shards.names import INDEX
 from tests.support.caches import read_back
 from tests.support.kills import CACHE, EVERY, FINAL, Job, Step, start
 from tests.test_kill import assert_equal
@@ -109,8 +107,9 @@ def killed_and_run_again(
 def compare(found: Job, expected: Job, where: str) -> None:
     """Check that a job that was killed and run again left the same as one that ran without a stop."""
     cache = found.folder / CACHE
-    assert verify(cache).problems == [], where
-    assert parse_json((cache / INDEX).read_bytes(), where)["rows"] == verify(expected.folder / CACHE).rows
+    report = verify(cache)
+    assert report.problems == [] and report.finished, where
+    assert report.rows == verify(expected.folder / CACHE).rows
     unfinished = [
         path.name for path in cache.iterdir() if path.name.startswith(".") and "lock" not in path.name
     ]
