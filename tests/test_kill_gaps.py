@@ -108,7 +108,7 @@ def compare(found: Job, expected: Job, where: str) -> None:
     """Check that a job that was killed and run again left the same as one that ran without a stop."""
     cache = found.folder / CACHE
     report = verify(cache)
-    assert report.problems == [] and report.finished, where
+    assert (report.problems, report.finished) == ([], True), where
     assert report.rows == verify(expected.folder / CACHE).rows
     unfinished = [
         path.name for path in cache.iterdir() if path.name.startswith(".") and "lock" not in path.name
