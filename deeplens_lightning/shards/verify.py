@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from deeplens_lightning.options import CACHE_BYTES
 from deeplens_lightning.shards.catalog import Catalog, Shard, list_shards
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
@@ -98,7 +100,7 @@ def _check(catalog: Catalog, shard: Shard, hook: str | None, copies: LocalCopies
     if shard.storage == "bare":
         return
     found, lengths = Documents.of(opened.provenance.numpy()).arrays()
-    if found.tolist() != shard.document_hashes.tolist() or lengths.tolist() != shard.document_rows.tolist():
+    if not (np.array_equal(found, shard.document_hashes) and np.array_equal(lengths, shard.document_rows)):
         raise DamagedShardError(
             f"{shard.where} holds rows of other documents than its sidecar says, which decides what is held out. {FIX}"
         )

@@ -25,13 +25,13 @@ from torch import Tensor
 from deeplens_lightning.shards.checksum import save_hashed
 from deeplens_lightning.shards.errors import DiskFullError, NonFiniteError, ShardError
 from deeplens_lightning.shards.folder import Folder, Lock
-from deeplens_lightning.shards.format import DTYPES, Manifest, Resume
+from deeplens_lightning.shards.format import Manifest, Resume
 from deeplens_lightning.shards.frame import read_frame
 from deeplens_lightning.shards.index import DoneMark, is_whole, read_manifest, write_index
 from deeplens_lightning.shards.names import INDEX, MANIFEST, done_name, shard_name, sidecar_name
 from deeplens_lightning.shards.open_folder import open_folder
 from deeplens_lightning.shards.recover import delete_after, finished_shards, is_done
-from deeplens_lightning.shards.shard_buffer import ShardBuffer
+from deeplens_lightning.shards.shard_buffer import ShardBuffer, check_rows
 from deeplens_lightning.shards.sidecar import Sidecar
 
 NonFinite = Literal["refuse", "drop"]
@@ -133,7 +133,11 @@ class ShardWriter:
                 are not those of the manifest.
         """
         with self._guard:
-            self._check_rows(rows, provenance)
+            if self.finished or self.complete:
+                raise ShardError(
+                    f"rank {self._rank} of {self._folder.where} is finished; nothing can be added to it"
+                )
+            check_rows(self._manifest, rows, len(provenance))
             if self._saving is not None and self._saving.done():
                 self._wait()
             if self._next.row < first_row:
@@ -255,23 +259,6 @@ class ShardWriter:
                 "free some space, write fewer rows, or use storage='int8'",
                 missing,
             )
-
-    def _check_rows(self, rows: Mapping[str, Tensor], provenance: Tensor) -> None:
-        if self.finished or self.complete:
-            raise ShardError(
-                f"rank {self._rank} of {self._folder.where} is finished; nothing can be added to it"
-            )
-        if set(rows) != set(self._manifest.hook_points):
-            raise ShardError(
-                f"got rows of {sorted(rows)}, the manifest says {sorted(self._manifest.hook_points)}"
-            )
-        for name, want in self._manifest.hook_points.items():
-            got, shape = rows[name], (len(provenance), want.d_in)
-            if got.dtype != DTYPES[want.dtype] or tuple(got.shape) != shape:
-                raise ShardError(
-                    f"rows of {name} are {got.dtype} {tuple(got.shape)}, "
-                    f"the manifest says {want.dtype} {shape}"
-                )
 
     def _wanted(self, rows: Mapping[str, Tensor], provenance: Tensor, seen: int) -> Tensor:
         """Indices of the rows to write, int64 `(m,)`: without the first `seen` rows and without rows to drop."""
