@@ -159,25 +159,6 @@ class Manifest:
                 + "\nChoose another folder, or use the configuration that the cache was started with."
             )
 
-    def check_rows(self, rows: Mapping[str, torch.Tensor], count: int) -> None:
-        """Check that rows have the hook points, widths and dtypes of this manifest.
-
-        Args:
-            rows: rows by hook point.
-            count: number of rows that each tensor must have.
-
-        Raises:
-            ShardError: they have others.
-        """
-        if set(rows) != set(self.hook_points):
-            raise ShardError(f"got rows of {sorted(rows)}, the manifest says {sorted(self.hook_points)}")
-        for name, want in self.hook_points.items():
-            got, shape = rows[name], (count, want.d_in)
-            if got.dtype != DTYPES[want.dtype] or tuple(got.shape) != shape:
-                raise ShardError(
-                    f"rows of {name} are {got.dtype} {tuple(got.shape)}, the manifest says {want.dtype} {shape}"
-                )
-
     def comparable(self) -> dict[str, Any]:
         """Hook points, storage and configuration as JSON values: what must be equal to continue a cache."""
         content = to_plain(self)

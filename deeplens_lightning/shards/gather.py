@@ -70,6 +70,7 @@ class Gatherer:
     ) -> None:
         self._catalog, self._hook_points, self._rows, self._copies = catalog, hook_points, rows, copies
         self._bare_hook, self._checksums, self._pin_memory = bare_hook, checksums, pin_memory
+        self._has_bare = any(shard.storage == "bare" for shard in catalog.shards)
         self._starts = shard_starts(catalog.shards)
         self._firsts = rows.count_below(self._starts)
         self._open: dict[int, OpenShard] = {}
@@ -132,7 +133,7 @@ class Gatherer:
             name: joined.take(name, shards, places, self._empty(len(places), kind.d_in, DTYPES[kind.dtype]))
             for name, kind in self._hook_points.items()
         }
-        if any(self._catalog.shards[number].storage == "bare" for number in located.touched):
+        if self._has_bare:
             check_finite_bare(rows, shards, places, self._catalog.shards)
         source = joined.provenance
 

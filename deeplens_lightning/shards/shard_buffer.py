@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning.shards.codec import quantize
+from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.format import DTYPES, Manifest
 from deeplens_lightning.shards.sidecar import Documents
 
@@ -77,3 +78,24 @@ class ShardBuffer:
     def _used(self, tensor: Tensor) -> Tensor:
         """The filled rows; a copy unless all are filled, because `torch.save` saves the whole storage of a view."""
         return tensor if self.filled == self.capacity else tensor[: self.filled].clone()
+
+
+def check_rows(manifest: Manifest, rows: Mapping[str, Tensor], count: int) -> None:
+    """Check that rows are those that a manifest describes.
+
+    Args:
+        manifest: the hook points, widths and dtypes.
+        rows: `(count, d_in)` by hook name.
+        count: number of rows.
+
+    Raises:
+        ShardError: hook points, shapes or dtypes differ.
+    """
+    if set(rows) != set(manifest.hook_points):
+        raise ShardError(f"got rows of {sorted(rows)}, the manifest says {sorted(manifest.hook_points)}")
+    for name, want in manifest.hook_points.items():
+        got, shape = rows[name], (count, want.d_in)
+        if got.dtype != DTYPES[want.dtype] or tuple(got.shape) != shape:
+            raise ShardError(
+                f"rows of {name} are {got.dtype} {tuple(got.shape)}, the manifest says {want.dtype} {shape}"
+            )

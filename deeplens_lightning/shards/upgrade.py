@@ -9,41 +9,40 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.folder import Folder
 from deeplens_lightning.shards.format import VERSION, Manifest
-from deeplens_lightning.shards.frame import read_frame
+from deeplens_lightning.shards.frame import Frame
 from deeplens_lightning.shards.index import Index, read_mark
 from deeplens_lightning.shards.names import INDEX, MANIFEST, done_name, shard_of, sidecar_name
 from deeplens_lightning.shards.sidecar import Written, read_sidecars
 
 
-def upgrade_cache(folder: Folder, manifest: Manifest, paths: Mapping[str, Path]) -> None:
+def upgrade_cache(folder: Folder, manifest: Manifest, frames: Mapping[str, Frame]) -> None:
     """Rewrite the JSON files of a cache.
 
     Args:
         folder: folder of the cache.
         manifest: its manifest.
-        paths: local path of every shard of the cache by file name, in order; their content was checked.
+        frames: frame of every shard of the cache by file name, in order; their content was checked.
 
     Raises:
-        ShardError: `paths` are only some of the shards, or another process is writing to the folder.
+        ShardError: `frames` are of only some of the shards, or another process is writing to the folder.
     """
     with _locked(folder, manifest):
         sizes = folder.sizes()
-        if {shard for name in sizes if (shard := shard_of(name)) is not None} != set(paths):
+        if {shard for name in sizes if (shard := shard_of(name)) is not None} != set(frames):
             raise ShardError(
                 f"{folder.where} can be upgraded only as a whole: give the folder, not single shards"
             )
-        old = [each.sidecar for each in read_sidecars(folder, sizes, list(paths), manifest)]
+        old = [each.sidecar for each in read_sidecars(folder, sizes, list(frames), manifest)]
         new = replace(
             manifest, version=VERSION, shard_rows=max((sidecar.rows for sidecar in old), default=None)
         )
         written = []
         for sidecar in old:
-            changed = replace(sidecar, manifest=new.identity, frame=read_frame(paths[sidecar.file]))
+            changed = replace(sidecar, manifest=new.identity, frame=frames[sidecar.file])
             written.append(Written(sidecar=changed, data=changed.dump()))
         for each in written:
             folder.write(sidecar_name(each.sidecar.file), each.data)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from deeplens_lightning.options import CACHE_BYTES
 from deeplens_lightning.shards.catalog import Catalog, Shard, list_shards
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
+from deeplens_lightning.shards.frame import read_frame
 from deeplens_lightning.shards.local_copies import LocalCopies, local_path
 from deeplens_lightning.shards.names import INDEX, done_name
 from deeplens_lightning.shards.open_folder import open_folder
@@ -97,7 +100,7 @@ def _check(catalog: Catalog, shard: Shard, hook: str | None, copies: LocalCopies
     if shard.storage == "bare":
         return
     found, lengths = Documents.of(opened.provenance.numpy()).arrays()
-    if found.tolist() != shard.document_hashes.tolist() or lengths.tolist() != shard.document_rows.tolist():
+    if not (np.array_equal(found, shard.document_hashes) and np.array_equal(lengths, shard.document_rows)):
         raise DamagedShardError(
             f"{shard.where} holds rows of other documents than its sidecar says, which decides what is held out. {FIX}"
         )
@@ -118,10 +121,10 @@ def _upgrade_all(catalog: Catalog, copies: LocalCopies) -> tuple[str, ...]:
     """Rewrite the caches of format version 1; the folders of those that were rewritten."""
     old = {where: manifest for where, manifest in catalog.manifests.items() if manifest.version == 1}
     for where, manifest in old.items():
-        shards = [shard for shard in catalog.shards if shard.folder.where == where]
-        paths = {
-            shard.file: local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
-            for shard in shards
-        }
-        upgrade_cache(open_folder(where), manifest, paths)
+        frames = {}
+        for shard in catalog.shards:
+            if shard.folder.where == where:
+                path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
+                frames[shard.file] = read_frame(path)
+        upgrade_cache(open_folder(where), manifest, frames)
     return tuple(old)

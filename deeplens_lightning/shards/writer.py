@@ -38,7 +38,7 @@ from deeplens_lightning.shards.recover import (
     folder_lost,
     is_done,
 )
-from deeplens_lightning.shards.shard_buffer import ShardBuffer
+from deeplens_lightning.shards.shard_buffer import ShardBuffer, check_rows
 from deeplens_lightning.shards.sidecar import Sidecar
 
 NonFinite = Literal["refuse", "drop"]
@@ -140,7 +140,11 @@ class ShardWriter:
                 are not those of the manifest.
         """
         with self._guard:
-            self._check_rows(rows, provenance)
+            if self.finished or self.complete:
+                raise ShardError(
+                    f"rank {self._rank} of {self._folder.where} is finished; nothing can be added to it"
+                )
+            check_rows(self._manifest, rows, len(provenance))
             if self._saving is not None and self._saving.done():
                 self._wait()
             if self._next.row < first_row:
@@ -264,13 +268,6 @@ class ShardWriter:
                 "free some space, write fewer rows, or use storage='int8'",
                 missing,
             )
-
-    def _check_rows(self, rows: Mapping[str, Tensor], provenance: Tensor) -> None:
-        if self.finished or self.complete:
-            raise ShardError(
-                f"rank {self._rank} of {self._folder.where} is finished; nothing can be added to it"
-            )
-        self._manifest.check_rows(rows, len(provenance))
 
     def _wanted(self, rows: Mapping[str, Tensor], provenance: Tensor, seen: int) -> Tensor:
         """Indices of the rows to write, int64 `(m,)`: without the first `seen` rows and without rows to drop."""
