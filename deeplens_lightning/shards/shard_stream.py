@@ -50,8 +50,8 @@ class ShardStream(Stream):
             batches go to them in turn, so their batches are disjoint and their epochs end at the same step.
         world_size: number of ranks that take turns.
         shuffle: `global` (all rows at once), `window` (some random stretches of consecutive rows at a time, for caches
-            larger than memory), `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and at most
-            `cache_bytes`, if it is remote), else `window`.
+            larger than memory), `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and
+            at most `cache_bytes`, if it is remote), else `window`.
         split: `train`, `val` or `all`.
         val_fraction: fraction of the documents that is held out.
         max_rows: serve at most this number of rows, from the documents with the lowest hashes.
