@@ -23,7 +23,8 @@ Isolation = Literal["packed", "padded", "equal", "none"]
 """
 
 Shuffle = Literal["auto", "global", "window", "none"]
-"""How cached rows are shuffled: over the whole cache, within windows of a few random shards, or not at all."""
+"""How cached rows are shuffled: over the whole cache, within windows of a few random stretches of rows, or not
+at all."""
 
 CACHE_BYTES = 10 * 2**30
 """Default limit for the local copies of remote shards, in bytes."""
@@ -94,8 +95,8 @@ class CacheOptions:
     """How cached rows are read.
 
     Args:
-        shuffle: `global` (over all rows), `window` (over a few random shards at a time, for caches larger than
-            memory), `none`, or `auto` (`global` if the cache fits in memory, otherwise `window`).
+        shuffle: `global` (over all rows), `window` (over a few random stretches of rows at a time, for caches larger
+            than memory), `none`, or `auto` (`global` if the cache fits in memory, otherwise `window`).
         checksums: compare every shard with its checksum when it is first read.
         dir: folder for local copies of remote shards; default a temporary folder.
         bytes: largest total size of those copies, in bytes.

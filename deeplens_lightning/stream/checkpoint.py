@@ -26,8 +26,8 @@ from deeplens_lightning.disk.records import (
     to_plain,
 )
 from deeplens_lightning.normalization import Scaling, scalings_state
+from deeplens_lightning.permutation import MAX_LENGTH
 from deeplens_lightning.shards.format import ADDED_ENTRIES
-from deeplens_lightning.stream.automatic_sizes import LEAST_BUFFER_BATCHES, MAX_BUFFER_ROWS
 from deeplens_lightning.stream.earlier_states import from_version_1
 from deeplens_lightning.stream.measured_statistics import Statistics
 from deeplens_lightning.types import STATE_VERSION, LivePosition, RankProgress, ShardPosition
@@ -112,7 +112,7 @@ class _Numbers:
 
     fingerprint: Mapping[str, str]
     position: LoaderPosition | None
-    buffer_rows: Positive | None
+    buffer_rows: Annotated[int, Within(1, MAX_LENGTH)] | None
     max_norms: Mapping[str, Annotated[float, Within(float_info.min, float_info.max)]]
 
 
@@ -141,17 +141,9 @@ class DataState:
             return
         if rows is None and isinstance(position.ranks[0].position, LivePosition):
             raise ValueError("buffer_rows is missing, and the position is that of a live stream")
-        if rows is None:
-            return
-        given = self.fingerprint.get("buffer_size", "")
-        most = (
-            int(given)
-            if given.isdecimal()
-            else max(MAX_BUFFER_ROWS, LEAST_BUFFER_BATCHES * position.batch_size)
-        )
-        if rows % position.batch_size or (given and rows > most):
+        if rows is not None and rows % position.batch_size:
             raise ValueError(
-                f"buffer_rows is {rows}, expected a multiple of batch_size={position.batch_size} and at most {most}"
+                f"buffer_rows is {rows}, expected a multiple of batch_size={position.batch_size}"
             )
 
     def to_state(self) -> dict[str, Any]:

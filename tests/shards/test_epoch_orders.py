@@ -119,8 +119,9 @@ def test_statistics_and_validation_rows_do_not_depend_on_the_number_of_shards(ca
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shuffle", ["global", "window"])
 def test_a_run_that_writes_a_cache_does_not_depend_on_its_checkpoints(
-    tiny: Callable[[str], str], tmp_path: Path
+    tiny: Callable[[str], str], tmp_path: Path, shuffle: Any
 ) -> None:
     rng, runs, batches = random.Random(0), [], 0
     for checkpoints in (0, 16, 59):
@@ -133,7 +134,7 @@ def test_a_run_that_writes_a_cache_does_not_depend_on_its_checkpoints(
             batch_size=32,
             buffer_size=64,
             inference_batch_size=1,
-            cache_options=CacheOptions(shuffle="global"),
+            cache_options=CacheOptions(shuffle=shuffle),
         )
         data.setup("fit")
         steps = set(rng.sample(range(1, batches + 5), checkpoints)) if batches else set()
