@@ -207,7 +207,11 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         self.serving.close(self.batch_size)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data after the last batch trained on, the fingerprint of the data and the scaling."""
+        """The position in the data after the last batch trained on, the fingerprint of the data and the scaling.
+
+        With `write_shards` on several ranks, all of them must call it.
+        """
+        self.serving.sync()
         state = self.serving.state(self.batch_size)
         return state.to_state() if state is not None else {}
 

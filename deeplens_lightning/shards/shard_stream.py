@@ -125,7 +125,7 @@ class ShardStream(Stream):
         split_set = split_rows(hashes, lengths, val_fraction, split, max_rows)
         self.rows = len(split_set)
         self._orders = EpochOrders(catalog=self.catalog, split=split_set, seed=seed)
-        self._stretch_rows = max(shard.rows for shard in shards)
+        self._stretch_rows = self.catalog.stretch_rows
         pinned = pin_memory and torch.cuda.is_available()
         self._gatherer = Gatherer(
             self.catalog, self.hook_points, split_set, self._copies, hook, checksums, pinned

@@ -194,11 +194,18 @@ class Serving:
             origins = loader.origins(batch)
         self.seen.before_move(batch, origins)
 
+    def sync(self) -> None:
+        """Save the rows of `write_shards` that were computed so far, on every rank; call it before saving a checkpoint.
+
+        A collective with `write_shards`: rank 0 must not save a checkpoint that counts rows which another rank would
+        lose if it were killed.
+        """
+        if self._loader is not None and self.settings.write_shards is not None:
+            on_every_rank(self._loader.stream.sync, self.activations.placement)
+
     def state(self, batch_size: int) -> DataState | None:
         """The state for a checkpoint: the position after the last batch trained on, and the fingerprint of the data."""
         position = self._loader.position() if self._loader is not None else None
-        if self._loader is not None:
-            self._loader.stream.sync()
         if self.opened is None or (position is None and self._state is not None):
             return self._state
         return DataState(
@@ -242,6 +249,7 @@ class Serving:
             if self._loader is not None:
                 released.callback(self._loader.stream.close)
                 released.callback(self._loader.close)
+                self._loader.stream.sync()
             self._state = self.state(batch_size)
 
     def _forget(self) -> None:

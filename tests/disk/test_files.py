@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 import os
-import signal
-from collections.abc import Callable
 from functools import partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 
-from deeplens_lightning.disk.files import make_folder, watch, write_whole
+from deeplens_lightning.disk.files import make_folder, write_whole
 from deeplens_lightning.reporting.run_folder import append_jsonl, read_jsonl
 from deeplens_lightning.sae.interop.files import fresh_folder
+from tests.support.kills import killed, steps_of
 
 PACKAGE = Path(__file__).parents[2] / "deeplens_lightning"
 CHANGING = {"write_text", "write_bytes", "unlink", "mkdir", "makedirs", "rmtree", "rename", "truncate"}
@@ -53,43 +52,12 @@ def test_every_change_of_a_disk_goes_through_one_module() -> None:
     assert set().union(*map(changes, files)) - KNOWN == set()
 
 
-def die(at: int, work: Callable[[], object]) -> None:
-    """Do some work, and die before its step `at`."""
-    steps = []
-
-    def step(*_: str) -> None:
-        if len(steps) == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        steps.append(1)
-
-    watch(step)
-    work()
-
-
-def count(work: Callable[[], object]) -> list[str]:
-    """Do some work; returns the names of its steps."""
-    steps: list[str] = []
-    watch(lambda step, path: steps.append(step))
-    try:
-        work()
-    finally:
-        watch(None)
-    return steps
-
-
-def killed(at: int, work: Callable[[], object], processes: ForkServerContext) -> None:
-    process = processes.Process(target=die, args=(at, work))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 def test_a_file_killed_at_any_step_holds_the_old_content_or_the_new(
     tmp_path: Path, processes: ForkServerContext
 ) -> None:
     old, new = b"old" * 10, b"new" * 1000
     path = tmp_path / "a" / "b" / "file.json"
-    steps = count(partial(write_whole, path, old))
+    steps = [step for step, _ in steps_of(partial(write_whole, path, old))]
     made = ["make folder", "sync folder"] * 2
     assert steps == [*made, "create", "write", "inside write", "sync", "replace", "sync folder"]
     for at in range(6):
@@ -137,7 +105,7 @@ def test_an_exported_folder_killed_at_any_step_is_whole_or_not_there(
 ) -> None:
     counted = tmp_path / "counted" / "sae"
     export(counted, 1.0)
-    steps = count(partial(export, counted, 2.0))
+    steps = [step for step, _ in steps_of(partial(export, counted, 2.0))]
     assert steps.count("replace") == 2
     for at in range(1, len(steps) + 1):
         folder = tmp_path / str(at) / "sae"

@@ -42,8 +42,10 @@ LOSSES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("last", [False, True], ids=["at a shard", "at the end"])
+@pytest.mark.parametrize(
+    ("loss", "last"),
+    [*((loss, False) for loss in LOSSES), ("removed", True), ("replaced by the same cache", True)],
+)
 def test_a_lost_folder_is_noticed_and_not_made_again(tmp_path: Path, loss: str, last: bool) -> None:
     folder = tmp_path / "parent" / "acts"
     rows, provenance = make_rows(1200)

@@ -96,6 +96,30 @@ def start(job: Job, processes: ForkServerContext) -> Ended:
     return Ended(codes=codes, steps=steps, log="\n".join(logs))
 
 
+def steps_of(work: Callable[[], object]) -> list[Step]:
+    """Do some work in this process; returns its steps."""
+    steps = Steps(None)
+    watch(steps)
+    try:
+        work()
+    finally:
+        watch(None)
+    return steps.seen
+
+
+def killed(at: int, work: Callable[[], object], processes: ForkServerContext) -> None:
+    """Do some work in a process that kills itself before its step `at`."""
+    process = processes.Process(target=_die, args=(at, work))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _die(at: int, work: Callable[[], object]) -> None:
+    watch(Steps(at))
+    work()
+
+
 def extract(folder: Path, model: str, ranks: int) -> None:
     """Write a cache of several shards."""
     dm = data(model, texts(12), hook="mlp_out", val_fraction=0.0, val_rows=0)
