@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
 
+from deeplens_lightning.disk.mistakes import naming
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 
 if sys.platform != "win32":
@@ -146,7 +147,8 @@ class LocalFolder:
         """Write a small file so that readers see all of it or nothing."""
         staged = self.stage(f"{name}-{uuid4().hex}")  # several ranks may write the same manifest at once
         try:
-            staged.write_bytes(content)
+            with naming(self.path / name):
+                staged.write_bytes(content)
             self.publish(staged, name)
         finally:
             staged.unlink(missing_ok=True)
@@ -158,7 +160,7 @@ class LocalFolder:
 
     def publish(self, staged: Path, name: str) -> None:
         """Flush the staged file to the disk, rename it, then flush the rename."""
-        with staged.open("rb+") as file:
+        with staged.open("rb+") as file, naming(self.path / name):
             os.fsync(file.fileno())
         staged.replace(self.path / name)
         if os.name == "posix":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deeplens_lightning.options import CACHE_BYTES
 from deeplens_lightning.shards.catalog import Catalog, Shard, open_catalog
-from deeplens_lightning.shards.errors import DamagedShardError, ShardError
+from deeplens_lightning.shards.errors import DamagedShardError, ShardError, UnreachableError
 from deeplens_lightning.shards.gather import check_sum
 from deeplens_lightning.shards.local_copies import LocalCopies, local_path
 from deeplens_lightning.shards.paths import ShardPath
@@ -47,6 +47,9 @@ def verify(
             of these; local or fsspec URLs.
         hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
         cache_bytes: limit on the local copies of remote shards, in bytes.
+
+    Raises:
+        UnreachableError: a server refuses, fails or does not answer while shards are read.
     """
     copies = LocalCopies(max_bytes=cache_bytes)
     try:
@@ -64,13 +67,15 @@ def verify(
 def _problem(catalog: Catalog, shard: Shard, hook: str | None, copies: LocalCopies) -> str | None:
     """What is wrong with a shard; None if nothing is."""
     try:
-        path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
-        check_sum(shard, path)
-        if shard.storage == "bare":
-            [rows] = open_bare(path, hook).rows.values()
-            _check_finite(shard.where, rows)
-        else:
-            open_shard(path, catalog.hook_points, shard.storage, shard.rows)
+        with local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies) as path:
+            check_sum(shard, path)
+            if shard.storage == "bare":
+                [rows] = open_bare(path, hook).rows.values()
+                _check_finite(shard.where, rows)
+            else:
+                open_shard(path, catalog.hook_points, shard.storage, shard.rows)
+    except UnreachableError:
+        raise  # the shards after this one cannot be read either
     except ShardError as error:
         return str(error)
     return None

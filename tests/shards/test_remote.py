@@ -55,6 +55,11 @@ def serve(paths, **kwargs):
     return batches
 
 
+def copied(copies, folder, name, size, sha256):
+    with copies.opened(folder, name, size, sha256) as path:
+        return path
+
+
 def assert_equal(some, others):
     assert len(some) == len(others)
     for one, other in zip(some, others, strict=True):
@@ -227,7 +232,7 @@ def test_deleting_an_old_copy_waits_until_it_is_fetched(url, tmp_path):
     copies = LocalCopies(tmp_path, max_bytes=2 * size + 10)
     for number in range(9):
         copies.fetch(folder, shard_name(0, number), size, None)
-    path = copies.get(folder, shard_name(0, 8), size, None)
+    path = copied(copies, folder, shard_name(0, 8), size, None)
     assert path.stat().st_size == size
     copies.close()
     assert sum(1 for _ in tmp_path.rglob("*.pt")) <= 2
@@ -241,7 +246,7 @@ def test_copies_of_earlier_runs_count_and_the_oldest_are_deleted_first(tmp_path)
     sizes = folder.sizes()
     names = [shard_name(0, number) for number in range(6)]
     earlier = LocalCopies(tmp_path)
-    paths = [earlier.get(folder, name, sizes[name], None) for name in names[:4]]
+    paths = [copied(earlier, folder, name, sizes[name], None) for name in names[:4]]
     earlier.close()
     unfinished = paths[0].with_name(".writing-of-a-killed-run")
     unfinished.write_bytes(bytes(100))
@@ -250,12 +255,12 @@ def test_copies_of_earlier_runs_count_and_the_oldest_are_deleted_first(tmp_path)
     for age, path in enumerate((unfinished, paths[2], paths[0], paths[3], paths[1])):
         os.utime(path, (age, age))
     copies = LocalCopies(tmp_path, max_bytes=sum(sizes[name] for name in names[:4]) + 50)
-    copies.get(folder, names[0], sizes[names[0]], None)
+    copied(copies, folder, names[0], sizes[names[0]], None)
     assert not unfinished.exists()
     assert all(path.exists() for path in paths)
-    copies.get(folder, names[4], sizes[names[4]], None)
+    copied(copies, folder, names[4], sizes[names[4]], None)
     assert [path.exists() for path in paths] == [True, True, False, True]
-    copies.get(folder, names[5], sizes[names[5]], None)
+    copied(copies, folder, names[5], sizes[names[5]], None)
     assert [path.exists() for path in paths] == [True, True, False, False]
     copies.close()
     assert other.exists()
@@ -267,10 +272,10 @@ def test_a_copy_that_another_stream_deleted_is_fetched_again(tmp_path):
     folder = RemoteFolder(url)
     name, size = shard_name(0, 0), folder.sizes()[shard_name(0, 0)]
     one, other = LocalCopies(tmp_path, max_bytes=size), LocalCopies(tmp_path, max_bytes=size)
-    path = one.get(folder, name, size, None)
+    path = copied(one, folder, name, size, None)
     content = path.read_bytes()
-    other.get(folder, shard_name(0, 1), size, None)
+    copied(other, folder, shard_name(0, 1), size, None)
     path.unlink(missing_ok=True)
-    assert one.get(folder, name, size, None).read_bytes() == content
+    assert copied(one, folder, name, size, None).read_bytes() == content
     one.close()
     other.close()
