@@ -32,7 +32,7 @@ from deeplens_lightning.shards.folder import TEMPORARY, Folder, LocalFolder
 
 _SUBFOLDER = re.compile("[0-9a-f]{16}")
 """Names of the folders that `LocalCopies` makes, one for each remote folder."""
-_FINAL_SIZE = re.compile(rf"{re.escape(TEMPORARY)}(\d+)-")
+_FINAL_SIZE = re.compile(rf"{re.escape(TEMPORARY)}.*-(\d+)")
 _POLL = 0.05
 """Seconds between looks at what another process is fetching or has locked."""
 
@@ -200,10 +200,10 @@ class LocalCopies:
         Returns:
             The empty file, open and locked; None while another process fetches it, or others need all the space.
         """
-        part = wanted.path.with_name(f"{TEMPORARY}{wanted.size}-{wanted.name}")
+        part = wanted.path.with_name(f"{TEMPORARY}{wanted.name}-{wanted.size}")
         with locked(self._directory / ".lock"):
             wanted.path.parent.mkdir(exist_ok=True)
-            copies = _on_disk(self._directory)
+            copies = _on_disk(self._directory, wanted.path)
             used = sum(size for _, size in copies)
             for path, size in copies:
                 unfinished = path.name.startswith(TEMPORARY)
@@ -242,18 +242,17 @@ class LocalCopies:
                 )
 
 
-def _on_disk(directory: Path) -> list[tuple[Path, int]]:
-    """Paths and sizes in bytes of unfinished files, then of copies, the least recently used first."""
-    found: list[tuple[bool, int, Path, int]] = []
+def _on_disk(directory: Path, wrong: Path) -> list[tuple[Path, int]]:
+    """Paths and sizes in bytes of unfinished files, then of copies: the wrong one, then the least recently used."""
+    found: list[tuple[bool, bool, int, Path, int]] = []
     for path in [*directory.glob("*/*"), *directory.glob("rank*/*/*")]:  # the latter by earlier versions
-        if _SUBFOLDER.fullmatch(path.parent.name):
-            copy, unfinished = path.suffix == ".pt", path.name.startswith(TEMPORARY)
-            with suppress(FileNotFoundError):
-                if unfinished or copy:
-                    stat, final = path.stat(), _FINAL_SIZE.match(path.name)
-                    size = max(stat.st_size, int(final[1])) if final else stat.st_size
-                    found.append((not unfinished, stat.st_atime_ns, path, size))
-    return [(path, size) for _, _, path, size in sorted(found)]
+        unfinished = path.name.startswith(TEMPORARY)
+        if _SUBFOLDER.fullmatch(path.parent.name) and (unfinished or path.suffix == ".pt"):
+            with suppress(FileNotFoundError):  # another process may rename it
+                stat, final = path.stat(), _FINAL_SIZE.fullmatch(path.name)
+                size = max(stat.st_size, int(final[1])) if final else stat.st_size
+                found.append((not unfinished, path != wrong, stat.st_atime_ns, path, size))
+    return [(path, size) for *_, path, size in sorted(found)]
 
 
 def _version(stat: stat_result) -> tuple[int, int]:
