@@ -121,11 +121,13 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
     _refuse_d_in(words)
 
     class NamedCheckpoints(TorchCheckpointIO):
+        """Lightning's, with the file's name in the error of a full disk."""
+
         def save_checkpoint(
-            self, checkpoint: dict[str, Any], path: str | PathLike[str], **kwargs: Any
+            self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
         ) -> None:
             with naming(path):
-                super().save_checkpoint(checkpoint, path, **kwargs)
+                super().save_checkpoint(checkpoint, path, storage_options)
 
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -13,31 +13,16 @@ from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.names import INDEX, shard_name, sidecar_name
 from deeplens_lightning.shards.remote import RemoteFolder
 from tests.support.caches import WIDE, feed, make_rows, manifest, one_epoch, write_cache
+from tests.support.storage_servers import s3_server
 
 SHARD = 700 * manifest().row_bytes
 
 
 @pytest.fixture(scope="module")
 def s3():
-    """The endpoint of an S3 server with a bucket `bucket`."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    given = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in given.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    """The environment of an S3 server with a bucket `bucket`."""
+    with s3_server():
         yield
-        fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "s3"])
