@@ -13,8 +13,12 @@ from contextlib import contextmanager
 from os import PathLike, fspath, strerror
 from pkgutil import resolve_name
 
+_TIMEOUTS = (
+    "asyncio:TimeoutError", "concurrent.futures:TimeoutError", "botocore.exceptions:ConnectTimeoutError",
+    "botocore.exceptions:ReadTimeoutError", "httpx:TimeoutException",
+)  # fmt: skip
 _OF_STORAGE = (
-    "asyncio:TimeoutError", "concurrent.futures:TimeoutError", "http.client:HTTPException", "aiohttp:ClientError",
+    *_TIMEOUTS, "http.client:HTTPException", "aiohttp:ClientError",
     "botocore.exceptions:BotoCoreError", "botocore.exceptions:ClientError", "botocore.parsers:ResponseParserError",
     "httpx:HTTPError", "urllib3.exceptions:HTTPError", "google.auth.exceptions:GoogleAuthError", "gcsfs.retry:HttpError",
     "azure.core.exceptions:AzureError", "paramiko:SSHException",
@@ -53,6 +57,11 @@ _ADVICE = {
     errno.ENETUNREACH: _NETWORK,
 }
 _LOCAL = {number for number, advice in _ADVICE.items() if advice is not _NETWORK} - {errno.EIO, errno.ESTALE}
+
+
+def timeouts() -> tuple[type[Exception], ...]:
+    """Errors of a request that was not answered in time."""
+    return (TimeoutError, *_imported(_TIMEOUTS))
 
 
 def storage_errors() -> tuple[type[Exception], ...]:

@@ -20,7 +20,7 @@ WAITS = (1.0, 4.0)
 """Seconds before the second and the third try of a failed request; then its error is raised."""
 
 
-class SilentError(Exception):
+class SilentError(TimeoutError):
     """A request was given up because nothing had happened for some time."""
 
 

@@ -18,11 +18,11 @@ from uuid import uuid4
 import fsspec
 
 from deeplens_lightning.disk.locks import TemporaryFolder
-from deeplens_lightning.disk.mistakes import NO_SPACE, naming, sentence, storage_errors
+from deeplens_lightning.disk.mistakes import NO_SPACE, naming, sentence, storage_errors, timeouts
 from deeplens_lightning.options import TIMEOUT
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError, UnreachableError
 from deeplens_lightning.shards.folder import TEMPORARY, Lock
-from deeplens_lightning.shards.patience import SilentError, patiently
+from deeplens_lightning.shards.patience import patiently
 
 T = TypeVar("T")
 
@@ -279,10 +279,10 @@ def ask(
         return patiently(request, seconds, progress)
     except FileNotFoundError:
         raise
-    except SilentError as error:
+    except timeouts() as error:
         raise UnreachableError(
-            f"{where} cannot be {done}: the server sent nothing for {seconds:,.0f} seconds. Check the address and the "
-            "network, or raise cache_options.timeout (timeout= of ShardStream); then run the same command again"
+            f"{where} cannot be {done}: the server was given up after {seconds:,.3g} seconds without a byte. Check the address "
+            "and the network, or raise cache_options.timeout (timeout= of ShardStream); then run the same command again"
         ) from error
     except (ValueError, NotImplementedError) as error:
         reason = str(error).strip() or "its file system does not support this"

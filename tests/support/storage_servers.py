@@ -1,4 +1,4 @@
-"""Real servers of files on this machine: S3, HTTP, and a proxy in front of either that drops, damages or delays answers."""
+"""Servers of files on this machine: S3, HTTP, and a proxy in front of one that drops, damages or delays answers."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class _ProxyHandler(BaseHTTPRequestHandler):
         for name, value in headers:
             if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
                 self.send_header(name, value)
-        given = dict((name.lower(), value) for name, value in headers).get("content-length")
+        given = {name.lower(): value for name, value in headers}.get("content-length")
         self.send_header("Content-Length", given if self.command == "HEAD" and given else str(length))
         self.end_headers()
         if self.command == "HEAD":
@@ -127,7 +127,7 @@ class _ProxyHandler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.proxy.released.wait()
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _any  # noqa: N815
 
     def _forwarded(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(self.proxy.upstream, timeout=60)
