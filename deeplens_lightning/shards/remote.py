@@ -79,7 +79,11 @@ class RemoteFolder:
         found = {entry["name"].rsplit("/", 1)[-1]: entry for entry in entries if entry["type"] == "file"}
         names = [name for name in sorted(found) if name and name[0] not in ".?#"]
         unknown = [name for name in names if found[name]["size"] is None]
-        for name, size in zip(unknown, self._pieces("listed", self._fs.sizes, unknown), strict=True):
+        try:
+            counted = self._pieces("listed", self._count, unknown)
+        except FileNotFoundError as error:
+            raise DamagedShardError(f"a file of {self.where} is missing: {error}") from error
+        for name, size in zip(unknown, counted, strict=True):
             if size is None:
                 raise UnreachableError(
                     f"{self.where}/{name} cannot be used: the server does not say how large it is. Copy the folder to a "
@@ -184,6 +188,14 @@ class RemoteFolder:
         self._fs.invalidate_cache()
         return list(self._fs.ls(self._root, detail=True))
 
+    def _count(self, paths: list[str]) -> list[int | None]:
+        try:
+            return list(self._fs.sizes(paths))
+        except FileNotFoundError as error:
+            if error.__cause__ is not None:  # fsspec says so of HTTP servers that fail or do not answer, too
+                raise error.__cause__ from None
+            raise
+
     def _cat(self, paths: list[str]) -> list[bytes]:
         if len(paths) == 1:
             return [self._fs.cat_file(paths[0])]
@@ -281,8 +293,8 @@ def ask(
         raise
     except timeouts() as error:
         raise UnreachableError(
-            f"{where} cannot be {done}: the server was given up after {seconds:,.3g} seconds without a byte. Check the address "
-            "and the network, or raise cache_options.timeout (timeout= of ShardStream); then run the same command again"
+            f"{where} cannot be {done}: the server was given up after {seconds:,.3g} seconds without a byte. Check the "
+            "address and the network, or raise cache_options.timeout (timeout= of ShardStream); then run the same command again"
         ) from error
     except (ValueError, NotImplementedError) as error:
         reason = str(error).strip() or "its file system does not support this"

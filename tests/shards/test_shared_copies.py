@@ -113,6 +113,7 @@ def test_validating_in_mid_epoch_deletes_no_copy_that_training_needs(
     assert on_disk(tmp_path / "copies") <= 2 * SHARD
 
 
+@pytest.mark.slow
 def test_two_streams_of_one_process_share_a_folder(served: tuple[str, Path], tmp_path: Path) -> None:
     url, folder = served
     options: dict[str, Any] = {"batch_size": 50, "shuffle": "window", "window_bytes": SHARD}
@@ -127,6 +128,7 @@ def test_two_streams_of_one_process_share_a_folder(served: tuple[str, Path], tmp
         stream.close()
 
 
+@pytest.mark.slow
 def test_ranks_share_one_bound(served: tuple[str, Path], tmp_path: Path) -> None:
     url, _ = served
     ranks = [

@@ -20,20 +20,23 @@ from deeplens_lightning.shards.remote import RemoteFolder
 from tests.support.caches import WIDE, feed, make_rows, manifest, one_epoch, write_cache
 from tests.support.storage_servers import FaultyProxy, faulty_proxy, http_server, s3_server
 
-Open = Callable[[], tuple[str, Path]]
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[FaultyProxy]:
-    with s3_server(AWS_MAX_ATTEMPTS="1") as upstream, faulty_proxy(upstream) as proxy:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", proxy.url)
-            fsspec.filesystem("s3").clear_instance_cache()
-            yield proxy
-            proxy.released.set()
+    with (
+        s3_server(AWS_MAX_ATTEMPTS="1") as upstream,
+        faulty_proxy(upstream) as proxy,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        fsspec.filesystem("s3").clear_instance_cache()
+        yield proxy
+        proxy.released.set()
 
 
-@pytest.fixture(params=[pytest.param("s3", marks=pytest.mark.slow), "http"])
+@pytest.fixture(params=[pytest.param("s3", marks=SLOW), "http"])
 def served(
     request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[str, Path, FaultyProxy]]:
@@ -84,7 +87,9 @@ def said(error: pytest.ExceptionInfo[BaseException]) -> str:
     return text
 
 
-@pytest.mark.parametrize("fault", ["drop", "500", "503", "truncated", "slow"])
+@pytest.mark.parametrize(
+    "fault", ["drop", "truncated", *(pytest.param(name, marks=SLOW) for name in ("500", "503", "slow"))]
+)
 def test_a_fault_that_passes_changes_no_row(served: tuple[str, Path, FaultyProxy], fault: str) -> None:
     url, folder, proxy = served
     proxy.fault = first(fault)
@@ -106,8 +111,12 @@ def test_a_download_that_arrives_short_or_altered_is_fetched_once_more(
     said(error)
 
 
-@pytest.mark.parametrize("ending", ["/acts", MANIFEST, ".pt"])
-@pytest.mark.parametrize("fault", ["drop", "500", "truncated"])
+@pytest.mark.parametrize(
+    "ending", [".pt", pytest.param("/acts", marks=SLOW), pytest.param(MANIFEST, marks=SLOW)]
+)
+@pytest.mark.parametrize(
+    "fault", ["500", pytest.param("drop", marks=SLOW), pytest.param("truncated", marks=SLOW)]
+)
 def test_a_fault_that_stays_is_one_sentence_with_the_url(
     served: tuple[str, Path, FaultyProxy], fault: str, ending: str
 ) -> None:
@@ -125,7 +134,11 @@ def test_a_fault_that_stays_is_one_sentence_with_the_url(
 
 @pytest.mark.parametrize(
     ("fault", "ending"),
-    [("silent", "/acts"), ("silent", MANIFEST), ("silent", "000001.pt"), ("stuck", "000001.pt")],
+    [
+        ("silent", "000001.pt"),
+        *(pytest.param("silent", ending, marks=SLOW) for ending in ("/acts", MANIFEST)),
+        pytest.param("stuck", "000001.pt", marks=SLOW),
+    ],
 )
 def test_a_server_that_sends_nothing_is_given_up(
     served: tuple[str, Path, FaultyProxy], fault: str, ending: str
@@ -142,7 +155,7 @@ def test_a_server_that_sends_nothing_is_given_up(
     assert said(error).startswith(url)
 
 
-@pytest.mark.slow
+@SLOW
 def test_an_upload_that_is_not_answered_is_given_up(s3: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"s3://bucket/{uuid.uuid4().hex}/acts"
     s3.fault = lambda method, path, _: "silent" if method == "PUT" and path.endswith(".pt") else None
@@ -162,7 +175,7 @@ def test_an_upload_that_is_not_answered_is_given_up(s3: FaultyProxy, monkeypatch
         s3.fault = lambda *_: None
 
 
-@pytest.mark.slow
+@SLOW
 def test_the_interpreter_ends_while_a_server_is_silent(tmp_path: Path) -> None:
     folder = tmp_path / "acts"
     write_cache(folder, n=2000, shard_rows=700)
