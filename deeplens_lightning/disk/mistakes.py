@@ -25,6 +25,12 @@ _OF_STORAGE = (
 )  # fmt: skip
 """Errors of libraries for storage that are not OSErrors, as `module:class`."""
 
+_OF_LIBRARIES = (
+    "lightning.fabric.utilities.exceptions:MisconfigurationException",
+    "datasets.exceptions:DatasetsError",
+)
+"""Errors with which other libraries say that a setting or a dataset is wrong, or that a disk is full."""
+
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Error numbers of a disk that is full, a quota that is used up, and a file that may not grow further."""
 _FREE = "free some space there or give another folder, then run the same command again"
@@ -70,9 +76,8 @@ def storage_errors() -> tuple[type[Exception], ...]:
 
 
 def mistakes() -> tuple[type[Exception], ...]:
-    """All errors that are said in one sentence: `storage_errors`, wrong values, missing packages, Lightning's own."""
-    lightning = _imported(("lightning.fabric.utilities.exceptions:MisconfigurationException",))
-    return (ValueError, ModuleNotFoundError, *lightning, *storage_errors())
+    """All errors that are said in one sentence: `storage_errors`, wrong values, missing packages, those of libraries."""
+    return (ValueError, ModuleNotFoundError, *_imported(_OF_LIBRARIES), *storage_errors())
 
 
 def may_pass(error: BaseException) -> bool:
@@ -94,6 +99,12 @@ def sentence(error: BaseException) -> str:
         advice = _ADVICE.get(error.errno, _NETWORK if not places else "give another path, or try again")
         return f"{': '.join([*places, reason])}: {advice}"
     text = str(error).strip()
+    if (
+        isinstance(error.__cause__, OSError)
+        and error.__cause__.errno in _LOCAL
+        and not isinstance(error, ValueError)
+    ):
+        return f"{text.rstrip('.') or type(error).__name__}: {sentence(error.__cause__)}"
     if isinstance(error, PermissionError) and not error.filename:
         return f"{text or 'not allowed'}: check the credentials and the permissions"
     if isinstance(error, ValueError) or (

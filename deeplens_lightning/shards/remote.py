@@ -294,7 +294,7 @@ def ask(
     except timeouts() as error:
         raise UnreachableError(
             f"{where} cannot be {done}: the server was given up after {seconds:,.3g} seconds without a byte. Check the "
-            "address and the network, or raise cache_options.timeout (timeout= of ShardStream); then run the command again"
+            "address and the network, or raise cache_options.timeout (timeout= of ShardStream), and run the command again"
         ) from error
     except (ValueError, NotImplementedError) as error:
         reason = str(error).strip() or "its file system does not support this"
