@@ -120,7 +120,7 @@ def test_the_rank_that_lightning_started_the_others_from_exits_with_143(
 def test_extract_stopped_by_sigterm_keeps_its_rows_and_exits_with_143(
     words: list[str], tmp_path: Path
 ) -> None:
-    out, many = tmp_path / "acts", write_jsonl(tmp_path / "many.jsonl", texts(80, 900) * 400)
+    out, many = tmp_path / "acts", write_jsonl(tmp_path / "many.jsonl", texts(80, 900) * 60)
     data = [word for word in words if word.startswith("--data") and "dataset_name" not in word]
     given = ["extract", *data, f"--data.dataset_name={many}", f"--out={out}", "--shard_bytes=100000"]
     process = subprocess.Popen([*MODULE, *given], cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -12,7 +12,7 @@ from deeplens_lightning.shards import DamagedShardError, ShardError, ShardStream
 from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.names import INDEX, shard_name, sidecar_name
 from deeplens_lightning.shards.remote import RemoteFolder
-from tests.support.caches import WIDE, feed, make_rows, manifest, one_epoch, write_cache
+from tests.support.caches import WIDE, feed, make_rows, manifest, on_disk, one_epoch, write_cache
 from tests.support.storage_servers import s3_server
 
 SHARD = 700 * manifest().row_bytes
@@ -91,7 +91,7 @@ def test_local_copies_stay_within_their_bound_and_are_deleted_at_the_end(url, tm
     assert stream.start().shuffle == "window"
     most = 0
     for _ in one_epoch(stream):
-        most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.pt")))
+        most = max(most, on_disk(tmp_path))
     assert shard * 3 < most <= bound
     stream.close()
     with pytest.raises(

@@ -19,7 +19,7 @@ from deeplens_lightning.shards import ShardStream
 from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.names import shard_name
 from deeplens_lightning.shards.remote import RemoteFolder
-from tests.support.caches import NARROW, WIDE, manifest, one_epoch, write_cache
+from tests.support.caches import NARROW, WIDE, manifest, on_disk, one_epoch, write_cache
 from tests.support.storage_servers import faulty_proxy, http_server
 
 SHARD_ROWS = 300
@@ -41,16 +41,6 @@ def read(where: str, out: Path, **options: Any) -> None:
     rows = [batch.rows[WIDE] for epoch in range(2) for batch in one_epoch(stream, epoch)]
     torch.save(torch.cat(rows), out)
     stream.close()
-
-
-def on_disk(folder: Path) -> int:
-    found = 0
-    for path in folder.rglob("*"):
-        try:
-            found += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # deleted since it was listed
-            continue
-    return found
 
 
 @pytest.mark.slow
