@@ -28,6 +28,8 @@ at all."""
 
 CACHE_BYTES = 10 * 2**30
 """Default limit for the local copies of remote shards, in bytes."""
+TIMEOUT = 60.0
+"""Default time after which a server that sends nothing is given up, in seconds."""
 
 P = ParamSpec("P")
 S = TypeVar("S")
@@ -99,13 +101,16 @@ class CacheOptions:
             than memory), `none`, or `auto` (`global` if the cache fits in memory, otherwise `window`).
         checksums: compare every shard with its checksum when it is first read.
         dir: folder for local copies of remote shards; default a temporary folder.
-        bytes: largest total size of those copies, in bytes.
+        bytes: largest total size of those copies, in bytes: of all runs and ranks that use the same folder, and of what
+            earlier runs left there.
+        timeout: seconds without a byte after which a server is given up, in listing, reading, downloading and uploading.
     """
 
     shuffle: Shuffle = "auto"
     checksums: bool = False
     dir: str | None = None
     bytes: int = CACHE_BYTES
+    timeout: float = TIMEOUT
 
 
 def changed(settings: Any, usual: Any) -> dict[str, Any]:

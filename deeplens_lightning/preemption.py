@@ -12,13 +12,14 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -31,9 +32,9 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 class Preemption(Checkpoint):
     """Saves a checkpoint at the end of a batch after SIGTERM or after SLURM's requeue signal to any rank.
 
-    - SIGTERM: writes `preempted.ckpt`, then stops training by raising `SIGTERMException`, as Lightning does. Where
-      Lightning requeues SLURM jobs it ignores SIGTERM; there the file is written and training continues until the job
-      ends.
+    - SIGTERM: writes `preempted.ckpt`, then stops training by raising `SIGTERMException`, as Lightning does. A process
+      that does not catch it exits with 143 (128 + 15), not with Lightning's 0. Where Lightning requeues SLURM jobs it
+      ignores SIGTERM; there the file is written and training continues until the job ends.
     - The requeue signal of Lightning's `SLURMEnvironment` (SIGUSR1 unless changed): runs Lightning's own handler, which
       saves its checkpoint and requeues the job, at the end of the batch instead of in the middle of it.
 
@@ -100,7 +101,7 @@ class Preemption(Checkpoint):
             if number == signal.SIGTERM:
                 self._save(trainer)
                 if _requeue_signal(trainer) is None:
-                    raise SIGTERMException
+                    stop_by_sigterm(trainer)
             elif callable(handler := self._before.get(number)):
                 handler(number, None)  # Lightning's: saves and requeues
 
@@ -154,6 +155,18 @@ class _FlagsOfRanks:
     def close(self) -> None:
         """Free the group; every reduction was read."""
         dist.destroy_process_group(self._group)
+
+
+def stop_by_sigterm(trainer: Trainer) -> NoReturn:
+    """End this process's part of a run as Lightning does after SIGTERM, with the exit code 143 instead of 0.
+
+    Raises:
+        SIGTERMException: always.
+    """
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.procs.clear()  # Lightning would kill this process as soon as another rank has exited with a code above 0
+    raise SIGTERMException(128 + signal.SIGTERM)
 
 
 def default_preemption(trainer: Trainer) -> list[Callback]:

@@ -80,6 +80,7 @@ def overview() -> str:
             *_table(OWN_COMMANDS),
             "",
             "deeplens-lightning COMMAND --help shows the options of a command; --traceback shows where an error arose.",
+            "Exit codes: 0 done; 1 or 2 an error; 130 stopped by Ctrl-C; 143 stopped by SIGTERM, after saving.",
         ]
     )
 

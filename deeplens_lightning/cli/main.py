@@ -1,18 +1,20 @@
 """The command line: Lightning's subcommands, and the commands of this package.
 
 Experiments are YAML files, such as `deeplens-lightning fit --config configs/quickstart.yaml`. An error
-that the user can correct is one sentence; `--traceback` before the command shows where it arose.
+that the user can correct is one sentence; `--traceback` before the command shows where it arose. docs/pages/running.md
+lists the exit codes.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from deeplens_lightning.cli.help import (
     GROUPS,
@@ -23,6 +25,7 @@ from deeplens_lightning.cli.help import (
     group_help,
     overview,
 )
+from deeplens_lightning.disk.mistakes import mistakes, naming, sentence
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -35,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: command and options; default those of the process.
 
     Raises:
-        SystemExit: with 1 or 2 and one sentence, for an error that the user can correct.
+        SystemExit: with 1 or 2 and one sentence, for an error that the user can correct; with 130 after Ctrl-C and 143
+            after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     show_traceback = "--traceback" in words[:1]
@@ -43,10 +47,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with _program_arguments(words):
             _run(words)
-    except _user_errors() as error:
+    except KeyboardInterrupt:
+        if show_traceback:
+            raise
+        _stop(signal.SIGINT, "stopped by Ctrl-C")
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # Lightning has shut down and exits with 1
+            _stop(signal.SIGINT, "stopped by Ctrl-C")
+        if isinstance(error, _imported_sigterm()):
+            _stop(signal.SIGTERM, "stopped by SIGTERM")
+        raise
+    except mistakes() as error:
         if show_traceback:
             raise
         sys.exit(f"error: {_sentence(error)}")
+
+
+def _stop(number: signal.Signals, text: str) -> NoReturn:
+    """Print a line and exit as a shell reports a process that a signal ended: with 128 plus its number."""
+    print(text, file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _imported_sigterm() -> type[SystemExit] | tuple[()]:
+    """Lightning's exception for SIGTERM, if Lightning is imported."""
+    if "lightning.pytorch" not in sys.modules:
+        return ()
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    return SIGTERMException
 
 
 def _run(words: list[str]) -> None:
@@ -80,15 +109,25 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
     import jsonargparse
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+    from lightning.pytorch.plugins.io import TorchCheckpointIO
 
     from deeplens_lightning.callbacks.summary import FitSummary
     from deeplens_lightning.callbacks.throughput import Throughput
     from deeplens_lightning.cli.newest_checkpoint import with_newest
     from deeplens_lightning.cli.parser import CommandParser
-    from deeplens_lightning.preemption import default_preemption
+    from deeplens_lightning.preemption import Preemption
 
     words = with_newest(sys.argv[1:] if words is None else words)
     _refuse_d_in(words)
+
+    class NamedCheckpoints(TorchCheckpointIO):
+        """Lightning's, with the file's name in the error of a full disk."""
+
+        def save_checkpoint(
+            self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+        ) -> None:
+            with naming(path):
+                super().save_checkpoint(checkpoint, path, storage_options)
 
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -100,8 +139,13 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
             """Leave the settings in the checkpoint of `--ckpt_path` unused; the SAE refuses one with other settings."""
 
         def before_fit(self) -> None:
-            """Save when a cluster ends the job, with a LightningModule of any class."""
-            self.trainer.callbacks.extend(default_preemption(self.trainer))  # type: ignore[attr-defined]
+            """Save at the end of a batch after SIGTERM; name the file where a checkpoint cannot be saved."""
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            present = any(isinstance(callback, Preemption) for callback in callbacks)
+            if self.trainer.checkpoint_callbacks and not present:
+                callbacks.append(Preemption())
+            if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                self.trainer.strategy.checkpoint_io = NamedCheckpoints()
 
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with _program_arguments(words):
@@ -168,17 +212,7 @@ def _run_own(command: str, words: list[str]) -> None:
     FUNCTIONS[command](**given.as_dict())
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Errors with which the package and Lightning report what the user has to change."""
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from deeplens_lightning.shards.errors import DiskFullError
-
-    missing = (FileNotFoundError, FileExistsError, ModuleNotFoundError)
-    return (ValueError, *missing, DiskFullError, MisconfigurationException)
-
-
 def _sentence(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
+    text = sentence(error)
     inner = re.search(r"Errors:\n\s*- (.+)", text)  # the constructor's own error, wrapped by jsonargparse
     return inner.group(1) if inner else text

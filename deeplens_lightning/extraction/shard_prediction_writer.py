@@ -6,14 +6,18 @@ In: the model batches of an `Extraction`. Out: a cache, in which each rank write
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from tqdm.auto import tqdm
 
+from deeplens_lightning.preemption import Handler, stop_by_sigterm
 from deeplens_lightning.shards.writer import SHARD_BYTES, NonFinite, ShardWriter
 from deeplens_lightning.stream.document_order import Extraction, ModelRows
 
@@ -33,7 +37,8 @@ class ShardPredictionWriter(Callback):
 
     The Trainer needs a data module of type `ExtractionData`, such as `ExtractionDataModule`, and the module
     `PassThrough`. Nothing is kept in memory beyond two shards. If the folder holds an incomplete cache of the same
-    settings, writing continues after its last finished shard; if the cache is complete, no model runs.
+    settings, writing continues after its last finished shard; if the cache is complete, no model runs. After SIGTERM each
+    rank saves its rows at the end of the model batch and stops as after a `Preemption`, with the exit code 143.
 
     Attributes:
         writer: the open `ShardWriter`, after `setup`.
@@ -68,6 +73,8 @@ class ShardPredictionWriter(Callback):
         self._bar: tqdm[Any] | None = None
         self._tokens = 0
         self._begun = 0.0
+        self._terminated = False
+        self._before: Handler = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Open the cache and set the row at which the extraction begins.
@@ -98,8 +105,17 @@ class ShardPredictionWriter(Callback):
         extraction.resume = None if done else self.writer.resume
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show the progress bar."""
+        """Show the progress bar, and replace Lightning's handler of SIGTERM, which would have no effect."""
         writer, extraction = self._ready()
+        if threading.current_thread() is threading.main_thread():
+
+            def note(number: int, _frame: FrameType | None) -> None:
+                launcher = trainer.strategy.launcher
+                if launcher is not None and not self._terminated:
+                    launcher.kill(number)  # the ranks that Lightning started
+                self._terminated = True
+
+            self._terminated, self._before = False, signal.signal(signal.SIGTERM, note)
         self._tokens, self._begun = 0, time.perf_counter()
         if writer.complete and trainer.is_global_zero:
             tqdm.write(f"{self.folder} is complete: nothing to write")
@@ -125,6 +141,7 @@ class ShardPredictionWriter(Callback):
 
         Raises:
             TypeError: the module returned something else than its batch.
+            SIGTERMException: the process has received SIGTERM; all rows so far are saved.
         """
         writer, _ = self._ready()
         rows = outputs
@@ -141,6 +158,9 @@ class ShardPredictionWriter(Callback):
             self._bar.set_postfix_str(
                 f"{rate:,.0f} tokens/s, {writer.nbytes / 2**20:,.0f} MiB", refresh=False
             )
+        if self._terminated:
+            writer.sync()
+            stop_by_sigterm(trainer)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finish the cache; save the rows of an incomplete one if a limit of the Trainer ended the prediction."""
@@ -169,6 +189,9 @@ class ShardPredictionWriter(Callback):
         return self.writer, self._extraction
 
     def _close(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
         if self.writer is not None:
             self.writer.close()
         if self._bar is not None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deeplens_lightning.options import TIMEOUT
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.folder import Folder
 from deeplens_lightning.shards.format import Manifest, Rows, differences
@@ -117,7 +118,8 @@ def open_catalog(
         paths: one or several folders that `extract` wrote, `.pt` files, folders of bare `.pt` files, or globs of any
             of these; local or fsspec URLs.
         hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
-        copies: where remote bare tensors are copied to; None if all paths are local.
+        copies: where remote bare tensors are copied to, with the time after which a server is given up; None if all
+            paths are local.
 
     Raises:
         ShardError: there are no rows, or the shards are of different models, hook points, widths or dtypes.
@@ -134,7 +136,7 @@ def list_shards(
     Raises:
         ShardError: which shards there are cannot be known, or none is left.
     """
-    groups = group_paths(paths)
+    groups = group_paths(paths, _timeout(copies))
     parts = [_open_folder(where, files, hook, copies, refuse) for where, files in groups.items()]
     _check_alike(parts, refuse)
     catalog = Catalog(
@@ -155,10 +157,14 @@ def _raise(error: ShardError) -> None:
     raise error
 
 
+def _timeout(copies: LocalCopies | None) -> float:
+    return TIMEOUT if copies is None else copies.timeout
+
+
 def _open_folder(
     where: str, files: list[str] | None, hook: str | None, copies: LocalCopies | None, refuse: Refuse
 ) -> Catalog:
-    folder = open_folder(where)
+    folder = open_folder(where, timeout=_timeout(copies))
     sizes = folder.sizes()
     if MANIFEST in sizes:
         return _open_cache(folder, sizes, files, refuse)
@@ -242,8 +248,8 @@ def _bare_rows(
     """What a file with a bare tensor holds, and the number of its rows."""
     if name not in sizes:
         raise DamagedShardError(f"{folder.where}/{name} is missing: copy it again, or leave it out")
-    path = local_path(folder, name, sizes[name], None, copies)
-    [(found, rows)] = open_bare(path, hook).rows.items()
+    with local_path(folder, name, sizes[name], None, copies) as path:
+        [(found, rows)] = open_bare(path, hook).rows.items()
     return {found: Rows(d_in=rows.shape[1], dtype=DTYPE_NAMES[rows.dtype])}, len(rows)
 
 

@@ -11,6 +11,10 @@ class DamagedShardError(ShardError):
     """A file of a cache is missing, truncated, altered, or not a shard."""
 
 
+class UnreachableError(ShardError):
+    """A server or file system refuses, fails or does not answer, after some tries."""
+
+
 class OtherConfigError(ShardError):
     """The folder holds a cache of another configuration; the message lists the differences."""
 

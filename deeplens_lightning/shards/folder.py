@@ -24,6 +24,7 @@ from deeplens_lightning.disk.files import (
     sync,
     sync_file,
 )
+from deeplens_lightning.disk.mistakes import naming
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 
 if sys.platform != "win32":
@@ -163,7 +164,7 @@ class LocalFolder:
         """Write a small file so that readers see all of it or nothing."""
         staged = self.stage(f"{name}-{uuid4().hex}")  # several ranks may write the same manifest at once
         try:
-            with create(staged) as file:
+            with naming(self.path / name), create(staged) as file:
                 file.write(content)
                 sync(file)
             replace(staged, self.path / name)
@@ -176,8 +177,9 @@ class LocalFolder:
 
     def publish(self, staged: Path, name: str) -> None:
         """Flush the staged file to the disk, rename it, then flush the rename."""
-        sync_file(staged)
-        replace(staged, self.path / name)
+        with naming(self.path / name):
+            sync_file(staged)
+            replace(staged, self.path / name)
 
     def remove(self, name: str) -> None:
         """Delete a file if it exists."""

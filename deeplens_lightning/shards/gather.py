@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning.shards.catalog import Catalog, Shard
+from deeplens_lightning.shards.changes import OpenFiles
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.folder import LocalFolder
 from deeplens_lightning.shards.format import DTYPES, Rows
@@ -74,6 +75,7 @@ class Gatherer:
         self._starts = shard_starts(catalog.shards)
         self._firsts = rows.count_below(self._starts)
         self._open: dict[int, OpenShard] = {}
+        self._files = OpenFiles()
         self._joined: JoinedShards | None = None
         self._checked: set[int] = set()
         self._near: list[int] = []
@@ -87,6 +89,8 @@ class Gatherer:
         if near == self._near:
             return
         self._near = near
+        self._files.check()
+        self._files.keep(near)
         self._open = {number: shard for number, shard in self._open.items() if number in near}
         self._joined = None
         for number in near:
@@ -95,6 +99,7 @@ class Gatherer:
     def close(self) -> None:
         """Close all shards, except those whose provenance can still be asked for."""
         self._open.clear()
+        self._files.keep([])
         self._joined = None
 
     def locate(self, ordinals: Integers) -> Located:
@@ -125,9 +130,10 @@ class Gatherer:
             `(n, 4)`. The first call reads it, and may come at any time, also after `move_to` and `close`.
 
         Raises:
-            DamagedShardError: a shard is missing or damaged.
+            DamagedShardError: a shard is missing or damaged, or was changed while it was open.
         """
         shards, places = located.shards, located.rows
+        self._files.check_sometimes()
         joined = self._opened(located.touched)
         rows = {
             name: joined.take(name, shards, places, self._empty(len(places), kind.d_in, DTYPES[kind.dtype]))
@@ -157,11 +163,12 @@ class Gatherer:
 
     def _mapped(self, number: int) -> OpenShard:
         shard = self._catalog.shards[number]
-        path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, self._copies)
-        if self._checksums and number not in self._checked:
-            check_sum(shard, path)
-            self._checked.add(number)
-        return open_listed(shard, path, self._catalog.hook_points, self._bare_hook)
+        with local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, self._copies) as path:
+            self._files.note(number, path, shard.where, replaceable=not isinstance(shard.folder, LocalFolder))
+            if self._checksums and number not in self._checked:
+                check_sum(shard, path)
+                self._checked.add(number)
+            return open_listed(shard, path, self._catalog.hook_points, self._bare_hook)
 
     def _read_ahead(self, shard: Shard) -> None:
         if not isinstance(shard.folder, LocalFolder):

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeAlias
 
-import fsspec
-
+from deeplens_lightning.options import TIMEOUT
 from deeplens_lightning.shards.errors import ShardError
+from deeplens_lightning.shards.remote import ask, open_file_system
 
 ShardPath: TypeAlias = str | os.PathLike[str]
 """A folder that `extract` wrote, a `.pt` file, a folder of such files, or a glob; local or an fsspec URL."""
@@ -20,23 +20,28 @@ def is_remote(where: str) -> bool:
     return "://" in where and not where.startswith(("file://", "local://"))
 
 
-def group_paths(paths: ShardPath | Iterable[ShardPath]) -> dict[str, list[str] | None]:
+def group_paths(
+    paths: ShardPath | Iterable[ShardPath], timeout: float = TIMEOUT
+) -> dict[str, list[str] | None]:
     """Group paths by folder.
 
     Args:
         paths: one or several; globs are expanded.
+        timeout: seconds without a byte after which a server is given up.
 
     Returns:
         By folder, the names of the `.pt` files to read in it; None for all of them.
 
     Raises:
-        ShardError: there is no path, or one matches nothing.
+        ShardError: there is no path, one matches nothing, or is not a path.
+        UnreachableError: a server refuses, fails or does not answer.
+        OSError: a folder on this machine cannot be listed.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise ShardError("shards= is empty: give a folder, a glob, a .pt file, or a list of them")
     groups: dict[str, list[str] | None] = {}
-    for where in [found for path in given for found in _expand(str(path))]:
+    for where in [found for path in given for found in _expand(str(path), timeout)]:
         if not where.endswith(".pt"):
             groups[where] = None
             continue
@@ -47,18 +52,27 @@ def group_paths(paths: ShardPath | Iterable[ShardPath]) -> dict[str, list[str] |
     return groups
 
 
-def _expand(where: str) -> list[str]:
+def _expand(where: str, timeout: float) -> list[str]:
     if is_remote(where):
         if not any(sign in where for sign in "*?["):
             return [where.rstrip("/")]
-        fs, pattern = fsspec.core.url_to_fs(where)
-        found = [fs.unstrip_protocol(match) for match in sorted(fs.glob(pattern))]
+        fs, pattern = open_file_system(where, timeout)
+        matches = ask(where, "listed", lambda: sorted(fs.glob(pattern)), timeout)
+        found = [fs.unstrip_protocol(match) for match in matches]
     else:
-        path = Path(where.removeprefix("file://")).expanduser()
-        if path.exists():
-            return [str(path)]
-        root = Path(path.anchor)
-        found = [str(match) for match in sorted(root.glob(str(path.relative_to(root))))]
+        try:
+            path = Path(where.removeprefix("file://")).expanduser()
+            if path.exists():
+                return [str(path)]
+            root = Path(path.anchor)
+            found = [str(match) for match in sorted(root.glob(str(path.relative_to(root))))]
+        except (
+            ValueError,
+            RuntimeError,
+        ) as error:  # a zero byte, `a**b`, or `~` of a user that does not exist
+            raise ShardError(
+                f"{where!r} is not a path: {error}. Give a folder, a glob or a .pt file"
+            ) from error
     found = [path for path in found if path.endswith(".pt") or not Path(path).suffix] or found
     if not found:
         raise ShardError(

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from deeplens_lightning.options import CACHE_BYTES, Shuffle
+from deeplens_lightning.options import CACHE_BYTES, TIMEOUT, Shuffle
 from deeplens_lightning.shards.catalog import Catalog, open_catalog
 from deeplens_lightning.shards.epoch_orders import EpochOrders, stretches
 from deeplens_lightning.shards.errors import ShardError
@@ -62,7 +62,8 @@ class ShardStream(Stream):
         drop_last: leave out the smaller batch at the end of an epoch.
         checksums: compare every local shard with its checksum when it is first read (remote ones always are).
         cache_dir: folder for copies of remote shards; by default a temporary folder.
-        cache_bytes: limit on those copies, in bytes.
+        cache_bytes: limit on those copies, in bytes, for all ranks and runs that use `cache_dir` together.
+        timeout: seconds without a byte after which a server is given up.
         pin_memory: serve batches in pinned memory, from which a CUDA device copies asynchronously; ordinary memory if
             torch finds no CUDA device.
 
@@ -101,6 +102,7 @@ class ShardStream(Stream):
         checksums: bool = False,
         cache_dir: str | Path | None = None,
         cache_bytes: int = CACHE_BYTES,
+        timeout: float = TIMEOUT,
         pin_memory: bool = False,
     ) -> None:
         if shuffle not in get_args(Shuffle):
@@ -112,8 +114,8 @@ class ShardStream(Stream):
                 "batch_size must be at least 1 and rank between 0 and world_size - 1, got "
                 f"batch_size={batch_size}, rank={rank}, world_size={world_size}"
             )
-        copies = Path(cache_dir) / f"rank{rank}" if cache_dir is not None else None
-        self._copies = LocalCopies(copies, cache_bytes)
+        copies = Path(cache_dir) if cache_dir is not None else None
+        self._copies = LocalCopies(copies, cache_bytes, timeout)
         self.catalog = paths if isinstance(paths, Catalog) else open_catalog(paths, hook, self._copies)
         self.hook_points = chosen_hook_points(self.catalog, only)
         self.d_in = {name: rows.d_in for name, rows in self.hook_points.items()}

@@ -9,7 +9,7 @@ import numpy as np
 
 from deeplens_lightning.options import CACHE_BYTES
 from deeplens_lightning.shards.catalog import Catalog, Shard, list_shards
-from deeplens_lightning.shards.errors import DamagedShardError, ShardError
+from deeplens_lightning.shards.errors import DamagedShardError, ShardError, UnreachableError
 from deeplens_lightning.shards.frame import read_frame
 from deeplens_lightning.shards.local_copies import LocalCopies, local_path
 from deeplens_lightning.shards.names import INDEX, done_name
@@ -61,6 +61,7 @@ def verify(
 
     Raises:
         ShardError: a cache that is to be rewritten is being written by another process, or not given as a whole.
+        UnreachableError: a server refuses, fails or does not answer while shards are read.
     """
     given = [paths] if isinstance(paths, str) or not isinstance(paths, Iterable) else list(paths)
     copies = LocalCopies(max_bytes=cache_bytes)
@@ -73,6 +74,8 @@ def verify(
         for shard in catalog.shards:
             try:
                 _check(catalog, shard, hook, copies)
+            except UnreachableError:
+                raise  # the shards after this one cannot be read either
             except ShardError as error:
                 problems.append(str(error))
         problems += [problem for where in catalog.manifests for problem in _missing_marks(catalog, where)]
@@ -91,9 +94,9 @@ def verify(
 
 def _check(catalog: Catalog, shard: Shard, hook: str | None, copies: LocalCopies) -> None:
     """Check the content of a shard; raise a ShardError if something is wrong."""
-    path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
-    check_sum(shard, path)
-    opened = open_listed(shard, path, catalog.hook_points, hook)
+    with local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies) as path:
+        check_sum(shard, path)
+        opened = open_listed(shard, path, catalog.hook_points, hook)
     for rows in (*opened.rows.values(), *opened.scales.values()):
         if rows.is_floating_point():
             check_finite(shard.where, rows if rows.ndim == 2 else rows.unsqueeze(1))
@@ -124,7 +127,7 @@ def _upgrade_all(catalog: Catalog, copies: LocalCopies) -> tuple[str, ...]:
         frames = {}
         for shard in catalog.shards:
             if shard.folder.where == where:
-                path = local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies)
-                frames[shard.file] = read_frame(path)
+                with local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, copies) as path:
+                    frames[shard.file] = read_frame(path)
         upgrade_cache(open_folder(where), manifest, frames)
     return tuple(old)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning.disk.files import remove
+from deeplens_lightning.options import TIMEOUT
 from deeplens_lightning.shards.checksum import save_hashed
 from deeplens_lightning.shards.errors import DiskFullError, NonFiniteError, ShardError
 from deeplens_lightning.shards.folder import Folder, Lock
@@ -64,6 +65,7 @@ class ShardWriter:
         shard_bytes: size of a shard in bytes.
         nonfinite: what to do with rows that hold NaN or infinity: `refuse` raises an error, `drop` leaves them out.
         expected_rows: number of rows that the rank will write, to check the free space first; None if not known.
+        timeout: seconds without a byte after which a server is given up.
 
     Attributes:
         complete: whether every rank has finished and all shards exist, so that nothing is left to write.
@@ -91,6 +93,7 @@ class ShardWriter:
         shard_bytes: int = SHARD_BYTES,
         nonfinite: NonFinite = "refuse",
         expected_rows: int | None = None,
+        timeout: float = TIMEOUT,
     ) -> None:
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite={nonfinite!r} is unknown; choose 'refuse' or 'drop'")
@@ -99,7 +102,7 @@ class ShardWriter:
                 f"rank must be between 0 and {manifest.world_size - 1} (manifest.world_size is {manifest.world_size}), "
                 f"got {rank}"
             )
-        self._folder: Folder = open_folder(where, f"rank{rank:05d}")
+        self._folder: Folder = open_folder(where, f"rank{rank:05d}", timeout)
         self._manifest = manifest
         self._rank = rank
         self._nonfinite = nonfinite

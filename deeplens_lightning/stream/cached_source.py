@@ -57,7 +57,8 @@ class CachedSettings:
         Raises:
             ShardError: nothing is there, a shard is damaged, or the shards do not belong together.
         """
-        copies = LocalCopies(max_bytes=self.given.cache_options.bytes)
+        options = self.given.cache_options
+        copies = LocalCopies(max_bytes=options.bytes, timeout=options.timeout)
         try:
             return open_catalog(self._shards, self.bare_hook, copies)
         finally:
@@ -268,6 +269,7 @@ class CachedActivations:
             checksums=options.checksums,
             cache_dir=options.dir,
             cache_bytes=options.bytes,
+            timeout=options.timeout,
             pin_memory=placement.batch_device.type == "cuda",
         )
 

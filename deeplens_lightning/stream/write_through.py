@@ -167,7 +167,9 @@ class WriteThroughStream:
 
     def _open(self) -> ShardWriter:
         if self._writer is None:
-            self._writer = ShardWriter(self.folder, self.manifest, rank=self.live.rank)
+            self._writer = ShardWriter(
+                self.folder, self.manifest, rank=self.live.rank, timeout=self.options.timeout
+            )
             heldout = self.heldout()
             self._heldout_rows = len(heldout)
             if self._writer.finished and not self._writer.complete:
@@ -205,6 +207,7 @@ class WriteThroughStream:
                 checksums=self.options.checksums,
                 cache_dir=self.options.dir,
                 cache_bytes=self.options.bytes,
+                timeout=self.options.timeout,
                 pin_memory=self.placement.batch_device.type == "cuda",
             )
         return self._shards

@@ -150,11 +150,11 @@ def test_the_command_line_adds_it_for_a_module_of_any_class(tmp_path: Path) -> N
         "--trainer.accelerator=cpu",
         f"--trainer.default_root_dir={tmp_path}",
     ]
-    for devices, expected in ((1, 0), (2, 1)):
+    for devices in (1, 2):
         cli = lightning_cli([*words, f"--trainer.devices={devices}", "--trainer.strategy=ddp"], run=False)
         cli.before_fit()  # type: ignore[attr-defined]
         cli.before_fit()  # type: ignore[attr-defined]
-        assert sum(isinstance(callback, Preemption) for callback in cli.trainer.callbacks) == expected
+        assert sum(isinstance(callback, Preemption) for callback in cli.trainer.callbacks) == 1
 
 
 def test_a_fit_in_a_thread_says_that_signals_are_not_seen(tiny: Any, tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """`trainer.predict` with `ShardPredictionWriter` writes a cache: interrupted, continued, and on several ranks."""
 
 import random
+import signal
 import time
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from deeplens_lightning.extraction.shard_prediction_writer import PassThrough, ShardPredictionWriter
 from deeplens_lightning.model.isolation import relative_error
@@ -15,6 +17,7 @@ from tests.support.extraction import TinyDataModule, make_extraction
 from tests.support.extraction import extract as extract_as_rank
 from tests.support.models import save_model
 from tests.support.ranks import launch
+from tests.support.signalling import SendSignal
 from tests.support.texts import texts, write_jsonl
 from tests.support.training import trainer
 
@@ -208,3 +211,20 @@ def test_two_ranks_write_what_one_writes(inputs, whole, tmp_path):
     assert torch.equal(provenance[order], of_two[order_of_two])
     for name in NAMES:
         assert relative_error(by_two[name][order_of_two], rows[name][order]).max() < 1e-5
+
+
+def test_sigterm_saves_all_rows_and_the_same_command_continues(inputs, whole, tmp_path):
+    writer = ShardPredictionWriter(tmp_path / "acts", shard_bytes=10**8, show_progress=False)
+    run = trainer(tmp_path, callbacks=[SendSignal(signal.SIGTERM, batch=2), writer])
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SIGTERMException) as stopped:
+        run.predict(PassThrough(), datamodule=TinyDataModule(*inputs), return_predictions=False)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert writer.writer.shards == 1  # not full, but saved
+    assert writer.writer.rows > 0
+    assert not writer.writer.finished
+    continued = extract(tmp_path / "acts", inputs)
+    assert continued.shards > 1
+    assert continued.complete
+    assert_identical(tmp_path / "acts", whole)

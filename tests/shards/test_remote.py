@@ -12,32 +12,17 @@ from deeplens_lightning.shards import DamagedShardError, ShardError, ShardStream
 from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.names import INDEX, done_name, shard_name, sidecar_name
 from deeplens_lightning.shards.remote import RemoteFolder
-from tests.support.caches import WIDE, feed, make_rows, manifest, one_epoch, write_cache
+from tests.support.caches import WIDE, feed, make_rows, manifest, on_disk, one_epoch, write_cache
+from tests.support.storage_servers import s3_server
 
 SHARD = 700 * manifest().row_bytes
 
 
 @pytest.fixture(scope="module")
 def s3():
-    """The endpoint of an S3 server with a bucket `bucket`."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    given = {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "none",
-        "AWS_SECRET_ACCESS_KEY": "none",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in given.items():
-            patch.setenv(name, value)
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
+    """The environment of an S3 server with a bucket `bucket`."""
+    with s3_server():
         yield
-        fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -53,6 +38,11 @@ def serve(paths, **kwargs):
     batches = list(one_epoch(stream))
     stream.close()
     return batches
+
+
+def copied(copies, folder, name, size, sha256):
+    with copies.opened(folder, name, size, sha256) as path:
+        return path
 
 
 def assert_equal(some, others):
@@ -101,7 +91,7 @@ def test_local_copies_stay_within_their_bound_and_are_deleted_at_the_end(url, tm
     assert stream.start().shuffle == "window"
     most = 0
     for _ in one_epoch(stream):
-        most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*.pt")))
+        most = max(most, on_disk(tmp_path))
     assert shard * 3 < most <= bound
     stream.close()
     with pytest.raises(
@@ -228,7 +218,7 @@ def test_deleting_an_old_copy_waits_until_it_is_fetched(url, tmp_path):
     copies = LocalCopies(tmp_path, max_bytes=2 * size + 10)
     for number in range(9):
         copies.fetch(folder, shard_name(0, number), size, None)
-    path = copies.get(folder, shard_name(0, 8), size, None)
+    path = copied(copies, folder, shard_name(0, 8), size, None)
     assert path.stat().st_size == size
     copies.close()
     assert sum(1 for _ in tmp_path.rglob("*.pt")) <= 2
@@ -242,7 +232,7 @@ def test_copies_of_earlier_runs_count_and_the_oldest_are_deleted_first(tmp_path)
     sizes = folder.sizes()
     names = [shard_name(0, number) for number in range(6)]
     earlier = LocalCopies(tmp_path)
-    paths = [earlier.get(folder, name, sizes[name], None) for name in names[:4]]
+    paths = [copied(earlier, folder, name, sizes[name], None) for name in names[:4]]
     earlier.close()
     unfinished = paths[0].with_name(".writing-of-a-killed-run")
     unfinished.write_bytes(bytes(100))
@@ -251,12 +241,12 @@ def test_copies_of_earlier_runs_count_and_the_oldest_are_deleted_first(tmp_path)
     for age, path in enumerate((unfinished, paths[2], paths[0], paths[3], paths[1])):
         os.utime(path, (age, age))
     copies = LocalCopies(tmp_path, max_bytes=sum(sizes[name] for name in names[:4]) + 50)
-    copies.get(folder, names[0], sizes[names[0]], None)
+    copied(copies, folder, names[0], sizes[names[0]], None)
     assert not unfinished.exists()
     assert all(path.exists() for path in paths)
-    copies.get(folder, names[4], sizes[names[4]], None)
+    copied(copies, folder, names[4], sizes[names[4]], None)
     assert [path.exists() for path in paths] == [True, True, False, True]
-    copies.get(folder, names[5], sizes[names[5]], None)
+    copied(copies, folder, names[5], sizes[names[5]], None)
     assert [path.exists() for path in paths] == [True, True, False, False]
     copies.close()
     assert other.exists()
@@ -268,10 +258,10 @@ def test_a_copy_that_another_stream_deleted_is_fetched_again(tmp_path):
     folder = RemoteFolder(url)
     name, size = shard_name(0, 0), folder.sizes()[shard_name(0, 0)]
     one, other = LocalCopies(tmp_path, max_bytes=size), LocalCopies(tmp_path, max_bytes=size)
-    path = one.get(folder, name, size, None)
+    path = copied(one, folder, name, size, None)
     content = path.read_bytes()
-    other.get(folder, shard_name(0, 1), size, None)
+    copied(other, folder, shard_name(0, 1), size, None)
     path.unlink(missing_ok=True)
-    assert one.get(folder, name, size, None).read_bytes() == content
+    assert copied(one, folder, name, size, None).read_bytes() == content
     one.close()
     other.close()

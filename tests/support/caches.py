@@ -108,6 +108,17 @@ def read_back(where: str | Path) -> tuple[dict[str, Tensor], Tensor]:
     )
 
 
+def on_disk(folder: Path) -> int:
+    """Bytes of all files in a folder, which another thread or process may delete meanwhile."""
+    found = 0
+    for path in folder.rglob("*"):
+        try:
+            found += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # deleted since it was listed
+            continue
+    return found
+
+
 def write_here(folder: str, rows: int, file_limit: int | None = None, stop: int | None = None) -> None:
     """Start or continue a cache of `make_rows(rows)`.
 
