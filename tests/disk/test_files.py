@@ -23,6 +23,8 @@ KNOWN = {
     ("shards/remote.py", "rm"),
     ("shards/remote.py", "mv"),
     ("shards/folder.py", "copyfile"),  # a download, which is announced by who asks for it
+    ("disk/locks.py", "open"),  # files that are locked and never read
+    ("disk/locks.py", "rmtree"),  # temporary folders
     ("cli/doctor/ranks.py", "open"),  # a log in a temporary folder
     ("reporting/drawing.py", "savefig"),  # to a file that `write_whole` opened
     ("reporting/figures.py", "imsave"),
