@@ -95,7 +95,7 @@ class KeptWeights:
         """Save the last weights unless they are in a file already. A collective: every rank calls it."""
         self.last = Weights.now(trainer)
         if saves_checkpoints(trainer):
-            with _epoch_to_continue(trainer):
+            with epoch_to_continue(trainer):
                 path, exists = from_rank_zero(trainer, lambda: self._target(trainer))
                 if not exists:
                     trainer.save_checkpoint(path)
@@ -115,7 +115,7 @@ class KeptWeights:
                 f"{type(trainer.strategy).__name__} needs all ranks to save, and some may have failed: the last "
                 "weights are lost; save checkpoints often with ModelCheckpoint"
             )
-        with _epoch_to_continue(trainer):
+        with epoch_to_continue(trainer):
             path, exists = self._target(trainer)
             if not exists:
                 # `trainer.save_checkpoint` is the same and then waits for all ranks.
@@ -181,8 +181,8 @@ def _epochs(checkpoint: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _epoch_to_continue(trainer: Trainer) -> Iterator[None]:
-    """Count an epoch that a stop has cut short as begun, while its checkpoint is made.
+def epoch_to_continue(trainer: Trainer) -> Iterator[None]:
+    """Count an epoch that a stop has cut short as begun, while checkpoints are made.
 
     Lightning counts it as trained when it stops, and would begin the next epoch after a resume.
     """

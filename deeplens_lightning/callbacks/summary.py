@@ -20,6 +20,7 @@ from deeplens_lightning.activation_data import activation_data, data_parallel_ra
 from deeplens_lightning.callbacks.final_weights import (
     KeptWeights,
     Weights,
+    epoch_to_continue,
     read_checkpoint,
     saves_checkpoints,
 )
@@ -118,9 +119,10 @@ class FitSummary(Callback):
         assert self._kept is not None
         self._kept.save(trainer)
         if self._validates_again(trainer):
-            trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            with epoch_to_continue(trainer):  # a `ModelCheckpoint` may save
+                trainer.validating = True
+                trainer.fit_loop.epoch_loop.val_loop.run()
+                trainer.training = True
             self._pause()
 
     def _validates_again(self, trainer: Trainer) -> bool:

@@ -152,7 +152,7 @@ def test_the_named_file_gives_the_figures_of_the_summary(
     printed = "".join(capsys.readouterr().out.split()).replace("│", "")
     assert f"step{figures}:{summary['figures']['file']}" in printed
     assert f"step{last}:{summary['last']['file']}" in printed
-    assert newest_checkpoint(tmp_path) == Path(summary["last"]["file"])
+    assert saved_step(str(newest_checkpoint(tmp_path))) == last
 
 
 def _on_two_ranks(rank: int, ranks: int, folder: Path, lm: str) -> None:
@@ -197,7 +197,7 @@ def test_a_best_file_whose_monitored_value_is_older_is_not_shown_with_it(tiny: A
     best = keep(tmp_path, monitor="val/fvu", every_n_train_steps=7)
     summary, _ = fit(tmp_path, tiny("gpt2"), best, max_steps=14, **IN_STEPS)
     (shown,) = summary["best"]
-    assert shown["step"] == 7
+    assert shown["step"] == 14, "saved with the figure of step 10"
     assert shown["value_is_older"]
 
 
@@ -244,7 +244,8 @@ def test_a_failure_to_save_is_logged_and_the_first_error_is_raised(
 
     with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
         patch.setattr(L.pytorch.plugins.io.TorchCheckpointIO, "save_checkpoint", full)
-        summary, _ = fit(tmp_path, tiny("gpt2"), At(15, fail), raises=RuntimeError, max_steps=20, **IN_STEPS)
+        callbacks = (keep(tmp_path, save_top_k=0), At(15, fail))
+        summary, _ = fit(tmp_path, tiny("gpt2"), *callbacks, raises=RuntimeError, max_steps=20)
     assert "saving the last weights after RuntimeError" in caplog.text
     assert summary["last"]["file"] is None
     assert summary["last"]["why_not"] == "no checkpoint was saved at this step"
@@ -326,6 +327,7 @@ class Validations(L.Callback):
 
 @pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_file_of_a_stopped_run_resumes_bit_for_bit(
     where: str, checkpoints: bool, tiny: Any, tmp_path: Path
 ) -> None:
@@ -333,7 +335,7 @@ def test_the_file_of_a_stopped_run_resumes_bit_for_bit(
 
     def run(name: str, *callbacks: L.Callback, **more: Any) -> tuple[Any, ...]:
         recorder, validations = Recorder(), Validations()
-        kept = [keep(tmp_path / name)] if checkpoints else []
+        kept = [keep(tmp_path / name)] if checkpoints else [keep(tmp_path / name, save_top_k=0)]
         summary, run = fit(
             tmp_path / name, tiny("gpt2"), recorder, validations, *kept, *callbacks,
             data_options=data_options, **options, **more,
@@ -351,6 +353,7 @@ def test_the_file_of_a_stopped_run_resumes_bit_for_bit(
         assert torch.equal(value, again.lightning_module.state_dict()[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_the_file_of_an_exception_resumes_bit_for_bit(tiny: Any, tmp_path: Path) -> None:
     whole, cut, rest = Recorder(), Recorder(), Recorder()
     fit(tmp_path / "whole", tiny("gpt2"), whole)
