@@ -137,7 +137,9 @@ class KeptWeights:
         """A checkpoint of the last weights that a resume continues from exactly, and True; or a free path, and False."""
         self.note(trainer)
         assert self.last is not None
-        epochs = trainer.fit_loop.epoch_progress.current.processed
+        epochs: float = trainer.fit_loop.epoch_progress.current.processed
+        if trainer.max_epochs == -1 and trainer.num_training_batches == float("inf"):
+            epochs = float("inf")  # the number of the epoch changes nothing
         for path, saved in self._checkpoints():
             full = "optimizer_states" in saved
             if full and _epochs(saved) <= epochs and self.last.are_in(saved):
