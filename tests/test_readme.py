@@ -43,11 +43,13 @@ def test_the_quickstart_command_names_the_quickstart_config() -> None:
 
 def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
     code = block("python").replace("max_steps=300", "max_steps=3")
-    assert len([line for line in code.splitlines() if line.strip()]) == 5 - 1
+    assert len([line for line in code.splitlines() if line.strip()]) == 6
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600
     )
     assert out.returncode == 0, out.stderr[-2000:]
+    assert (tmp_path / "summary.json").is_file() or list(tmp_path.rglob("summary.json"))
+    assert "weights" in out.stdout
 
 
 @pytest.mark.slow

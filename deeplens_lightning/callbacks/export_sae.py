@@ -52,7 +52,12 @@ class ExportSAE(Callback):
         written: the folders.
     """
 
-    def __init__(self, format: Format = "saelens", folder: str | Path = "sae", overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        format: Format = "saelens",  # noqa: A002  the word that a user looks for
+        folder: str | Path = "sae",
+        overwrite: bool = False,
+    ) -> None:
         if format not in get_args(Format):
             raise ValueError(f"format={format!r} must be one of {', '.join(map(repr, get_args(Format)))}")
         if format == "hub":

@@ -137,7 +137,8 @@ class KeptWeights:
         """A checkpoint of the last weights that a resume continues from exactly, and True; or a free path, and False."""
         self.note(trainer)
         assert self.last is not None
-        epochs: float = trainer.fit_loop.epoch_progress.current.processed
+        current: Any = trainer.fit_loop.epoch_progress.current
+        epochs: float = current.processed
         if trainer.max_epochs == -1 and trainer.num_training_batches == float("inf"):
             epochs = float("inf")  # the number of the epoch changes nothing
         for path, saved in self._checkpoints():
@@ -174,7 +175,7 @@ def _ranks_hold_all_weights(trainer: Trainer) -> bool:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.detach().reshape(-1).cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def _epochs(checkpoint: Mapping[str, Any]) -> int:
@@ -188,7 +189,8 @@ def epoch_to_continue(trainer: Trainer) -> Iterator[None]:
 
     Lightning counts it as trained when it stops, and would begin the next epoch after a resume.
     """
-    batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    epochs: Any = trainer.fit_loop.epoch_progress
     whole = batches.is_last_batch or batches.current.ready == trainer.num_training_batches
     counted = not whole and epochs.current.processed == epochs.current.ready
     before = [(p, p.processed, p.completed) for p in (epochs.current, epochs.total)] if counted else []

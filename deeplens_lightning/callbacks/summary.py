@@ -256,7 +256,8 @@ class FitSummary(Callback):
 
 def _batches(trainer: Trainer) -> int:
     """The number of batches trained on, those before a resume included."""
-    return int(trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)
 
 
 def _held_out(trainer: Trainer) -> dict[str, float]:

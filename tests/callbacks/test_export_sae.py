@@ -67,14 +67,14 @@ def test_safetensors_hold_every_bit_of_the_sae(hooks: str, tiny: Any, tmp_path: 
     assert all(torch.equal(value, state[name]) for name, value in again.state_dict().items())
 
 
-@pytest.mark.parametrize("format", ["saelens", "safetensors"])
-def test_each_sae_of_a_grid_has_a_folder(format: Any, tiny: Any, tmp_path: Path) -> None:
-    export = ExportSAE(format, folder=tmp_path / "mine")
+@pytest.mark.parametrize("layout", ["saelens", "safetensors"])
+def test_each_sae_of_a_grid_has_a_folder(layout: Any, tiny: Any, tmp_path: Path) -> None:
+    export = ExportSAE(layout, folder=tmp_path / "mine")
     module = SparseAutoencoderGrid(data(tiny("gpt2")).d_in, {"k": [2, 4]}, {"d_sae": 64})
     fit(tmp_path / "run", tiny("gpt2"), export, module=module)
     assert export.written == [tmp_path / "mine" / "k=2", tmp_path / "mine" / "k=4"]
     read = {"saelens": SparseAutoencoder.from_saelens, "safetensors": SparseAutoencoder.from_safetensors}
-    assert [read[format](folder).settings["k"] for folder in export.written] == [2, 4]
+    assert [read[layout](folder).settings["k"] for folder in export.written] == [2, 4]
 
 
 def test_averaged_weights_are_those_of_the_final_checkpoint(tiny: Any, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_averaged_weights_are_those_of_the_final_checkpoint(tiny: Any, tmp_path:
 
 
 class _Mean(L.LightningModule):
-    def __init__(self, d_in: int) -> None:
+    def __init__(self, d_in: Any) -> None:
         super().__init__()
         self.mean = torch.nn.Parameter(torch.zeros(d_in))
 
@@ -177,7 +177,7 @@ def measured_by_both(folder: Path, checkpoint: str) -> dict[str, tuple[float, fl
     sae_lens = pytest.importorskip("sae_lens")
     evals = pytest.importorskip("sae_lens.evals")
     scaler = pytest.importorskip("sae_lens.training.activation_scaler").ActivationScaler()
-    model = AutoModelForCausalLM.from_pretrained(DEMO).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO).eval()  # type: ignore[no-untyped-call]
     tokens = _heldout_segments(48)
     keep = torch.ones_like(tokens, dtype=torch.bool)
     keep[:, -1] = False
@@ -204,7 +204,7 @@ def measured_by_both(folder: Path, checkpoint: str) -> dict[str, tuple[float, fl
     found, _ = evals.run_evals(theirs, store, hooked, scaler, config, exclude_special_tokens=[last])
 
     module = SparseAutoencoder.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    metrics = HeldOutMetrics(module.d_sae, module.d_in, torch.device("cpu"))
+    metrics = HeldOutMetrics(module.d_sae, module.read.width, torch.device("cpu"))
 
     def watch(x: torch.Tensor) -> torch.Tensor:
         metrics.update(x[keep], module(x[keep]), module.encode(x[keep]))
