@@ -351,6 +351,12 @@ def test_figures_of_averaged_weights_are_those_of_the_file(
     assert_file_gives_the_figures(summary, tmp_path, tiny("gpt2"))
 
 
+@pytest.mark.slow
+def test_the_time_after_a_validation_is_counted(tiny: Any, tmp_path: Path) -> None:
+    summary, _ = fit(tmp_path, tiny("gpt2"), At(8, lambda _: time.sleep(3)), max_steps=9)
+    assert summary["seconds"] > 3
+
+
 # ---- resuming from the last weights
 
 
