@@ -105,8 +105,17 @@ class Preemption(Checkpoint):
             elif callable(handler := self._before.get(number)):
                 handler(number, None)  # Lightning's: saves and requeues
 
+    def path(self, trainer: Trainer) -> Path:
+        """Where it saves."""
+        return Path(self._dirpath or trainer.default_root_dir) / self.FILE
+
+    @property
+    def signalled(self) -> bool:
+        """Whether this rank has received a signal on which `Preemption` has not acted yet."""
+        return bool(self._received)
+
     def _save(self, trainer: Trainer) -> None:
-        path = Path(self._dirpath or trainer.default_root_dir) / self.FILE
+        path = self.path(trainer)
         trainer.save_checkpoint(path)
         rank_zero_info(f"preempted: saved step {trainer.global_step} to {path}; resume with ckpt_path={path}")
 

@@ -43,11 +43,14 @@ def test_the_quickstart_command_names_the_quickstart_config() -> None:
 
 def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
     code = block("python").replace("max_steps=300", "max_steps=3")
-    assert len([line for line in code.splitlines() if line.strip()]) == 5 - 1
+    code = code.replace("batch_size=2048", "batch_size=2048, val_rows=1000")
+    assert len([line for line in code.splitlines() if line.strip()]) == 6
     out = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600
     )
     assert out.returncode == 0, out.stderr[-2000:]
+    assert list(tmp_path.rglob("*.ckpt"))
+    assert "held-out FVU" in out.stdout
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Lightning callbacks that measure, show and save a training run, one file for each."""
 
+from deeplens_lightning.callbacks.export_sae import ExportSAE
 from deeplens_lightning.callbacks.latent_statistics import LatentStatistics
 from deeplens_lightning.callbacks.loss_recovered import LossRecovered
 from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
@@ -10,6 +11,7 @@ from deeplens_lightning.callbacks.top_tokens import TopActivatingTokens
 from deeplens_lightning.preemption import Preemption
 
 __all__ = [
+    "ExportSAE",
     "ExtractSingleSample",
     "FitSummary",
     "LatentStatistics",

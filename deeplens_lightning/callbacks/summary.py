@@ -1,82 +1,83 @@
-"""`FitSummary`: print a table at the end of a fit, and keep the curves that a report draws."""
+"""`FitSummary`: save the last weights of a fit, print a table of its figures, and keep the curves that a report draws."""
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
-from rich.table import Table
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
-from deeplens_lightning.callbacks.support import WritesFiles, batch_rows, log_every
+from deeplens_lightning.callbacks.final_weights import (
+    KeptWeights,
+    Weights,
+    epoch_to_continue,
+    read_checkpoint,
+    saves_checkpoints,
+)
+from deeplens_lightning.callbacks.summary_table import BestWeights, SavedWeights, Summary, summary_table
+from deeplens_lightning.callbacks.support import WritesFiles, batch_rows, from_rank_zero, log_every
+from deeplens_lightning.preemption import Preemption
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, write_json
 
-# Rows of the table, in this order, for the metrics that the run measured: metric, heading, format.
-_METRICS = (
-    ("val/fvu", "held-out FVU", "{:.4f}"),
-    ("val/cosine", "held-out cosine", "{:.4f}"),
-    ("val/l0", "held-out L0", "{:.1f}"),
-    ("val/dead_fraction", "dead latents", "{:.2%}"),
-    ("val/ce_recovered", "CE recovered", "{:.4f}"),
-    ("val/kl", "KL to the clean model", "{:.4f} nats"),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """Figures of a finished fit; the fields of `summary.json`.
-
-    Attributes:
-        tokens: rows served to the SAE, over all ranks.
-        tokens_per_second: over the time spent training, without start and validation; None where not measured.
-        seconds: time spent training, without start and validation.
-        steps: optimizer steps, those before a resume included.
-        hooks: canonical names of the hook points that batches hold.
-        metrics: last value of every logged metric.
-        val_rows: the data module's setting `val_rows`, the requested number of held-out rows; None if it has none.
-        written: files and folders written by checkpointing and by callbacks, the run's folder first.
-    """
-
-    tokens: int
-    tokens_per_second: float | None
-    seconds: float
-    steps: int
-    hooks: list[str]
-    metrics: dict[str, float]
-    val_rows: int | None
-    written: list[str]
+log = logging.getLogger(__name__)
 
 
 class FitSummary(Callback):
-    """Prints a table of results at the end of a fit, on rank 0, and writes it as `summary.json`.
+    """Saves the last weights of a fit, prints a table of results on rank 0, and writes it as `summary.json`.
 
-    Tokens are rows served to the SAE, over all ranks; tokens/s leaves start and validation out. Held-out metrics are
-    those of the last validation. In a grid each SAE has its own row. During the fit `curves.jsonl` gets every logged
-    scalar, with any logger and with none.
+    Whatever ended the fit, the last weights are on disk before the table shows figures, and the table names the file
+    that holds the weights of these figures. `final.ckpt` is written unless a checkpoint callback has saved the same
+    weights; it is a full checkpoint, beside those of the first `ModelCheckpoint`. A fit that ended by itself is
+    validated once more if it has trained since its last validation, or had none; one that was stopped is not, and the
+    table then says which step its figures are of. Nothing is saved where the Trainer saves no checkpoints
+    (`enable_checkpointing=False`, `fast_dev_run`), and the table says that the weights are not kept.
+
+    Tokens are rows served to the SAE, over all ranks; tokens/s leaves start and validation out. In a grid each SAE has
+    its own row. During the fit `curves.jsonl` gets every logged scalar, with any logger and with none.
     """
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
+        self._folder = Path()
         self._tokens = 0
         self._seconds = 0.0
         self._resumed_at: float | None = None
+        self._kept: KeptWeights | None = None  # None outside a fit that has begun to train
+        self._first_step = self._first_batch = 0
+        self._measured: Weights | None = None  # the weights of the last validation
+        self._figures: dict[int, dict[str, float]] = {}  # held-out figures by step
+        self._first = LambdaCallback(on_train_end=self._end)
+        self._last = LambdaCallback(on_fit_end=self._finish, on_exception=self._stop)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._folder = run_folder(trainer)
-            self._tokens, self._seconds, self._resumed_at = 0, 0.0, None
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if stage != "fit" or self not in callbacks:
+            return
+        self._folder = run_folder(trainer)
+        self._tokens, self._seconds, self._resumed_at = 0, 0.0, None
+        self._kept, self._measured, self._figures = None, None, {}
+        # The last weights are saved, and validated, before other callbacks measure at the end or replace the weights by
+        # an average. Lightning's SWA alone has no final weights before its own `on_train_end`. The table comes last.
+        others = [c for c in callbacks if c not in (self._first, self._last)]
+        others = [c for c in others if c is self or not isinstance(c, FitSummary)]
+        at = max([i + 1 for i, c in enumerate(others) if isinstance(c, StochasticWeightAveraging)], default=0)
+        trainer.callbacks = [*others[:at], self._first, *others[at:], self._last]  # type: ignore[attr-defined]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resumed_at = time.perf_counter()
+        self._kept = KeptWeights(self._folder)
+        self._first_step, self._first_batch = trainer.global_step, _batches(trainer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,44 +93,150 @@ class FitSummary(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._kept is not None:
+            self._kept.note(trainer)
         every = log_every(trainer)
         if trainer.is_global_zero and every > 0 and trainer.global_step % every == 0:
             self._append_curves(trainer, ("val/", "test/"), keep=False)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.training and not trainer.sanity_checking:
-            self._resumed_at = time.perf_counter()
-        if trainer.is_global_zero and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        self._resumed_at = time.perf_counter()
+        self._measured = Weights.now(trainer)
+        self._figures[trainer.global_step] = _held_out(trainer)
+        if trainer.is_global_zero:
             self._append_curves(trainer, ("val/",), keep=True)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
 
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print and write the summary: here, after every callback has measured in its `on_train_end`."""
-        if not trainer.is_global_zero or self._folder is None:
-            return
-        summary = self.summary(trainer)
-        write_json(self._folder / "summary.json", asdict(summary))
-        Console().print(summary_table(summary))
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Save the last weights, and validate them if their figures are unknown. A collective."""
+        self._pause()
+        assert self._kept is not None
+        self._kept.save(trainer)
+        if self._validates_again(trainer):
+            with epoch_to_continue(trainer):  # a `ModelCheckpoint` may save
+                trainer.validating = True
+                trainer.fit_loop.epoch_loop.val_loop.run()
+                trainer.training = True
+            self._pause()
 
-    def summary(self, trainer: Trainer) -> Summary:
-        """The figures of the fit up to now."""
+    def _validates_again(self, trainer: Trainer) -> bool:
+        """Whether the last weights should be validated: not after a signal to stop. A collective."""
+        assert self._kept is not None
+        kept = self._kept
+        known = from_rank_zero(trainer, lambda: self._measured == kept.last)
+        if known or not trainer.enable_validation or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return False
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        ending = any(isinstance(c, Preemption) and c.signalled for c in callbacks)
+        return not trainer.strategy.reduce_boolean_decision(ending or trainer.received_sigterm, all=False)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Print and write the summary, after every callback has measured and written."""
+        if self._kept is not None:  # otherwise the fit was at its end already when it began
+            self._show(trainer)
+
+    def _stop(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Save the last weights, and print and write the summary; an error on the way is logged."""
+        if self._kept is None or _batches(trainer) == self._first_batch:
+            return
+        self._pause()
+        try:
+            self._kept.save_alone(trainer)
+        except Exception:
+            log.exception("saving the last weights after %r failed", exception)
+        try:
+            self._show(trainer, f"{type(exception).__name__} {exception}".strip())
+        except Exception:
+            log.exception("the summary after %r failed", exception)
+
+    def _show(self, trainer: Trainer, stopped: str | None = None) -> None:
+        if trainer.is_global_zero:
+            summary = self.summary(trainer, stopped)
+            write_json(self._folder / "summary.json", asdict(summary))
+            Console().print(summary_table(summary))
+        self._kept = None
+
+    def summary(self, trainer: Trainer, stopped: str | None = None) -> Summary:
+        """The figures of the fit up to now, on rank 0.
+
+        Args:
+            trainer: the Trainer.
+            stopped: the error or signal that ended the fit, if one did.
+        """
         tokens = self._tokens * data_parallel_ranks(trainer)
         data = activation_data(trainer)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if stopped is not None:  # an error in a validation may leave figures of a part of it
+            trained = {name: value for name, value in metrics.items() if not name.startswith("val/")}
+            metrics = trained | (self._figures[self._measured.step] if self._measured is not None else {})
+        last = self._saved(trainer, self._kept.last if self._kept else None)
         return Summary(
             tokens=tokens,
             tokens_per_second=tokens / self._seconds if self._seconds > 0 else None,
             seconds=self._seconds,
             steps=trainer.global_step,
             hooks=list(data.hook_names),
-            metrics={name: float(value) for name, value in trainer.callback_metrics.items()},
+            metrics=metrics,
             val_rows=data.val_rows,
-            written=[str(path) for path in _written(trainer, self._folder)],
+            stopped=stopped,
+            figures=(self._saved(trainer, self._measured) if self._measured is not None else last)
+            if any(name.startswith("val/") for name in metrics)
+            else None,
+            last=last,
+            best=list(self._best(trainer)),
+            written=[str(path) for path in self._written(trainer)],
         )
+
+    def _saved(self, trainer: Trainer, weights: Weights | None) -> SavedWeights:
+        """The file of weights; without weights, of those in training, which are in no file."""
+        file = self._kept.file_of(weights) if self._kept is not None and weights is not None else None
+        why_not = None
+        if file is None:
+            off = not saves_checkpoints(trainer)
+            why_not = "saving is off" if off else "no checkpoint was saved at this step"
+        step = trainer.global_step if weights is None else weights.step
+        return SavedWeights(step=step, file=file, why_not=why_not)
+
+    def _best(self, trainer: Trainer) -> Iterator[BestWeights]:
+        """The best checkpoint of each monitored metric; "step" and "epoch" only say which one is newest."""
+        for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint) or callback.monitor in (None, "step", "epoch"):
+                continue
+            if callback.best_model_score is not None:
+                assert callback.monitor is not None
+                value = float(callback.best_model_score)
+                saved = read_checkpoint(callback.best_model_path)
+                step = saved["global_step"] if saved is not None else None
+                measured = self._figures.get(step, {}).get(callback.monitor) if step is not None else None
+                yield BestWeights(
+                    monitor=callback.monitor,
+                    value=value,
+                    step=step,
+                    file=callback.best_model_path,
+                    value_is_older=callback.monitor.startswith("val/")
+                    and step is not None
+                    and step > self._first_step
+                    and (measured is None or not math.isclose(measured, value, rel_tol=1e-6)),
+                )
+
+    def _written(self, trainer: Trainer) -> Iterator[Path]:
+        """The run's folder, the checkpoints that the summary names, and what callbacks list as written, each once."""
+        places = [str(self._folder)]
+        for checkpoint in trainer.checkpoint_callbacks:
+            if isinstance(checkpoint, ModelCheckpoint):
+                places += [checkpoint.best_model_path, checkpoint.last_model_path]
+        if self._kept is not None and self._kept.file is not None:
+            places.append(self._kept.file)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, WritesFiles):
+                places += map(str, callback.written)
+        yield from map(Path, dict.fromkeys(filter(None, places)))
 
     def _pause(self) -> None:
         if self._resumed_at is not None:
@@ -144,63 +251,15 @@ class FitSummary(Callback):
             if name.startswith(prefixes) == keep
         }
         if metrics:
-            assert self._folder is not None
             append_jsonl(self._folder / "curves.jsonl", [{"step": trainer.global_step} | metrics])
 
 
-def summary_table(summary: Summary) -> Table:
-    """The summary as a rich table."""
-    table = Table(title="summary", show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    if summary.hooks:
-        table.add_row("hook points", ", ".join(summary.hooks))
-    speed = summary.tokens_per_second
-    table.add_row("tokens", f"{summary.tokens:,} in {summary.steps:,} steps")
-    table.add_row("tokens/s", f"{speed:,.0f}" if speed else "not measured")
-    metrics = summary.metrics
-    for name, heading, shape in _METRICS:
-        for suffix in _suffixes(metrics, name):
-            text = shape.format(metrics[name + suffix])
-            rows = metrics.get(f"val/rows{suffix}")
-            if name == "val/dead_fraction" and rows is not None:
-                whole = "all " if summary.val_rows is not None and rows < summary.val_rows else ""
-                text += f" (fired on none of {whole}{int(rows):,} held-out rows)"
-            table.add_row(heading + suffix.replace("/", " ", 1), text)
-    if not _suffixes(metrics, "val/fvu"):
-        table.add_row("held-out FVU", "not measured: no validation ran")
-    if summary.written:
-        table.add_row("written", _shown_paths([Path(path) for path in summary.written]))
-    return table
+def _batches(trainer: Trainer) -> int:
+    """The number of batches trained on, those before a resume included."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)
 
 
-def _shown_paths(paths: list[Path]) -> str:
-    """One path a line: the first, then those inside it relative to it and indented, then the others in full."""
-    folder, inside, outside = paths[0], [], []
-    for path in paths[1:]:
-        if path.is_relative_to(folder):
-            inside.append(f"  {path.relative_to(folder)}")
-        else:
-            outside.append(str(path))
-    return "\n".join([str(folder), *inside, *outside])
-
-
-def _suffixes(metrics: dict[str, float], name: str) -> list[str]:
-    """What follows `name` in the names of its metrics: "" for a single SAE, `/<sae>` for each SAE of a grid."""
-    return [key[len(name) :] for key in metrics if key == name or key.startswith(name + "/")]
-
-
-def _written(trainer: Trainer, folder: Path | None) -> Iterator[Path]:
-    """The run's folder, the best and last checkpoint, and what callbacks list as written, each once."""
-    seen = set()
-    places = [] if folder is None else [folder]
-    checkpoint = trainer.checkpoint_callback
-    if isinstance(checkpoint, ModelCheckpoint):
-        places += [Path(path) for path in (checkpoint.best_model_path, checkpoint.last_model_path) if path]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WritesFiles):
-            places += [Path(path) for path in callback.written]
-    for path in places:
-        if path not in seen:
-            seen.add(path)
-            yield path
+def _held_out(trainer: Trainer) -> dict[str, float]:
+    """The held-out figures of the validation that has just ended."""
+    return {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}

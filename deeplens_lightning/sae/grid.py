@@ -80,6 +80,24 @@ class SparseAutoencoderGrid(DictionaryTraining):
             for name, sae in self.dictionaries.items()
         ]
 
+    def export_safetensors(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write each SAE to a folder with its name in `folder`, which `SparseAutoencoder.from_safetensors` reads.
+
+        Args:
+            folder: where to write.
+            overwrite: replace existing folders of the SAEs.
+
+        Returns:
+            The folders, in the order of `names`.
+
+        Raises:
+            FileExistsError: such a folder exists and `overwrite` is False.
+        """
+        return [
+            sae.export_safetensors(Path(folder) / name.replace("/", "_"), overwrite=overwrite)
+            for name, sae in self.dictionaries.items()
+        ]
+
 
 def _combinations(sweep: dict[str, list[Any]] | list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not isinstance(sweep, Mapping):

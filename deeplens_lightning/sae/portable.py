@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from deeplens_lightning.model.splicing import spliced
 from deeplens_lightning.sae.dictionary import Dictionary
-from deeplens_lightning.sae.interop import other_libraries, saelens
+from deeplens_lightning.sae.interop import other_libraries, saelens, safetensors_folder
 
 
 class PortableDictionary(Dictionary):
@@ -68,6 +68,34 @@ class PortableDictionary(Dictionary):
             ValueError: an architecture or setting that this class does not have, or an unknown field.
         """
         return saelens.from_saelens(cls, folder, ignore_fields=ignore_fields)
+
+    def export_safetensors(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a folder that `from_safetensors` reads: any architecture, with its normalisation.
+
+        Args:
+            folder: where to write.
+            overwrite: replace an existing folder.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: the folder exists and `overwrite` is False.
+        """
+        return safetensors_folder.export_safetensors(self, folder, overwrite=overwrite)
+
+    @classmethod
+    def from_safetensors(cls, folder: str | Path) -> Self:
+        """Read a folder that `export_safetensors` wrote.
+
+        Args:
+            folder: contains `config.json` and `sae.safetensors`.
+
+        Raises:
+            FileNotFoundError: there is no such folder or file.
+            ValueError: the folder has another version.
+        """
+        return safetensors_folder.from_safetensors(cls, folder)
 
     @classmethod
     def from_dictionary_learning(cls, folder: str | Path) -> Self:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from deeplens_lightning import callbacks
 from deeplens_lightning.callbacks import (
+    ExportSAE,
     ExtractSingleSample,
     FitSummary,
     LatentStatistics,
@@ -25,6 +26,7 @@ from deeplens_lightning.callbacks import (
 from tests.support.refusing_float64 import RefusingFloat64, refusing
 
 EVERY: dict[str, Callable[[], L.Callback]] = {
+    "ExportSAE": lambda: ExportSAE("safetensors"),  # SAELens's layout is folded in float64, on the CPU
     "ExtractSingleSample": lambda: ExtractSingleSample(texts=["The cat sat."], every_n_steps=4),
     "FitSummary": FitSummary,
     "LatentStatistics": lambda: LatentStatistics(every_n_steps=3),

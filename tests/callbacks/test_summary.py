@@ -15,7 +15,7 @@ from rich.console import Console
 
 from deeplens_lightning.activation_data import data_parallel_ranks
 from deeplens_lightning.callbacks import FitSummary, LatentStatistics, LossRecovered, Throughput
-from deeplens_lightning.callbacks.summary import Summary, summary_table
+from deeplens_lightning.callbacks.summary_table import SavedWeights, Summary, summary_table
 from deeplens_lightning.callbacks.throughput import peak_rss
 
 
@@ -72,6 +72,10 @@ def test_each_sae_of_a_grid_has_its_own_row() -> None:
         hooks=[],
         metrics=metrics,
         val_rows=2000,
+        stopped=None,
+        figures=None,
+        last=SavedWeights(step=1, file="final.ckpt"),
+        best=[],
         written=[],
     )
     console = Console(record=True, width=120, file=None)

@@ -119,6 +119,34 @@ def test_charts_are_drawn_latents_browsable_and_nothing_is_fetched(page: Any, ru
     assert page.complaints() == []
 
 
+def test_the_summary_names_the_files_of_its_weights(page: Any, run_dir: Path) -> None:
+    page.open(write_report(run_dir).as_uri())
+    assert "weights" not in _text(page, "#summary"), "an earlier release named no files"
+    summary = json.loads((run_dir / "summary.json").read_text())
+    best = {"monitor": "val/fvu", "value": 0.08, "step": 300, "file": "best.ckpt", "value_is_older": False}
+    summary |= {
+        "stopped": "SIGTERMException",
+        "figures": {"step": 500, "file": None, "why_not": "saving is off"},
+        "last": {"step": 590, "file": "<b>final.ckpt", "why_not": None},
+        "best": [best],
+    }
+    write_json(run_dir / "summary.json", summary)
+    page.open(write_report(run_dir).as_uri())
+    text = _text(page, "#summary")
+    for words in (
+        "stopped bySIGTERMException",
+        "weights of these figuresstep 500: these weights are not kept: saving is off",
+        "last weightsstep 590: <b>final.ckpt",
+        "best val/fvu0.08 at step 300: best.ckpt",
+    ):
+        assert words in text
+    write_json(run_dir / "summary.json", summary | {"figures": summary["last"], "best": []})
+    page.open(write_report(run_dir).as_uri())
+    assert "weightsstep 590: <b>final.ckpt" in _text(page, "#summary")
+    assert "figures" not in _text(page, "#summary")
+    assert page.complaints() == []
+
+
 def test_latents_can_be_searched_opened_and_stepped_through(page: Any, run_dir: Path) -> None:
     page.open(write_report(run_dir).as_uri())
     listed = "[...document.querySelectorAll('#latents .list button')].map(b => b.dataset.latent)"

@@ -11,13 +11,28 @@ function section(id, title, ...content) {
   return node;
 }
 
+// A run of an earlier release does not name the files of its weights.
+function weightRows({ figures, last, best = [] }) {
+  const where = (saved) => `step ${format(saved.step)}: ${saved.file ?? `these weights are not kept: ${saved.why_not}`}`;
+  const same = !figures || where(figures) === where(last ?? figures);
+  const older = (b) => (b.value_is_older ? ', measured before the weights of this file' : '');
+  const at = (b) => (b.step === null ? '' : ` at step ${format(b.step)}`);
+  return [
+    ...(same ? [] : [['weights of these figures', where(figures)]]),
+    ...(last ? [[same ? 'weights' : 'last weights', where(last)]] : []),
+    ...best.map((b) => [`best ${b.monitor}`, `${format(b.value)}${older(b)}${at(b)}: ${b.file}`]),
+  ];
+}
+
 function summaryTable(summary) {
   const rows = [
+    ...(summary.stopped ? [['stopped by', summary.stopped]] : []),
     ['hook points', summary.hooks.join(', ')],
     ['tokens', format(summary.tokens)],
     ['steps', format(summary.steps)],
     ['tokens/s', format(summary.tokens_per_second)],
     ...Object.entries(summary.metrics).filter(([name]) => /^(val|latents)\//.test(name)).map(([name, v]) => [name, format(v)]),
+    ...weightRows(summary),
     ...summary.written.map((path) => ['written', path]),
   ];
   return element('table', {}, ...rows.map(([name, value]) => element('tr', {}, element('th', {}, name), element('td', {}, value))));

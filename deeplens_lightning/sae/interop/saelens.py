@@ -134,6 +134,15 @@ def export_saelens(
     return Path(folder)
 
 
+def check_export(sae: Dictionary) -> None:
+    """Check, before it is trained, that an SAE can be exported.
+
+    Raises:
+        ValueError: SAELens has no such architecture.
+    """
+    _describe(sae)
+
+
 def from_saelens(kind: type[D], folder: str | Path, *, ignore_fields: Collection[str] = ()) -> D:
     """Read a folder that SAELens or `export_saelens` wrote.
 
