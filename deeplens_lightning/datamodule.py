@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -161,8 +162,11 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         return self.serving.validation(self.batch_size)
 
     def test_dataloader(self) -> RowsLoader | list[Any]:
-        """The validation set: there is no separate test set."""
-        return self.val_dataloader()
+        """The test set, of `val_rows` rows; without `text_options.test_fraction`, the validation set."""
+        if not self.settings.text_options.test_fraction:
+            rank_zero_info("test uses the validation set: text_options.test_fraction is 0")
+            return self.val_dataloader()
+        return self.serving.test(self.batch_size) if self.val_rows else []
 
     def predict_dataloader(self) -> RowsLoader | list[Any]:
         """The validation set."""

@@ -42,11 +42,14 @@ class TextOptions:
         prepend_bos: True puts a BOS token before every segment, False puts no special tokens around it, None (the
             default) puts the special tokens that the tokenizer itself adds.
         drop_first_n: number of tokens at the start of every segment that do not become rows.
+        test_fraction: share of the documents that is held out for `trainer.test`, by the hash of their text; also for
+            cached rows. They are used neither for training nor for validation. 0 lets `test` use the validation set.
     """
 
     dataset_kwargs: dict[str, Any] | None = None
     prepend_bos: bool | None = None
     drop_first_n: int = 0
+    test_fraction: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

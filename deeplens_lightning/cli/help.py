@@ -14,7 +14,7 @@ from typing import Any
 TRAINER_COMMANDS = {
     "fit": "train an SAE, or any LightningModule, on a model's activations",
     "validate": "one pass over the validation rows: held-out documents",
-    "test": "the same rows as validate, with the module's test_step",
+    "test": "one pass over the test documents; without any, over the rows of validate",
     "predict": "the same rows as validate, with the module's predict_step",
 }
 OWN_COMMANDS = {
