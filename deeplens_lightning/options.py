@@ -117,13 +117,22 @@ def changed(settings: Any, usual: Any) -> dict[str, Any]:
         settings: an instance of a dataclass.
         usual: an instance of the same class, or the class itself, whose class attributes are the defaults.
     """
-    found = {}
-    for field in fields(settings):
-        # `dataclasses` has no other way to read a field by its name
-        value, default = getattr(settings, field.name), getattr(usual, field.name)
-        if value is not default and value != default:
-            found[field.name] = value
-    return found
+    defaults = values(usual)
+    return {
+        name: value
+        for name, value in values(settings).items()
+        if value is not defaults[name] and value != defaults[name]
+    }
+
+
+def values(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass with their values, which are not copied: field name to value.
+
+    Args:
+        settings: an instance of a dataclass, or the class itself, whose class attributes are the defaults.
+    """
+    # `dataclasses` has no other way to read a field by its name
+    return {field.name: getattr(settings, field.name) for field in fields(settings)}
 
 
 def takes(kind: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callable[Concatenate[S, P], None]]:

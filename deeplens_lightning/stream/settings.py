@@ -168,7 +168,7 @@ def _check_sizes(settings: DataSettings) -> None:
     if not 0 <= settings.val_fraction < 1:
         raise ValueError(f"val_fraction={settings.val_fraction} must be at least 0 and below 1")
     test_fraction = settings.text_options.test_fraction
-    if not 0 <= test_fraction or settings.val_fraction + test_fraction >= 1:
+    if test_fraction < 0 or not settings.val_fraction + test_fraction < 1:
         raise ValueError(
             f"text_options.test_fraction={test_fraction} must be at least 0, and below 1 together with "
             f"val_fraction={settings.val_fraction}: no document would be left to train on"
