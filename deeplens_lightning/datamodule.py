@@ -175,7 +175,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         return self.serving.test(self.batch_size) if self.val_rows else []
 
     def predict_dataloader(self) -> RowsLoader | list[Any]:
-        """The validation set."""
+        """The validation set; `SparseAutoencoder` predicts the active latents of its rows."""
         return self.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

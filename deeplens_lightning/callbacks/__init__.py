@@ -1,5 +1,6 @@
 """Lightning callbacks that measure, show and save a training run, one file for each."""
 
+from deeplens_lightning.callbacks.latent_prediction_writer import LatentPredictionWriter
 from deeplens_lightning.callbacks.latent_statistics import LatentStatistics
 from deeplens_lightning.callbacks.loss_recovered import LossRecovered
 from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
@@ -12,6 +13,7 @@ from deeplens_lightning.preemption import Preemption
 __all__ = [
     "ExtractSingleSample",
     "FitSummary",
+    "LatentPredictionWriter",
     "LatentStatistics",
     "LossRecovered",
     "Preemption",

@@ -15,7 +15,7 @@ TRAINER_COMMANDS = {
     "fit": "train an SAE, or any LightningModule, on a model's activations",
     "validate": "one pass over the validation rows: held-out documents",
     "test": "one pass over the test documents; without any, over the rows of validate",
-    "predict": "the same rows as validate, with the module's predict_step",
+    "predict": "active latents of the rows of validate; LatentPredictionWriter writes them",
 }
 OWN_COMMANDS = {
     "inspect": "list the hook points of a model and their d_in; no weights are loaded",

@@ -100,16 +100,21 @@ def reconstruct(x: Tensor, latents: Tensor, w: Weights) -> Tensor:
     return out if w.skip is None else out + F.linear(x, w.skip)
 
 
+def encode_in_chunks(x: Tensor, w: Weights, activation: Activation) -> Iterator[tuple[slice, Tensor]]:
+    """Encode x `(batch, d_in)` in chunks of rows: yields the rows of a chunk and their latents `(rows, d_sae)`."""
+    size = max(16, CHUNK_BYTES // (4 * activation.d_sae))
+    for first in range(0, len(x), size):
+        part = slice(first, first + size)
+        yield part, encode(x[part], w, activation)
+
+
 def in_chunks(x: Tensor, w: Weights, activation: Activation) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Encode and reconstruct x `(batch, d_in)` in chunks of rows, so that the latents of all rows never exist together.
 
     Yields:
         The rows of a chunk, their latents `(rows, d_sae)` and their reconstructions `(rows, d_out)`.
     """
-    size = max(16, CHUNK_BYTES // (4 * activation.d_sae))
-    for first in range(0, len(x), size):
-        part = slice(first, first + size)
-        latents = encode(x[part], w, activation)
+    for part, latents in encode_in_chunks(x, w, activation):
         yield part, latents, reconstruct(x[part], latents, w)
 
 
