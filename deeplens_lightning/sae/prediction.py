@@ -62,16 +62,13 @@ def active_latents(
     """
     x, _ = sae.rows(batch)
     bad = ~x.isfinite().all(1)
-    rows, latents, values = [], [], []
-    for part, encoded in passes.encode_in_chunks(x, sae.weights, sae.activation):
-        row, latent = ((encoded > 0) & ~bad[part, None]).nonzero(as_tuple=True)
-        rows.append((row + part.start).int().cpu())
-        latents.append(latent.int().cpu())
-        values.append(encoded[row, latent].cpu())
+    finite = x.masked_fill(bad[:, None], 0)
+    rows, latents, values = passes.active_entries(finite, sae.weights, sae.activation)
+    keep = ~bad[rows]
     found = SparseLatents(
-        rows=torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32),
-        latents=torch.cat(latents) if latents else torch.empty(0, dtype=torch.int32),
-        values=torch.cat(values) if values else torch.empty(0, dtype=x.dtype),
+        rows=rows[keep].int().cpu(),
+        latents=latents[keep].int().cpu(),
+        values=values[keep].cpu(),
         shape=(len(x), sae.d_sae),
         provenance=provenance,
     )
