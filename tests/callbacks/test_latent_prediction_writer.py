@@ -100,6 +100,7 @@ def _predict(rank: int, ranks: int, model: str, folder: Path) -> None:
     run.predict(sae(dm), dm, return_predictions=False)
 
 
+@pytest.mark.slow
 def test_ranks_write_files_of_their_own_with_all_rows_together(
     tiny: Callable[[str], str], tmp_path: Path
 ) -> None:

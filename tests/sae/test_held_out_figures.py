@@ -90,10 +90,7 @@ def check(found: dict[str, float], expected: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"normalize": n} for n in ("none", "mean_norm", "center", "standardize", "zscore")]
-    + [{"batch_size": 50}],
-    ids=str,
+    "changes", [{}, {"normalize": "mean_norm"}, {"normalize": "zscore", "batch_size": 50}], ids=str
 )
 def test_figures_equal_offline_sums_over_raw_rows(
     run: tuple[str, str, Path], changes: dict[str, Any]
@@ -107,6 +104,7 @@ def _of_rank(rank: int, ranks: int, *run: Any) -> dict[str, float]:
     return figures(rank, ranks, *run, normalize="zscore", batch_size=32)
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_on_several_ranks(run: tuple[str, str, Path]) -> None:
     expected = offline(*run)
     for found in launch(2, _of_rank, *run):
