@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from deeplens_lightning.options import takes
 from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.loader import ActivationLoader
 from deeplens_lightning.stream.placement import placement
+from deeplens_lightning.stream.recorded_settings import recorded_settings
 from deeplens_lightning.stream.serving import Serving
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.stream.validation_set import RowsLoader
@@ -43,12 +45,16 @@ class ActivationDataModule(ActivationData, LightningDataModule):
 
     @takes(DataSettings)
     def __init__(self, settings: DataSettings) -> None:
-        super().__init__()
+        # `super()` would put a `__class__` among the local variables: `save_hyperparameters` takes such a frame for a
+        # constructor, and looks for its arguments among them.
+        LightningDataModule.__init__(self)
         self.settings = settings
         self.batch_size: int = settings.batch_size  # Lightning's tuner changes it
         self.max_tokens, self.val_rows = settings.max_tokens, settings.val_rows
         self.model_kwargs = settings.model_options.kwargs
         self.serving = Serving(settings)
+        # Under one name: Lightning refuses a fit if the LightningModule has another value under a name of this one.
+        self.save_hyperparameters({"data": recorded_settings(settings)})
 
     def __str__(self) -> str:
         """The model and the batch size; Lightning's own version would create every loader."""
@@ -152,6 +158,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
     def train_dataloader(self) -> ActivationLoader:
         """The training batches. Iterating again continues after the last batch that was trained on."""
         name = type(self).__qualname__
+        self.hparams["data"]["batch_size"] = self.batch_size
         return self.serving.training(self.trainer, self.batch_size, self.max_tokens, name)
 
     def val_dataloader(self) -> RowsLoader | list[Any]:
@@ -161,11 +168,14 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         return self.serving.validation(self.batch_size)
 
     def test_dataloader(self) -> RowsLoader | list[Any]:
-        """The validation set: there is no separate test set."""
-        return self.val_dataloader()
+        """The test set, of `val_rows` rows; without `text_options.test_fraction`, the validation set."""
+        if not self.settings.text_options.test_fraction:
+            rank_zero_info("test uses the validation set: text_options.test_fraction is 0")
+            return self.val_dataloader()
+        return self.serving.test(self.batch_size) if self.val_rows else []
 
     def predict_dataloader(self) -> RowsLoader | list[Any]:
-        """The validation set."""
+        """The validation set; `SparseAutoencoder` predicts the active latents of its rows."""
         return self.val_dataloader()
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

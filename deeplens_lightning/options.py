@@ -45,11 +45,14 @@ class TextOptions:
         prepend_bos: True puts a BOS token before every segment, False puts no special tokens around it, None (the
             default) puts the special tokens that the tokenizer itself adds.
         drop_first_n: number of tokens at the start of every segment that do not become rows.
+        test_fraction: share of the documents that is held out for `trainer.test`, by the hash of their text; also for
+            cached rows. They are used neither for training nor for validation. 0 lets `test` use the validation set.
     """
 
     dataset_kwargs: dict[str, Any] | None = None
     prepend_bos: bool | None = None
     drop_first_n: int = 0
+    test_fraction: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +123,22 @@ def changed(settings: Any, usual: Any) -> dict[str, Any]:
         settings: an instance of a dataclass.
         usual: an instance of the same class, or the class itself, whose class attributes are the defaults.
     """
-    found = {}
-    for field in fields(settings):
-        # `dataclasses` has no other way to read a field by its name
-        value, default = getattr(settings, field.name), getattr(usual, field.name)
-        if value is not default and value != default:
-            found[field.name] = value
-    return found
+    defaults = values(usual)
+    return {
+        name: value
+        for name, value in values(settings).items()
+        if value is not defaults[name] and value != defaults[name]
+    }
+
+
+def values(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass with their values, which are not copied: field name to value.
+
+    Args:
+        settings: an instance of a dataclass, or the class itself, whose class attributes are the defaults.
+    """
+    # `dataclasses` has no other way to read a field by its name
+    return {field.name: getattr(settings, field.name) for field in fields(settings)}
 
 
 def takes(kind: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callable[Concatenate[S, P], None]]:

@@ -1,6 +1,7 @@
 """Lightning callbacks that measure, show and save a training run, one file for each."""
 
 from deeplens_lightning.callbacks.export_sae import ExportSAE
+from deeplens_lightning.callbacks.latent_prediction_writer import LatentPredictionWriter
 from deeplens_lightning.callbacks.latent_statistics import LatentStatistics
 from deeplens_lightning.callbacks.loss_recovered import LossRecovered
 from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
@@ -14,6 +15,7 @@ __all__ = [
     "ExportSAE",
     "ExtractSingleSample",
     "FitSummary",
+    "LatentPredictionWriter",
     "LatentStatistics",
     "LossRecovered",
     "Preemption",

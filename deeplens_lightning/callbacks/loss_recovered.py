@@ -38,8 +38,9 @@ class LossRecovered(Callback):
     """Measures next-token loss with the reconstruction in place, at validation and at the end of a fit without it.
 
     Only the positions that the SAE trains on are replaced. Of these, a position is scored if its next token belongs to
-    the same segment. Logged, in nats per scored token: `val/ce_clean`, `val/ce_sae`, `val/ce_zero`, `val/ce_mean` and
-    `val/kl` (from the clean prediction to the one with the reconstruction). Also logged: `val/ce_recovered`, 1 for a
+    the same segment. Logged, in nats per scored token: `val/ce_clean`, `val/ce_sae`, `val/ce_zero`, `val/ce_mean`, and
+    the KL divergences from the clean prediction `val/kl` (to the one with the reconstruction) and `val/kl_zero` (to the
+    one with zeros). `docs/pages/metrics.md` has the formulas. Also logged: `val/ce_recovered`, 1 for a
     perfect reconstruction and 0 for zeros, and `val/ce_recovered_mean`, the same against the mean. Written in the
     run's folder: `loss_recovered.jsonl`.
 
@@ -143,7 +144,7 @@ class LossRecovered(Callback):
             model, points = self._prepare(data, module, sae)
             with evaluation_mode(model):
                 loss = measure(model, sae, points, self._batches, self._ablated, module.device)
-        self._ablated = AblatedLoss(ce_zero=loss.ce_zero, ce_mean=loss.ce_mean)
+        self._ablated = AblatedLoss(ce_zero=loss.ce_zero, ce_mean=loss.ce_mean, kl_zero=loss.kl_zero)
         values: dict[str, float] = asdict(loss)
         assert self._path is not None
         append_jsonl(self._path, [{"step": trainer.global_step} | values])

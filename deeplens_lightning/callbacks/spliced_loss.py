@@ -34,10 +34,12 @@ class AblatedLoss:
     Attributes:
         ce_zero: with zeros in place of the activations.
         ce_mean: with the mean activation in place of each.
+        kl_zero: KL divergence from the clean prediction to the one with zeros.
     """
 
     ce_zero: float
     ce_mean: float
+    kl_zero: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +52,7 @@ class SplicedLoss:
         ce_zero: cross-entropy with zeros.
         ce_mean: cross-entropy with the mean activation.
         kl: KL divergence from the clean prediction to the one with the reconstruction.
+        kl_zero: KL divergence from the clean prediction to the one with zeros.
         ce_recovered: `(ce_zero - ce_sae) / (ce_zero - ce_clean)`, the "loss recovered" of Bricken et al. 2023; NaN
             where the denominator is 0.
         ce_recovered_mean: the same with `ce_mean` in place of `ce_zero`.
@@ -61,6 +64,7 @@ class SplicedLoss:
     ce_zero: float
     ce_mean: float
     kl: float
+    kl_zero: float
     ce_recovered: float
     ce_recovered_mean: float
     tokens: float
@@ -85,7 +89,7 @@ def measure(
         device: device of the SAE.
     """
     writes = [point for point in points if point.name in sae.writes]
-    sums: dict[str, float] = dict.fromkeys(("clean", "sae", "zero", "mean", "kl", "tokens"), 0.0)
+    sums: dict[str, float] = dict.fromkeys(("clean", "sae", "zero", "mean", "kl", "kl_zero", "tokens"), 0.0)
     means = {} if ablated is not None else _means(model, writes, batches)
     for batch in batches:
         rows: dict[str, Tensor] = {}
@@ -94,22 +98,27 @@ def measure(
         spliced_in = _predict(model, batch, {p: _writer(given[p.name], batch) for p in writes})
         sums["clean"] += _loss(clean, batch)
         sums["sae"] += _loss(spliced_in, batch)
-        sums["kl"] += float(kl_div(spliced_in, clean, log_target=True, reduction="sum"))
+        sums["kl"] += _divergence(clean, spliced_in)
         sums["tokens"] += int(batch.scored.sum())
         if ablated is None:
             zeros = {p: _writer(torch.zeros_like(rows[p.name]), batch) for p in writes}
             flat = {p: _writer(means[p.name].expand_as(rows[p.name]), batch) for p in writes}
-            sums["zero"] += _loss(_predict(model, batch, zeros), batch)
+            ablated_to_zero = _predict(model, batch, zeros)
+            sums["zero"] += _loss(ablated_to_zero, batch)
+            sums["kl_zero"] += _divergence(clean, ablated_to_zero)
             sums["mean"] += _loss(_predict(model, batch, flat), batch)
     tokens = sums["tokens"]
     clean_ce, sae_ce = sums["clean"] / tokens, sums["sae"] / tokens
-    ablated = ablated or AblatedLoss(ce_zero=sums["zero"] / tokens, ce_mean=sums["mean"] / tokens)
+    ablated = ablated or AblatedLoss(
+        ce_zero=sums["zero"] / tokens, ce_mean=sums["mean"] / tokens, kl_zero=sums["kl_zero"] / tokens
+    )
     return SplicedLoss(
         ce_clean=clean_ce,
         ce_sae=sae_ce,
         ce_zero=ablated.ce_zero,
         ce_mean=ablated.ce_mean,
         kl=sums["kl"] / tokens,
+        kl_zero=ablated.kl_zero,
         ce_recovered=_recovered(clean_ce, sae_ce, ablated.ce_zero),
         ce_recovered_mean=_recovered(clean_ce, sae_ce, ablated.ce_mean),
         tokens=tokens,
@@ -132,6 +141,11 @@ def _loss(predictions: Tensor, batch: Segments) -> float:
     """Sum of the cross-entropies, in nats, of log-probabilities from `_predict`."""
     following = batch.tokens.roll(-1, dims=1)[batch.scored].to(predictions.device)
     return -math.fsum(predictions.gather(1, following[:, None])[:, 0].tolist())
+
+
+def _divergence(clean: Tensor, other: Tensor) -> float:
+    """Sum of the KL divergences, in nats, from clean predictions to others; log-probabilities from `_predict`."""
+    return float(kl_div(other, clean, log_target=True, reduction="sum"))
 
 
 def _recorder(rows: dict[str, Tensor], name: str, batch: Segments) -> Splice:

@@ -14,8 +14,8 @@ from typing import Any
 TRAINER_COMMANDS = {
     "fit": "train an SAE, or any LightningModule, on a model's activations",
     "validate": "one pass over the validation rows: held-out documents",
-    "test": "the same rows as validate, with the module's test_step",
-    "predict": "the same rows as validate, with the module's predict_step",
+    "test": "one pass over the test documents; without any, over the rows of validate",
+    "predict": "active latents of the rows of validate; LatentPredictionWriter writes them",
 }
 OWN_COMMANDS = {
     "inspect": "list the hook points of a model and their d_in; no weights are loaded",

@@ -337,7 +337,7 @@ class Dictionary(nn.Module):
 
     def new_metrics(self) -> HeldOutMetrics:
         """New metrics for held-out rows, on the device of the weights."""
-        return HeldOutMetrics(self.d_sae, self.write.width, self.device)
+        return HeldOutMetrics(self.d_sae, self.write.width, self.device, self.write.to_raw)
 
     @torch.no_grad()
     def measure(

@@ -106,11 +106,37 @@ def in_chunks(x: Tensor, w: Weights, activation: Activation) -> Iterator[tuple[s
     Yields:
         The rows of a chunk, their latents `(rows, d_sae)` and their reconstructions `(rows, d_out)`.
     """
-    size = max(16, CHUNK_BYTES // (4 * activation.d_sae))
-    for first in range(0, len(x), size):
-        part = slice(first, first + size)
+    for part in _chunks(x, activation):
         latents = encode(x[part], w, activation)
         yield part, latents, reconstruct(x[part], latents, w)
+
+
+def active_entries(x: Tensor, w: Weights, activation: Activation) -> tuple[Tensor, Tensor, Tensor]:
+    """The latents above 0 of x `(batch, d_in)` for inference, without the latents of all rows at once.
+
+    Returns:
+        Numbers of rows and of latents, int64 `(n,)`, sorted by row and then by latent; and values `(n,)`.
+    """
+    if isinstance(activation, TopK) and not isinstance(activation, BatchTopK):
+        rows, latents, values = _row_top_k(x if w.center is None else x - w.center, w, activation)
+        active = values > 0
+        rows, latents, values = rows[active], latents[active], values[active]
+        order = (rows * activation.d_sae + latents).argsort()
+        return rows[order], latents[order], values[order]
+    found = [(x.new_empty(0, dtype=torch.int64), x.new_empty(0, dtype=torch.int64), x.new_empty(0))]
+    for part in _chunks(x, activation):
+        encoded = encode(x[part], w, activation)
+        row, latent = (encoded > 0).nonzero(as_tuple=True)
+        found.append((row + part.start, latent, encoded[row, latent]))
+    rows, latents, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return rows, latents, values
+
+
+def _chunks(x: Tensor, activation: Activation) -> Iterator[slice]:
+    """Consecutive rows of x `(batch, d_in)`, few enough for their latents `(rows, d_sae)`."""
+    size = max(16, CHUNK_BYTES // (4 * activation.d_sae))
+    for first in range(0, len(x), size):
+        yield slice(first, first + size)
 
 
 def autoencode(x: Tensor, w: Weights, activation: Activation) -> Tensor:

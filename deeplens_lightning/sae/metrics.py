@@ -1,6 +1,12 @@
-"""Held-out metrics: exact sums over the whole validation set and all ranks, in constant memory."""
+"""Held-out metrics of raw activations: exact sums over the whole set and all ranks, in constant memory.
+
+In: rows and reconstructions in a dictionary's units. Out: the figures that `docs/pages/metrics.md` defines, which do not
+depend on batches, ranks or the normalisation.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,17 +36,18 @@ def fvu(error: Tensor, deviation: Tensor, energy: Tensor) -> Tensor:
 class HeldOutMetrics(Metric):
     """Reconstruction quality and sparsity over held-out rows, summed over ranks by `compute`.
 
-    It is not part of any state dict.
+    It is not part of any state dict. Rows of several hook points are joined to one row each.
 
     Args:
         d_sae: number of latents.
         d_out: width of the rows that are reconstructed.
         device: where to keep the sums: in float64 on the CPU and CUDA, elsewhere in float32 with their rounding errors.
+        to_raw: converts rows `(batch, d_out)` from the units of `update` to raw activations; default leaves them.
 
     Attributes:
-        sums: `(2, 6 + d_out)`, sums and the rounding errors of these sums: number of rows, summed squares of rows, of
-            errors and of reconstructions, summed dot products of rows and reconstructions, summed cosines, sum of the
-            rows.
+        sums: `(2, 6 + d_out)`, sums and the rounding errors of these sums: number of rows, summed squares of raw rows,
+            of errors and of reconstructions, summed dot products of rows and reconstructions, summed cosines, sum of
+            the rows.
         firings: int64 `(d_sae,)`, number of rows in which each latent was active.
         skipped: int64 scalar, number of rows with NaN or infinity, which are in no other sum.
         nonfinite: the first of these rows.
@@ -51,8 +58,15 @@ class HeldOutMetrics(Metric):
     firings: Tensor
     skipped: Tensor
 
-    def __init__(self, d_sae: int, d_out: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        d_sae: int,
+        d_out: int,
+        device: torch.device,
+        to_raw: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> None:
         super().__init__()
+        self._to_raw = to_raw
         dtype = torch.float64 if device.type in HAVE_FLOAT64 else torch.float32
         self.add_state("sums", torch.zeros(2, 6 + d_out, dtype=dtype), dist_reduce_fx="sum")
         self.add_state("firings", torch.zeros(d_sae, dtype=torch.int64), dist_reduce_fx="sum")
@@ -76,7 +90,8 @@ class HeldOutMetrics(Metric):
             latents: `(batch, d_sae)`.
             bad: bool `(batch,)`, rows with NaN or infinity, which are left out and counted; None for no row.
         """
-        x, x_hat, active = rows.to(self.sums.dtype), reconstructions.to(self.sums.dtype), latents > 0
+        x, x_hat = (self._to_raw(each.to(self.sums.dtype)) for each in (rows, reconstructions))
+        active = latents > 0
         count = torch.full((), len(x), dtype=torch.int64, device=x.device)
         if bad is not None:
             x, x_hat = x.masked_fill(bad[:, None], 0), x_hat.masked_fill(bad[:, None], 0)
@@ -99,7 +114,10 @@ class HeldOutMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Metrics as scalars on the CPU over the rows of all ranks; empty if there were no rows.
 
-        - `fvu`: summed squared error / summed squared deviation from the mean row.
+        With raw rows x, their reconstructions x' and the mean m of the rows of the whole set:
+
+        - `fvu`: sum of |x - x'|^2 / sum of |x - m|^2; explained variance is 1 - `fvu`.
+        - `mse`: mean of |x - x'|^2, summed over the elements of a row.
         - `cosine`: mean cosine between a row and its reconstruction.
         - `l0`: mean number of active latents per row.
         - `dead_fraction`: share of latents that are active in no row.
@@ -115,6 +133,7 @@ class HeldOutMetrics(Metric):
         deviation = (energy - totals[6:].square().sum() / rows).clamp(min=0)
         return {
             "fvu": fvu(error, deviation, energy),
+            "mse": error / rows,
             "cosine": cosine / rows,
             "l0": firings.sum().double() / rows,
             "dead_fraction": 1 - (firings > 0).double().mean(),

@@ -25,9 +25,10 @@ from deeplens_lightning.preemption import default_preemption
 from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint, read_trained_on
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.metrics import HeldOutMetrics
-from deeplens_lightning.sae.nonfinite import Describe
+from deeplens_lightning.sae.nonfinite import Describe, NonFiniteRows
 from deeplens_lightning.sae.planned_steps import planned_steps
 from deeplens_lightning.sae.portable import PortableDictionary
+from deeplens_lightning.sae.prediction import SparseLatents, active_latents
 from deeplens_lightning.sae.schedule import lr_factor
 from deeplens_lightning.types import Batch, Provenance
 
@@ -36,6 +37,7 @@ class DictionaryTraining(LightningModule):
     """Lightning's hooks for training one or several dictionaries; base of the modules that do."""
 
     _held_out: dict[str, HeldOutMetrics]  # not a submodule: `bf16-true` must not convert its sums
+    _nonfinite_predictions: NonFiniteRows
     _planned_steps: int | None = None
 
     @property
@@ -176,10 +178,22 @@ class DictionaryTraining(LightningModule):
     def on_predict_start(self) -> None:
         """Read the data module's normalisation."""
         self._prepare()
+        self._nonfinite_predictions = NonFiniteRows("predicted rows")
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:  # noqa: ARG002
-        """Latents `(batch, d_sae)` of a served batch, by name of the dictionary."""
-        return {name: sae.encode_served(batch) for name, sae in self.dictionaries.items()}
+    def predict_step(self, batch: Batch, batch_idx: int) -> SparseLatents | dict[str, SparseLatents]:
+        """The active latents of a served batch, on the CPU; a dict by name of the dictionary in a grid."""
+        provenance = activation_data(self.trainer).provenance(batch)
+        found = {}
+        for name, sae in self.dictionaries.items():
+            found[name], bad = active_latents(sae, batch, provenance)
+            if sae.on_nonfinite == "stop":
+                describe = self._describe(batch, f"batch {batch_idx}")
+                self._nonfinite_predictions.add(bad, len(bad), describe)
+        return found.get("", found)
+
+    def on_predict_epoch_end(self) -> None:
+        """Raise an error on all ranks if a row of any rank held NaN or infinity, and `on_nonfinite` is "stop"."""
+        self._nonfinite_predictions.check()
 
     def _prepare(self) -> None:
         data = activation_data(self.trainer)

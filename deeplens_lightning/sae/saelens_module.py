@@ -138,7 +138,8 @@ class SAELensModule(Float32State, LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start new held-out metrics."""
-        self._held_out = (HeldOutMetrics(len(self.steps_since_fired), self.side.width, self.device),)
+        side = self.side
+        self._held_out = (HeldOutMetrics(len(self.steps_since_fired), side.width, self.device, side.to_raw),)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:  # noqa: ARG002
         """Add a served batch of held-out rows."""

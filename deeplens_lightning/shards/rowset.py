@@ -1,4 +1,4 @@
-"""The held-out split, as compact sets of row numbers from which the k-th row can be looked up.
+"""The splits by the hash of documents, as compact sets of row numbers from which the k-th row can be looked up.
 
 A split is a set of whole documents, so its rows are runs of consecutive row numbers. `RunSet` keeps the runs (24 bytes
 each). `BitSet` keeps one bit per row, which is smaller if there are very many short runs. Neither keeps a list of rows.
@@ -158,26 +158,55 @@ def heldout(hashes: NDArray[Any], val_fraction: float) -> NDArray[np.bool_]:
     return result
 
 
+def in_split(
+    hashes: NDArray[Any], val_fraction: float, test_fraction: float, split: str
+) -> NDArray[np.bool_]:
+    """Which documents belong to a split: `val` has the lowest hashes, `test` the highest ones, `train` the others.
+
+    Args:
+        hashes: 64-bit hashes of the documents' texts, int64 `(n,)`.
+        val_fraction: share of the documents in `val`, 0 to 1.
+        test_fraction: share of the documents in `test`, 0 to 1.
+        split: `train`, `val`, `test` or `all`.
+
+    Returns:
+        bool `(n,)`.
+
+    Raises:
+        ValueError: a share is not between 0 and 1.
+    """
+    if split == "all":
+        return np.ones(len(hashes), bool)
+    val, test = heldout(hashes, val_fraction), heldout(~hashes, test_fraction)
+    return {"val": val, "test": test & ~val, "train": ~(val | test)}[split]
+
+
 def split_rows(
-    hashes: Integers, lengths: Integers, val_fraction: float, split: str, max_rows: int | None = None
+    hashes: Integers,
+    lengths: Integers,
+    val_fraction: float,
+    split: str,
+    max_rows: int | None = None,
+    test_fraction: float = 0.0,
 ) -> RowSet:
     """The rows of a split.
 
     Args:
         hashes: text hash of the document of each run of rows, int64 `(runs,)`.
         lengths: rows in each run, `(runs,)`. A run begins where the run before it ends; the first begins at row 0.
-        val_fraction: fraction of the documents that is held out, chosen by `heldout`.
-        split: `train`, `val` or `all`.
+        val_fraction: fraction of the documents in the split `val`.
+        split: a split as of `in_split`.
         max_rows: keep at most this number of rows, from the documents with the lowest hashes. Which documents are kept
             does not depend on the order of the rows.
+        test_fraction: fraction of the documents in the split `test`.
 
     Raises:
-        ValueError: `val_fraction` is not between 0 and 1.
+        ValueError: a fraction is not between 0 and 1.
     """
     lengths = lengths.astype(np.int64)
     starts = np.cumsum(lengths) - lengths
     if split != "all":
-        chosen = heldout(hashes, val_fraction) == (split == "val")
+        chosen = in_split(hashes, val_fraction, test_fraction, split)
         hashes, starts, lengths = hashes[chosen], starts[chosen], lengths[chosen]
     if max_rows is not None and lengths.sum() > max_rows:
         order = np.lexsort([starts, hashes.view(np.uint64)])

@@ -28,7 +28,7 @@ from deeplens_lightning.shards.rowset import split_rows
 from deeplens_lightning.shards.shard_steps import EpochPlan, ShardSteps
 from deeplens_lightning.types import SHARD_ORDER, RankProgress, Served, ShardPosition, Stream, StreamPosition
 
-Split = Literal["train", "val", "all"]
+Split = Literal["train", "val", "test", "all"]
 ShuffleKind = Literal["global", "window", "none"]
 WINDOWS_KEPT = 6
 """Windows that local copies of remote shards have room for: this one and the next, with up to three times the bytes of
@@ -52,8 +52,9 @@ class ShardStream(Stream):
         shuffle: `global` (all rows at once), `window` (some random stretches of consecutive rows at a time, for caches
             larger than memory), `none`, or `auto`: `global` if the cache takes at most half of this machine's memory (and
             at most `cache_bytes`, if it is remote), else `window`.
-        split: `train`, `val` or `all`.
-        val_fraction: fraction of the documents that is held out.
+        split: `train`, `val`, `test` or `all`.
+        val_fraction: fraction of the documents that is held out for validation.
+        test_fraction: fraction of the documents that is held out for the test.
         max_rows: serve at most this number of rows, from the documents with the lowest hashes.
         hook: hook name for bare tensors (default: from DeepLens's file names, else `activations`).
         only: canonical names of the hook points to serve, in this order; default all in the cache.
@@ -94,6 +95,7 @@ class ShardStream(Stream):
         shuffle: Shuffle = "auto",
         split: Split = "train",
         val_fraction: float = 0.0,
+        test_fraction: float = 0.0,
         max_rows: int | None = None,
         hook: str | None = None,
         only: Sequence[str] | None = None,
@@ -124,7 +126,7 @@ class ShardStream(Stream):
         shards = self.catalog.shards
         hashes = np.concatenate([shard.document_hashes for shard in shards])
         lengths = np.concatenate([shard.document_rows for shard in shards])
-        split_set = split_rows(hashes, lengths, val_fraction, split, max_rows)
+        split_set = split_rows(hashes, lengths, val_fraction, split, max_rows, test_fraction)
         self.rows = len(split_set)
         self._orders = EpochOrders(catalog=self.catalog, split=split_set, seed=seed)
         self._stretch_rows = self.catalog.stretch_rows
@@ -136,7 +138,8 @@ class ShardStream(Stream):
         self.identity: dict[str, Any] = {
             "shards": self.catalog.digest(),
             "hook_points": {name: [rows.d_in, rows.dtype] for name, rows in self.hook_points.items()},
-            "rows": {"split": split, "val_fraction": val_fraction, "max_rows": max_rows, "count": self.rows},
+            "rows": {"split": split, "val_fraction": val_fraction, "max_rows": max_rows, "count": self.rows}
+            | ({"test_fraction": test_fraction} if test_fraction else {}),
             "seed": seed,
         }
         if self.rows < world_size:

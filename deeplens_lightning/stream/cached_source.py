@@ -26,7 +26,7 @@ from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.format import DTYPES
 from deeplens_lightning.shards.gather import chosen_hook_points
 from deeplens_lightning.shards.local_copies import LocalCopies
-from deeplens_lightning.shards.rowset import heldout
+from deeplens_lightning.shards.rowset import in_split
 from deeplens_lightning.shards.shard_steps import EpochPlan
 from deeplens_lightning.shards.shard_stream import ShardStream, Split
 from deeplens_lightning.stream.automatic_sizes import validation_rows
@@ -143,28 +143,14 @@ class CachedActivations:
 
     @cached_property
     def heldout(self) -> HeldOutRows:
-        """This rank's share of the validation set, read once and kept; empty if the cache has too few held-out rows."""
-        given, ranks = self.settings.given, self.placement.ranks
-        if self._heldout_rows < ranks:
-            log.warning(
-                "the shards hold no held-out documents at val_fraction=%s: there is no validation set; raise "
-                "val_fraction, or set it to 0",
-                given.val_fraction,
-            )
-            return self._allocated(0)
-        points = chosen_hook_points(self.settings.catalog, self.settings.only).values()
-        size = sum(kind.d_in * DTYPES[kind.dtype].itemsize for kind in points)
-        most = validation_rows(given.val_rows, max_bytes=given.buffer_options.val_bytes, row_bytes=size)
-        stream = self._stream("val", _READ, max_rows=most, shuffle="none")
-        found, filled = self._allocated(stream.rows // ranks), 0
-        for batch in stream.batches(stream.start(0), 0):
-            span = slice(filled, filled + len(batch.provenance))
-            for name, rows in batch.rows.items():
-                found.rows[name][span] = rows
-            found.provenance[span] = batch.provenance
-            filled = span.stop
-        stream.close()
-        return found
+        """This rank's share of the validation set, read once and kept; empty if the cache has no held-out rows."""
+        return self._held_out("val", "validation set", f"val_fraction={self.settings.given.val_fraction}")
+
+    @cached_property
+    def test(self) -> HeldOutRows:
+        """This rank's share of the test set, read once and kept; empty if the cache has no test documents."""
+        fraction = self.settings.given.text_options.test_fraction
+        return self._held_out("test", "test set", f"text_options.test_fraction={fraction}")
 
     def stream(self, batch_size: int, statistics: Statistics, buffer_rows: int | None) -> ShardStream:
         """Open the stream of this rank's training batches.
@@ -202,8 +188,7 @@ class CachedActivations:
 
     def known_batches(self, batch_size: int) -> int:
         """Number of batches of an epoch, the same on every rank."""
-        rows = self.settings.catalog.rows - self._heldout_rows
-        return EpochPlan.of(rows, batch_size, self.placement.ranks).steps
+        return EpochPlan.of(self._rows_in("train"), batch_size, self.placement.ranks).steps
 
     def fingerprint(self) -> dict[str, str]:
         """What must be the same when a run continues from a checkpoint: name to value."""
@@ -213,6 +198,7 @@ class CachedActivations:
             "hook points": ", ".join(self.settings.widths),
             "shuffle": given.cache_options.shuffle,
             "val_fraction": str(given.val_fraction),
+            **{name: str(value) for name, value in given.test_documents.items()},
             "seed": str(given.seed),
         }
 
@@ -223,24 +209,63 @@ class CachedActivations:
     def _digest(self) -> str:
         return self.settings.catalog.digest()
 
-    @cached_property
-    def _heldout_rows(self) -> int:
-        """Number of rows of held-out documents in the cache."""
-        fraction = self.settings.given.val_fraction
+    def _rows_in(self, split: Split) -> int:
+        """Number of rows of the documents of a split in the cache."""
+        given = self.settings.given
+        fractions = given.val_fraction, given.text_options.test_fraction
         return sum(
-            int(shard.document_rows[heldout(shard.document_hashes, fraction)].sum())
+            int(shard.document_rows[in_split(shard.document_hashes, *fractions, split)].sum())
             for shard in self.settings.catalog.shards
         )
 
-    def _allocated(self, count: int) -> HeldOutRows:
-        """Memory for `count` validation rows."""
+    def _held_out(self, split: Split, name: str, setting: str) -> HeldOutRows:
+        """This rank's share of the rows of a split; empty, with a warning, if the cache has none.
+
+        Args:
+            split: the split.
+            name: what the rows are, for the warning.
+            setting: the setting that chooses their documents, for the warning.
+        """
+        if not self._rows_in(split):
+            log.warning(
+                "the shards hold no held-out documents at %s: there is no %s; raise it, or set it to 0",
+                setting,
+                name,
+            )
+            return self._allocated(0, 0)
+        given, ranks = self.settings.given, self.placement.ranks
+        points = chosen_hook_points(self.settings.catalog, self.settings.only).values()
+        size = sum(kind.d_in * DTYPES[kind.dtype].itemsize for kind in points)
+        most = validation_rows(given.val_rows, max_bytes=given.buffer_options.val_bytes, row_bytes=size)
+        # Every rank takes its share of the same order, so that no row depends on the number of ranks.
+        alone = replace(self.placement, rank=0, ranks=1, batch_device=torch.device("cpu"))
+        stream = self._stream(split, _READ, max_rows=most, shuffle="none", as_rank=alone)
+        longest = -(-stream.rows // ranks)
+        first = min(stream.rows, self.placement.rank * longest)
+        found = self._allocated(min(longest, stream.rows - first), longest)
+        skipped = first // _READ
+        at = skipped * _READ - first  # of the next batch, in this share
+        for batch in stream.batches(stream.start(0), skipped):
+            here = slice(max(0, at), at + len(batch.provenance))
+            of_batch = slice(max(0, -at), max(0, len(found) - at))
+            for hook, rows in batch.rows.items():
+                found.rows[hook][here] = rows[of_batch]
+            found.provenance[here] = batch.provenance[of_batch]
+            at = here.stop
+            if at >= len(found):
+                break
+        stream.close()
+        return found
+
+    def _allocated(self, count: int, longest: int) -> HeldOutRows:
+        """Memory for `count` held-out rows, on the rank with most of them `longest`."""
         points = chosen_hook_points(self.settings.catalog, self.settings.only)
         return HeldOutRows(
             rows={
                 name: torch.empty(count, kind.d_in, dtype=DTYPES[kind.dtype]) for name, kind in points.items()
             },
             provenance=torch.empty(count, len(PROVENANCE), dtype=torch.int64),
-            longest=count,  # the ranks of a cache have the same number
+            longest=longest,
         )
 
     def _stream(
@@ -263,6 +288,7 @@ class CachedActivations:
             shuffle=shuffle or options.shuffle,
             split=split,
             val_fraction=given.val_fraction,
+            test_fraction=given.text_options.test_fraction,
             max_rows=max_rows,
             hook=self.settings.bare_hook,
             only=self.settings.only,

@@ -72,8 +72,12 @@ class LiveActivations:
     @cached_property
     def heldout(self) -> HeldOutRows:
         """This rank's share of the validation set, computed once and kept."""
-        chosen = ValidationSet(text=self.text("heldout"), rows=self._val_rows)
-        return chosen.compute(self.model, self.inference_batch_size, self.placement)
+        return self._held_out("heldout")
+
+    @cached_property
+    def test(self) -> HeldOutRows:
+        """This rank's share of the test set, computed once and kept."""
+        return self._held_out("test")
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -137,6 +141,7 @@ class LiveActivations:
             "val_fraction": given.val_fraction,
             "val_rows": self._val_rows,
             "max_norms": dict(statistics.max_norms),
+            **given.test_documents,
         }
         return WriteThroughStream(
             live=live,
@@ -174,7 +179,7 @@ class LiveActivations:
         given = self.given
         return Extraction(
             model=self.model,
-            text=replace(text, documents=replace(text.documents, val_fraction=0.0)),
+            text=replace(text, documents=replace(text.documents, val_fraction=0.0, test_fraction=0.0)),
             inference_batch_size=self.inference_batch_size,
             identity=self.identity,
             config={"seed": given.seed, **(config or {})},
@@ -198,24 +203,26 @@ class LiveActivations:
             "shuffle_blocks": str(given.buffer_options.shuffle_blocks),
             "buffer_size": str(given.buffer_size),
             "val_fraction": str(given.val_fraction),
+            **{name: str(value) for name, value in given.test_documents.items()},
             "seed": str(given.seed),
             "torch": version("torch"),
             "transformers": version("transformers"),
         }
 
     def text(self, split: Split, *, alone: bool = False) -> TextStage:
-        """The text of a split: for `train` this rank's share, for `heldout` all of it on every rank.
+        """The text of a split: for `train` this rank's share, for `heldout` and `test` all of it on every rank.
 
         Args:
             split: the split.
             alone: all of the text for `train` as well, in the order of a single rank.
         """
-        given, heldout = self.given, split == "heldout"
+        given, heldout = self.given, split != "train"
         alone = alone or heldout
         documents = Documents(
             source=self.source,
             split=split,
             val_fraction=given.val_fraction,
+            test_fraction=given.text_options.test_fraction,
             seed=0 if heldout else given.seed,
             rank=0 if alone else self.placement.rank,
             ranks=1 if alone else self.placement.ranks,
@@ -226,6 +233,10 @@ class LiveActivations:
     def close(self) -> None:
         """Free the model."""
         self.model.close()
+
+    def _held_out(self, split: Split) -> HeldOutRows:
+        chosen = ValidationSet(text=self.text(split), rows=self._val_rows)
+        return chosen.compute(self.model, self.inference_batch_size, self.placement)
 
     @cached_property
     def _val_rows(self) -> int:

@@ -5,6 +5,7 @@ In: settings, and a Trainer if there is one. Out: data loaders, and the state fo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ from deeplens_lightning.stream.trained_batches import (
     is_fitting,
     trainer_ends_epochs,
 )
-from deeplens_lightning.stream.validation_set import RowsLoader
+from deeplens_lightning.stream.validation_set import HeldOutRows, RowsLoader
 from deeplens_lightning.types import Batch, Placement
 
 CUDA_PREFETCH = 2
@@ -174,10 +175,15 @@ class Serving:
         Args:
             batch_size: rows per batch.
         """
-        self._rows = RowsLoader(
-            lambda: self.activations.heldout, batch_size, self._finish, self.seen.remember
-        )
-        return self._rows
+        return self._held_out(lambda: self.activations.heldout, batch_size)
+
+    def test(self, batch_size: int) -> RowsLoader:
+        """The loader of the test set.
+
+        Args:
+            batch_size: rows per batch.
+        """
+        return self._held_out(lambda: self.activations.test, batch_size)
 
     def before_move(self, batch: Batch, training: bool) -> None:
         """Note the provenance of a batch that Lightning is about to move to a device; `seen.after_move` stores it.
@@ -296,6 +302,10 @@ class Serving:
             "normalize": self.settings.normalize,
             "max_norm_ratio": str(self.settings.buffer_options.max_norm_ratio),
         }
+
+    def _held_out(self, rows: Callable[[], HeldOutRows], batch_size: int) -> RowsLoader:
+        self._rows = RowsLoader(rows, batch_size, self._finish, self.seen.remember)
+        return self._rows
 
     def _finish(self, rows: dict[str, Tensor]) -> Batch:
         return finish(rows, self.measured().scalings, DTYPES[self.settings.buffer_options.dtype])

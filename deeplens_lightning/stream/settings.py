@@ -19,7 +19,7 @@ DEFAULT_LAYER, DEFAULT_HOOK = 3, "mlp_act"
 
 _ONLY_LIVE = (
     "dataset_name", "text_column", "dataset_split", "write_shards", "tokenizer", "seq_length",
-    "inference_batch_size", "buffer_size", "exclude_special_tokens", "text_options",
+    "inference_batch_size", "buffer_size", "exclude_special_tokens",
 )  # fmt: skip
 """Settings without effect with `shards`, because they describe how rows are computed."""
 
@@ -55,7 +55,8 @@ class DataSettings:
         max_tokens: rows per Trainer epoch, the sum over all ranks; the next epoch continues in the text. Default one
             pass over the text.
         val_fraction: share of the documents that is held out for validation, by the hash of their text; 0 to below 1.
-        val_rows: number of held-out rows in the validation set; `buffer_options.val_bytes` limits their size.
+        val_rows: number of held-out rows in the validation set, and in the test set if `text_options.test_fraction`
+            gives it documents of its own; `buffer_options.val_bytes` limits their size.
         normalize: normalisation of rows: `none`, `mean_norm` (mean row norm sqrt(d_in)), `center` (mean removed),
             `standardize` (mean removed, mean squared norm d_in) or `zscore` (each dimension to mean 0 and variance 1).
         exclude_special_tokens: leave special tokens out of the rows; the model still reads them.
@@ -100,6 +101,12 @@ class DataSettings:
     cache_options: CacheOptions = CacheOptions()
     resume_anyway: bool = False
 
+    @property
+    def test_documents(self) -> dict[str, float]:
+        """`test_fraction` for fingerprints and manifests; empty if it is 0, as in those of releases without it."""
+        fraction = self.text_options.test_fraction
+        return {"test_fraction": fraction} if fraction else {}
+
     def __post_init__(self) -> None:
         check_normalize(self.normalize)
         _check_sizes(self)
@@ -117,12 +124,14 @@ def _unused(settings: DataSettings) -> list[str]:
     cache = changed(settings.cache_options, CacheOptions())
     if settings.shards is None:
         return [] if settings.write_shards else [f"cache_options.{name}" for name in cache]
+    text = changed(settings.text_options, TextOptions()).keys() - {"test_fraction"}
     # Callbacks that load the model use its `kwargs`.
     model = changed(settings.model_options, ModelOptions()).keys() - {"kwargs"}
     buffer = changed(settings.buffer_options, BufferOptions()).keys() - {"device", "dtype", "val_bytes"}
     own = changed(settings, DataSettings).keys()
     return [
         *(name for name in _ONLY_LIVE if name in own),
+        *(f"text_options.{name}" for name in sorted(text)),
         *(f"model_options.{name}" for name in sorted(model)),
         *(f"buffer_options.{name}" for name in sorted(buffer)),
     ]
@@ -158,3 +167,9 @@ def _check_sizes(settings: DataSettings) -> None:
         )
     if not 0 <= settings.val_fraction < 1:
         raise ValueError(f"val_fraction={settings.val_fraction} must be at least 0 and below 1")
+    test_fraction = settings.text_options.test_fraction
+    if test_fraction < 0 or not settings.val_fraction + test_fraction < 1:
+        raise ValueError(
+            f"text_options.test_fraction={test_fraction} must be at least 0, and below 1 together with "
+            f"val_fraction={settings.val_fraction}: no document would be left to train on"
+        )

@@ -1,4 +1,4 @@
-"""The validation set: a fixed number of held-out rows, the same rows in every run and in every pass.
+"""The validation and the test set: a fixed number of held-out rows, the same rows in every run and in every pass.
 
 In: held-out documents. Out: the rows of those with the smallest hashes, computed once and kept in memory.
 """
@@ -29,7 +29,7 @@ SCANNED = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOutRows:
-    """One rank's share of the validation set.
+    """One rank's share of the validation or the test set.
 
     Attributes:
         rows: raw rows `(n, d_in)` by hook point, in the dtype of the activations, on the CPU.
@@ -56,7 +56,7 @@ class _Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationSet:
-    """Choose the held-out documents of the validation set and compute their rows.
+    """Choose the held-out documents of the validation or the test set and compute their rows.
 
     Attributes:
         text: the text of the held-out split, the whole split on every rank (rank 0 of 1), packed as in training.
@@ -96,8 +96,7 @@ class ValidationSet:
             placement: rank and devices of this process.
 
         Returns:
-            This rank's share. All ranks together have at most `rows` rows, rounded up to a multiple of the number of
-            ranks.
+            This rank's share. All ranks together have the same rows, at most `rows`, for any number of ranks.
         """
         shares = list(self._shares(model, size, placement))
         total = sum(share.rows for share in shares)
@@ -133,12 +132,12 @@ class ValidationSet:
         left = self.rows
         for blocks in self.blocks():
             for index in model_batches(blocks, size, model.isolation):
-                most = -(-left // placement.ranks)
-                dealt = [index[rank :: placement.ranks] for rank in range(placement.ranks)]
-                counts = tuple(min(int(blocks.keep[part].sum()), most) for part in dealt)
-                mine = blocks.select(dealt[placement.rank])
-                yield _Share(blocks=mine, rows=counts[placement.rank], rows_by_rank=counts)
-                left -= int(blocks.keep[index].sum())
+                counts = blocks.keep[index].sum(1)
+                taken = torch.minimum(counts, (left - (counts.cumsum(0) - counts)).clamp(min=0))
+                by_rank = tuple(int(taken[rank :: placement.ranks].sum()) for rank in range(placement.ranks))
+                mine = blocks.select(index[placement.rank :: placement.ranks])
+                yield _Share(blocks=mine, rows=by_rank[placement.rank], rows_by_rank=by_rank)
+                left -= int(counts.sum())
                 if left <= 0:
                     return
 

@@ -16,7 +16,7 @@ from deeplens_lightning.text.dealing import Dealing, Place
 from deeplens_lightning.text.sources import IndexedSource, Row, Source
 from deeplens_lightning.types import DealingState, TextPosition
 
-Split = Literal["train", "heldout"]
+Split = Literal["train", "heldout", "test"]
 
 
 def document_hash(row: Row) -> int:
@@ -37,6 +37,22 @@ def is_heldout(document: int, val_fraction: float) -> bool:
         val_fraction: share of documents held out, 0 to below 1.
     """
     return (document & 0xFFFF_FFFF_FFFF_FFFF) < int(val_fraction * 2**64)
+
+
+def split_of(document: int, val_fraction: float, test_fraction: float) -> Split:
+    """The split of a document: the lowest hashes are held out for validation, the highest ones for the test.
+
+    So the test documents are the same for every `val_fraction`. `shards.rowset` has the same rule.
+
+    Args:
+        document: the `document_hash` of the document.
+        val_fraction: share of documents held out for validation.
+        test_fraction: share of documents held out for the test; together with `val_fraction` below 1.
+    """
+    if is_heldout(document, val_fraction):
+        return "heldout"
+    in_test = is_heldout(~document, test_fraction)  # ~ is 2**64 - 1 - document, as unsigned integer
+    return "test" if in_test else "train"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +78,9 @@ class Documents:
 
     Attributes:
         source: the dataset with all documents.
-        split: `train`, or `heldout`.
-        val_fraction: share of documents held out, by the hash of their text.
+        split: `train`, `heldout` (for validation) or `test`.
+        val_fraction: share of documents held out for validation, by the hash of their text.
+        test_fraction: share of documents held out for the test, by the hash of their text.
         seed: seed of the order of documents.
         rank: number of this rank.
         ranks: number of ranks.
@@ -73,6 +90,7 @@ class Documents:
     split: Split
     val_fraction: float
     seed: int
+    test_fraction: float = 0.0
     rank: int = 0
     ranks: int = 1
 
@@ -92,7 +110,7 @@ class Documents:
             here, reader = (number, start.reader if start else None) if k == part else (0, None)
             for text in self.source.read(k, here, seed=self.seed, epoch=epoch, reader=reader):
                 document = document_hash(text.row)
-                if is_heldout(document, self.val_fraction) != (self.split == "heldout"):
+                if split_of(document, self.val_fraction, self.test_fraction) != self.split:
                     continue
                 before = dealing.state()
                 dealt = dealing.deal(text.at, len(text.row))
