@@ -315,17 +315,11 @@ class Dictionary(nn.Module):
         o = self.optimization
         return {"params": list(self.parameters()), "lr": self.lr, "betas": o.betas, "eps": o.eps}
 
-    def prepare_gradients(self, clip_norm: float | None = None) -> None:
-        """Remove the decoder gradient's part along its unit rows, then clip all gradients.
-
-        Args:
-            clip_norm: largest norm of all gradients together; None uses `optimization.clip_norm`.
-        """
+    def prepare_gradients(self, limit: float | None = None, algorithm: str | None = None) -> None:
+        """Remove the decoder gradient's part along its unit rows, then clip all gradients (`Optimization.clip`)."""
         if self.activation.unit_norm and self.W_dec.grad is not None:
             initialize.remove_parallel(self.W_dec.grad, self.W_dec)
-        clip_norm = self.optimization.clip_norm if clip_norm is None else clip_norm
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), clip_norm)
+        self.optimization.clip(self.parameters(), limit, algorithm)
 
     def project(self) -> None:
         """Restore the parameters' constraints after an optimizer step: decoder norms and thresholds."""

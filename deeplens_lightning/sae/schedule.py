@@ -1,11 +1,15 @@
-"""Settings of Adam, and the learning rate over the steps of a training run."""
+"""Settings of Adam and of gradient clipping, and the learning rate over the steps of a training run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 OPEN_ENDED_WARMUP = 1000  # steps, if the length of training is unknown
 
@@ -36,6 +40,23 @@ class Optimization:
             return cls(**{**settings, "betas": tuple(settings.get("betas", cls.betas))})
         return cls() if settings is None else settings
 
+    def clip(
+        self, parameters: Iterable[nn.Parameter], limit: float | None = None, algorithm: str | None = None
+    ) -> None:
+        """Clip the gradients of one SAE.
+
+        Args:
+            parameters: all parameters of the SAE.
+            limit: the Trainer's `gradient_clip_val`; None for `clip_norm`, 0 for no clipping.
+            algorithm: "value" to limit the absolute value of every entry; "norm" or None to limit the norm of all
+                gradients together.
+        """
+        limit = self.clip_norm if limit is None else limit
+        if limit is not None and limit > 0:
+            (nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_)(
+                parameters, limit
+            )
+
 
 def default_lr(d_sae: int) -> float:
     """Default peak learning rate, proportional to 1 / sqrt(d_sae) (Gao et al. 2024, arXiv 2406.04093, A.3).
@@ -56,3 +77,26 @@ def lr_factor(planned: int | None, optimization: Optimization) -> Callable[[int]
         return lambda step: min(1.0, (step + 1) / OPEN_ENDED_WARMUP)
     warmup, decay = max(1, round(planned * optimization.warmup)), max(1, round(planned * optimization.decay))
     return lambda step: max(0.0, min((step + 1) / warmup, (planned - step) / decay, 1.0))
+
+
+class WarmupDecay(LambdaLR):
+    """The learning rate of `lr_factor` for each parameter group; its length is set when training starts.
+
+    Args:
+        optimizer: the optimizer.
+        optimizations: the settings of each parameter group.
+    """
+
+    def __init__(self, optimizer: Optimizer, optimizations: Sequence[Optimization]) -> None:
+        super().__init__(optimizer, [lr_factor(None, each) for each in optimizations])
+
+    def plan(self, steps: int | None, optimizations: Sequence[Optimization]) -> None:
+        """Set the number of optimizer steps and the learning rates of the next step; None if it is not known.
+
+        A learning rate that was restored from a checkpoint belongs to the length of that run.
+        """
+        self.lr_lambdas = [lr_factor(steps, each) for each in optimizations]  # not saved: functions
+        for group, peak, factor in zip(
+            self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True
+        ):
+            group["lr"] = peak * factor(self.last_epoch)

@@ -256,7 +256,8 @@ class Serving:
         position, placement = state.position, self.activations.placement
         if position is None:
             return
-        if trainer is not None and (lost := lost_in_accumulation(trainer)):
+        known_length = bool(loader.batches_per_epoch or loader.known_length)
+        if trainer is not None and (lost := lost_in_accumulation(trainer, known_length)):
             rank_zero_warn(lost)
         table = position.table()
         if len(table) == placement.ranks:
