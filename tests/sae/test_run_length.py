@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.sae import Optimization, SparseAutoencoder
 from deeplens_lightning.types import Batch
+from tests.support.ranks import launch
 from tests.support.texts import texts
 from tests.support.training import data, trainer
 
@@ -216,7 +217,7 @@ LIMITS = st.fixed_dictionaries(
     max_tokens=st.none() | st.integers(2 * BATCH, 8 * BATCH),
     stop=st.integers(1, 12),
 )
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_for_any_limits_the_planned_steps_are_the_steps_taken(
     limits: dict[str, Any],
     schedule: dict[int, int] | None,
@@ -241,3 +242,21 @@ def test_for_any_limits_the_planned_steps_are_the_steps_taken(
         check(rest, resumed, again)
         assert again.global_step == run.global_step
         assert resumed.planned_tokens == module.planned_tokens
+
+
+def on_rank(rank: int, ranks: int, folder: Path, cache: str) -> None:
+    options = {"max_epochs": 4, "strategy": "ddp", "devices": ranks}
+    rates, module, run = fit(folder, cached(cache), SaveAt(4, folder / "a.ckpt"), **options)
+    assert run.global_step == 4 * 3
+    check(rates, module, run)
+    assert module.planned_tokens == 12 * BATCH * ranks
+    rates, module, run = fit(folder, cached(cache), ckpt=folder / "a.ckpt", **options)
+    check(rates, module, run)
+
+
+@pytest.mark.slow
+def test_ranks_take_the_planned_steps_also_if_one_of_them_continues_alone(cache: str, tmp_path: Path) -> None:
+    launch(2, on_rank, tmp_path, cache)
+    rates, module, run = fit(tmp_path, cached(cache), ckpt=tmp_path / "a.ckpt", max_epochs=4)
+    assert run.global_step == 4 + 4 + 5 + 5
+    check(rates, module, run)
