@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -29,8 +29,13 @@ from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.nonfinite import Describe
 from deeplens_lightning.sae.portable import PortableDictionary
 from deeplens_lightning.sae.run_length import RunLength, plan
-from deeplens_lightning.sae.schedule import WarmupDecay
+from deeplens_lightning.sae.schedule import WarmupDecay, check_eps
 from deeplens_lightning.types import Batch, Provenance
+
+REFUSED = {
+    FSDPStrategy: "splits the decoder over ranks, and the norm of its rows needs whole rows",
+    DeepSpeedStrategy: "clips the gradients of all SAEs together and skips the clipping of each",
+}
 
 
 class DictionaryTraining(LightningModule):
@@ -98,13 +103,14 @@ class DictionaryTraining(LightningModule):
         """Adam, fused where possible, with warm-up and decay over the planned steps.
 
         Raises:
-            ValueError: the Trainer's strategy is FSDP.
+            ValueError: the Trainer's strategy is FSDP or DeepSpeed, or `eps` is 0 in the precision of the weights.
         """
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                'FSDP splits the decoder over ranks, and the norm of its rows needs whole rows: give strategy="ddp"'
-            )
+        for strategy, reason in REFUSED.items():
+            if isinstance(self.trainer.strategy, strategy):
+                raise ValueError(f'{strategy.__name__} {reason}: give strategy="ddp"')
         saes = self.dictionaries.values()
+        for sae in saes:
+            check_eps(sae.optimization.eps, sae.W_enc.dtype)
         plugin = self.trainer.precision_plugin
         scales_gradients = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         fused = self.device.type in ("cpu", "cuda") and not scales_gradients
@@ -161,6 +167,8 @@ class DictionaryTraining(LightningModule):
             figures = metrics.compute()
             if stop:  # then it is 0
                 figures.pop("nonfinite_rows", None)
+            if self.trainer.barebones:  # nothing is logged, and Lightning would warn at each metric
+                continue
             for metric, value in figures.items():
                 self.log(
                     _log_name(stage, metric, name),

@@ -24,8 +24,11 @@ from deeplens_lightning.sae.interop.files import fresh_folder
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.nonfinite import replace_nonfinite
 from deeplens_lightning.sae.run_length import plan
-from deeplens_lightning.sae.schedule import Optimization, WarmupDecay
+from deeplens_lightning.sae.schedule import Optimization, WarmupDecay, check_eps
 from deeplens_lightning.sae.units import RowUnits
+
+EPS = 1e-8
+"""Adam's epsilon in SAELens."""
 
 
 class SAELensModule(Float32State, LightningModule):
@@ -129,9 +132,14 @@ class SAELensModule(Float32State, LightningModule):
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam with the same schedule as `SparseAutoencoder`."""
+        """Adam with the same schedule as `SparseAutoencoder`.
+
+        Raises:
+            ValueError: Adam's epsilon is 0 in the precision of the weights.
+        """
         o = self.optimization
-        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=o.betas, eps=1e-8)
+        check_eps(EPS, self.sae.dtype)
+        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=o.betas, eps=EPS)
         schedule = WarmupDecay(optimizer, [o])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

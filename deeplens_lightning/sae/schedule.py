@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -48,14 +49,21 @@ class Optimization:
         Args:
             parameters: all parameters of the SAE.
             limit: the Trainer's `gradient_clip_val`; None for `clip_norm`, 0 for no clipping.
-            algorithm: "value" to limit the absolute value of every entry; "norm" or None to limit the norm of all
-                gradients together.
+            algorithm: the Trainer's `gradient_clip_algorithm`: "value" to limit the absolute value of every entry;
+                "norm" or None to limit the norm of all gradients together.
+
+        Raises:
+            ValueError: the algorithm is "value", and there is no limit for it.
         """
+        if limit is None and algorithm == "value":
+            raise ValueError(
+                "gradient_clip_algorithm='value' needs gradient_clip_val: without it, gradients are clipped to a norm "
+                f"of clip_norm={self.clip_norm}, so give the Trainer both or neither"
+            )
         limit = self.clip_norm if limit is None else limit
         if limit is not None and limit > 0:
-            (nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_)(
-                parameters, limit
-            )
+            clip = nn.utils.clip_grad_value_ if algorithm == "value" else nn.utils.clip_grad_norm_
+            clip(parameters, limit)
 
 
 def default_lr(d_sae: int) -> float:
@@ -64,6 +72,19 @@ def default_lr(d_sae: int) -> float:
     The factor was chosen on runs of about a million tokens; set `lr` for much longer ones.
     """
     return 1.5e-3 * math.sqrt(2**13 / d_sae)
+
+
+def check_eps(eps: float, dtype: torch.dtype) -> None:
+    """Check that Adam's epsilon is not rounded to 0 in the dtype of the weights: Adam would divide 0 by 0.
+
+    Raises:
+        ValueError: it is.
+    """
+    if eps > 0 and not torch.tensor(eps, dtype=dtype):
+        raise ValueError(
+            f"eps={eps} is 0 in {str(dtype).removeprefix('torch.')}, so Adam would make weights NaN: train with "
+            "precision='16-mixed' or 'bf16-true', or give a larger optimization.eps, such as 1e-4"
+        )
 
 
 def lr_factor(planned: int | None, optimization: Optimization) -> Callable[[int], float]:
