@@ -48,7 +48,7 @@ class Dictionary(nn.Module):
         initialized: bool scalar, whether units and biases are set (from a first batch, or by an import).
         settings: the constructor's arguments as numbers, strings and containers of them.
         trained_on: `model_name` and `hook_name` of the training data, where known; exports contain them.
-        planned_tokens: number of rows that training will use, the sum over all ranks; None if unknown.
+        planned_tokens: largest number of rows that training will use, the sum over all ranks; None if unknown.
     """
 
     nonfinite_rows: Tensor
