@@ -83,7 +83,7 @@ def check_eps(eps: float, dtype: torch.dtype) -> None:
     if eps > 0 and not torch.tensor(eps, dtype=dtype):
         raise ValueError(
             f"eps={eps} is 0 in {str(dtype).removeprefix('torch.')}, so Adam would make weights NaN: train with "
-            "precision='16-mixed' or 'bf16-true', or give a larger optimization.eps, such as 1e-4"
+            "precision='16-mixed' or 'bf16-true', or give a larger eps, such as Optimization(eps=1e-4)"
         )
 
 
