@@ -51,7 +51,7 @@ def plan(trainer: Trainer, optimizations: Sequence[Optimization]) -> RunLength:
 
 
 def run_length(trainer: Trainer) -> RunLength:
-    """The length of a fit: the smallest of all limits, counted as Lightning counts.
+    """The length of a fit: the smallest of all limits, counted as Lightning counts. `EarlyStopping` may end it earlier.
 
     Before `on_train_start` Lightning computes the number of batches in an epoch from the length of the loader,
     `limit_train_batches`, `overfit_batches` and `fast_dev_run`. An epoch's last batch ends an accumulation.
