@@ -48,7 +48,7 @@ class Dictionary(nn.Module):
         initialized: bool scalar, whether units and biases are set (from a first batch, or by an import).
         settings: the constructor's arguments as numbers, strings and containers of them.
         trained_on: `model_name` and `hook_name` of the training data, where known; exports contain them.
-        planned_tokens: number of rows that training will use, the sum over all ranks; None if unknown.
+        planned_tokens: largest number of rows that training will use, the sum over all ranks; None if unknown.
     """
 
     nonfinite_rows: Tensor
@@ -315,17 +315,11 @@ class Dictionary(nn.Module):
         o = self.optimization
         return {"params": list(self.parameters()), "lr": self.lr, "betas": o.betas, "eps": o.eps}
 
-    def prepare_gradients(self, clip_norm: float | None = None) -> None:
-        """Remove the decoder gradient's part along its unit rows, then clip all gradients.
-
-        Args:
-            clip_norm: largest norm of all gradients together; None uses `optimization.clip_norm`.
-        """
+    def prepare_gradients(self, limit: float | None = None, algorithm: str | None = None) -> None:
+        """Remove the decoder gradient's part along its unit rows, then clip all gradients (`Optimization.clip`)."""
         if self.activation.unit_norm and self.W_dec.grad is not None:
             initialize.remove_parallel(self.W_dec.grad, self.W_dec)
-        clip_norm = self.optimization.clip_norm if clip_norm is None else clip_norm
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), clip_norm)
+        self.optimization.clip(self.parameters(), limit, algorithm)
 
     def project(self) -> None:
         """Restore the parameters' constraints after an optimizer step: decoder norms and thresholds."""

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -26,11 +27,16 @@ from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint, re
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.nonfinite import Describe, NonFiniteRows
-from deeplens_lightning.sae.planned_steps import planned_steps
 from deeplens_lightning.sae.portable import PortableDictionary
 from deeplens_lightning.sae.prediction import SparseLatents, active_latents
-from deeplens_lightning.sae.schedule import lr_factor
+from deeplens_lightning.sae.run_length import RunLength, plan
+from deeplens_lightning.sae.schedule import WarmupDecay, check_eps
 from deeplens_lightning.types import Batch, Provenance
+
+REFUSED = {
+    FSDPStrategy: "splits the decoder over ranks, and the norm of its rows needs whole rows",
+    DeepSpeedStrategy: "clips the gradients of all SAEs together and skips the clipping of each",
+}
 
 
 class DictionaryTraining(LightningModule):
@@ -38,7 +44,7 @@ class DictionaryTraining(LightningModule):
 
     _held_out: dict[str, HeldOutMetrics]  # not a submodule: `bf16-true` must not convert its sums
     _nonfinite_predictions: NonFiniteRows
-    _planned_steps: int | None = None
+    _length = RunLength(steps=None, batches=None)
 
     @property
     def dictionaries(self) -> Mapping[str, Dictionary]:
@@ -50,8 +56,7 @@ class DictionaryTraining(LightningModule):
         return default_preemption(self.trainer) if self.trainer.state.fn == TrainerFn.FITTING else []
 
     def on_fit_start(self) -> None:
-        """Read the number of steps and the data module's normalisation, which are final by now."""
-        self._planned_steps = planned_steps(self.trainer)
+        """Read the data module's normalisation, which is final by now."""
         self._prepare()
         data = activation_data(self.trainer)
         for sae in self.dictionaries.values():
@@ -61,19 +66,29 @@ class DictionaryTraining(LightningModule):
             if joined := ",".join(names):
                 sae.trained_on["hook_name"] = joined
 
+    def on_train_start(self) -> None:
+        """Plan the schedules, and say so if their length is not known."""
+        self._plan()
+        if self._length.note is not None:
+            rank_zero_info(self._length.note)
+
+    def on_train_epoch_start(self) -> None:
+        """Plan the schedules again, because a callback may have changed a limit; otherwise nothing changes."""
+        self._plan()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Initialise new dictionaries from the first batch; restored ones are initialised already."""
         served = len(batch if isinstance(batch, Tensor) else next(iter(batch.values())))
         # An epoch's last batch may be shorter, and on some ranks only.
         rows = activation_data(self.trainer).batch_size or served
-        rows_per_step = rows * data_parallel_ranks(self.trainer) * self.trainer.accumulate_grad_batches
+        everywhere = rows * data_parallel_ranks(self.trainer)
         for sae in self.dictionaries.values():
             sae.initialize_from(batch)
-            sae.planned_tokens = self._planned_steps * rows_per_step if self._planned_steps else None
+            sae.planned_tokens = self._length.batches * everywhere if self._length.batches else None
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
         """The sum of the dictionaries' losses on a served batch; dictionaries share no parameters."""
-        progress = min(1.0, self.global_step / self._planned_steps) if self._planned_steps else 1.0
+        progress = min(1.0, self.global_step / self._length.steps) if self._length.steps else 1.0
         describe = self._describe(batch, f"step {self.global_step}")
         steps = {name: sae.step(batch, progress, describe) for name, sae in self.dictionaries.items()}
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -90,31 +105,30 @@ class DictionaryTraining(LightningModule):
         """Adam, fused where possible, with warm-up and decay over the planned steps.
 
         Raises:
-            ValueError: the Trainer's strategy is FSDP.
+            ValueError: the Trainer's strategy is FSDP or DeepSpeed, or `eps` is 0 in the precision of the weights.
         """
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                'FSDP splits the decoder over ranks, and the norm of its rows needs whole rows: give strategy="ddp"'
-            )
+        for strategy, reason in REFUSED.items():
+            if isinstance(self.trainer.strategy, strategy):
+                raise ValueError(f'{strategy.__name__} {reason}: give strategy="ddp"')
         saes = self.dictionaries.values()
+        for sae in saes:
+            check_eps(sae.optimization.eps, sae.W_enc.dtype)
         plugin = self.trainer.precision_plugin
         scales_gradients = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
         fused = self.device.type in ("cpu", "cuda") and not scales_gradients
         optimizer = torch.optim.Adam([sae.parameter_group() for sae in saes], fused=fused)
-        planned = planned_steps(self.trainer)
-        factors = [lr_factor(planned, sae.optimization) for sae in saes]
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        schedule = WarmupDecay(optimizer, [sae.optimization for sae in saes])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
         self,
         optimizer: Any,  # noqa: ARG002
         gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the gradients of each dictionary on their own: a joint norm would couple them."""
         for sae in self.dictionaries.values():
-            sae.prepare_gradients(gradient_clip_val)
+            sae.prepare_gradients(gradient_clip_val, gradient_clip_algorithm)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
@@ -155,6 +169,8 @@ class DictionaryTraining(LightningModule):
             figures = metrics.compute()
             if stop:  # then it is 0
                 figures.pop("nonfinite_rows", None)
+            if self.trainer.barebones:  # nothing is logged, and Lightning would warn at each metric
+                continue
             for metric, value in figures.items():
                 self.log(
                     _log_name(stage, metric, name),
@@ -194,6 +210,9 @@ class DictionaryTraining(LightningModule):
     def on_predict_epoch_end(self) -> None:
         """Raise an error on all ranks if a row of any rank held NaN or infinity, and `on_nonfinite` is "stop"."""
         self._nonfinite_predictions.check()
+
+    def _plan(self) -> None:
+        self._length = plan(self.trainer, [sae.optimization for sae in self.dictionaries.values()])
 
     def _prepare(self) -> None:
         data = activation_data(self.trainer)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import Self
@@ -22,9 +23,12 @@ from deeplens_lightning.sae.float32_state import Float32State
 from deeplens_lightning.sae.interop.files import fresh_folder
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.nonfinite import replace_nonfinite
-from deeplens_lightning.sae.planned_steps import planned_steps
-from deeplens_lightning.sae.schedule import Optimization, lr_factor
+from deeplens_lightning.sae.run_length import plan
+from deeplens_lightning.sae.schedule import Optimization, WarmupDecay, check_eps
 from deeplens_lightning.sae.units import RowUnits
+
+EPS = 1e-8
+"""Adam's epsilon in SAELens."""
 
 
 class SAELensModule(Float32State, LightningModule):
@@ -95,6 +99,15 @@ class SAELensModule(Float32State, LightningModule):
         """Store the data module's normalisation."""
         self.side.adopt(activation_data(self.trainer).scaling)
 
+    def on_train_start(self) -> None:
+        """Plan the learning rate, and say so if the length of training is not known."""
+        if (note := plan(self.trainer, [self.optimization]).note) is not None:
+            rank_zero_info(note)
+
+    def on_train_epoch_start(self) -> None:
+        """Plan the learning rate again, because a callback may have changed a limit."""
+        plan(self.trainer, [self.optimization])
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # noqa: ARG002
         """SAELens's training pass on a batch as the data module serves it."""
         from sae_lens.saes.sae import TrainStepInput
@@ -119,22 +132,25 @@ class SAELensModule(Float32State, LightningModule):
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam with the same schedule as `SparseAutoencoder`."""
+        """Adam with the same schedule as `SparseAutoencoder`.
+
+        Raises:
+            ValueError: Adam's epsilon is 0 in the precision of the weights.
+        """
         o = self.optimization
-        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=o.betas, eps=1e-8)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(planned_steps(self.trainer), o))
+        check_eps(EPS, self.sae.dtype)
+        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=o.betas, eps=EPS)
+        schedule = WarmupDecay(optimizer, [o])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def configure_gradient_clipping(
         self,
         optimizer: Any,  # noqa: ARG002
         gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,  # noqa: ARG002
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip to `gradient_clip_val`, or to `optimization.clip_norm` (1, as SAELens does, by default)."""
-        clip_norm = self.optimization.clip_norm if gradient_clip_val is None else gradient_clip_val
-        if clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.sae.parameters(), clip_norm)
+        self.optimization.clip(self.sae.parameters(), gradient_clip_val, gradient_clip_algorithm)
 
     def on_validation_epoch_start(self) -> None:
         """Start new held-out metrics."""

@@ -307,11 +307,12 @@ def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str], unused: 
         )
 
 
-def lost_in_accumulation(trainer: Trainer) -> str | None:
+def lost_in_accumulation(trainer: Trainer, known_length: bool) -> str | None:
     """A warning if the checkpoint was taken in the middle of a gradient accumulation, which Lightning cannot restore.
 
     Args:
         trainer: a Trainer whose loops were restored from a checkpoint and have not run yet.
+        known_length: whether the training loader has a length.
 
     Returns:
         The text of the warning; None if nothing is lost.
@@ -327,7 +328,7 @@ def lost_in_accumulation(trainer: Trainer) -> str | None:
             "gradients, so those of these batches are lost. The data continue exactly. To lose nothing, save a "
             "checkpoint only after an optimizer step, when global_step changes"
         )
-    if trainer.fit_loop.max_batches == float("inf"):
+    if not known_length and isinstance(trainer.limit_train_batches, float):
         return (
             f"this checkpoint was taken on the last batch of an epoch of unknown length, {inside} batch(es) into "
             f"an accumulation of {every}: Lightning continues to count from there, so accumulations of the next epoch "

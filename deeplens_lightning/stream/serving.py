@@ -279,7 +279,8 @@ class Serving:
                 f"the checkpoint has a position in batches of {position.batch_size} rows, and this run has "
                 f"batch_size={loader.batch_size}: take another checkpoint, or give resume_anyway=True to accept it"
             )
-        if trainer is not None and (lost := lost_in_accumulation(trainer)):
+        known_length = bool(loader.batches_per_epoch or loader.known_length)
+        if trainer is not None and (lost := lost_in_accumulation(trainer, known_length)):
             rank_zero_warn(lost)
         table = [
             replace(progress, position=loader.stream.checked(progress.position, progress.step, anyway=anyway))

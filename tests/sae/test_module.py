@@ -1,14 +1,12 @@
 """Training with Lightning: metrics, resuming, counters, units, error messages, YAML and precision."""
 
 import textwrap
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import FSDPStrategy
 
 from deeplens_lightning.normalization import Moments, Scaling
 from deeplens_lightning.sae import Optimization, SparseAutoencoder
@@ -311,11 +309,3 @@ def test_a_compiled_step_is_the_plain_one(architecture):
         found.append((step.loss.detach(), sae.W_enc.grad, sae.W_dec.grad))
     for plain, other in zip(*found, strict=True):
         torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-6)
-
-
-def test_fsdp_is_refused():
-    module = SparseAutoencoder(d_in=8, d_sae=16, k=2)
-    run = SimpleNamespace(strategy=FSDPStrategy())
-    module.trainer = run
-    with pytest.raises(ValueError, match='give strategy="ddp"'):
-        module.configure_optimizers()

@@ -1,5 +1,6 @@
 """Architectures of SAELens train with Lightning and are saved in a format that SAELens reads."""
 
+import lightning as L
 import pytest
 import torch
 
@@ -95,3 +96,32 @@ def test_held_out_rows_with_nan_are_left_out_and_counted(tmp_path):
     assert (figures[0].pop("val/nonfinite_rows"), figures[1].pop("val/nonfinite_rows")) == (0, 2)
     for name, value in figures[0].items():
         torch.testing.assert_close(figures[1][name], value)
+
+
+class Noted(L.Callback):
+    """Note the learning rate and the largest gradient of every batch."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.largest: list[float] = []
+
+    def on_train_batch_end(self, trainer, module, *_) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+        self.largest.append(max(float(p.grad.abs().max()) for p in module.parameters()))
+
+
+def test_it_is_planned_and_clipped_as_the_trainer_says(tmp_path):
+    module = SAELensModule(D, {"architecture": "topk", "k": 4, "d_sae": 96}, lr=1.0)
+    noted = Noted()
+    clip = {"gradient_clip_val": 1e-5, "gradient_clip_algorithm": "value"}
+    fit = trainer(tmp_path, None, [noted], max_epochs=1, max_steps=99, accumulate_grad_batches=2, **clip)
+    fit.fit(module, Rows(batches(5)))
+    assert fit.global_step == 3
+    assert noted.rates == [1.0, 1.0, 1.0, 1.0, 0.0]
+    assert noted.largest[1::2] == pytest.approx([1e-5, 1e-5])
+
+
+def test_a_precision_in_which_its_epsilon_is_zero_is_refused(tmp_path):
+    module = SAELensModule(D, {"architecture": "topk", "k": 4, "d_sae": 96})
+    with pytest.raises(ValueError, match="eps=1e-08 is 0 in float16"):
+        trainer(tmp_path, max_steps=1, precision="16-true").fit(module, Rows(batches(1)))
