@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
 from deeplens_lightning.preemption import default_preemption
+from deeplens_lightning.sae.averaging import valid_averages
 from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.metrics import HeldOutMetrics
@@ -44,8 +45,13 @@ class DictionaryTraining(LightningModule):
         raise NotImplementedError
 
     def configure_callbacks(self) -> list[Callback]:
-        """Save when a cluster ends the job: a fit on several ranks has a `Preemption` unless the Trainer has one."""
-        return default_preemption(self.trainer) if self.trainer.state.fn == TrainerFn.FITTING else []
+        """Save when a cluster ends the job: a fit on several ranks has a `Preemption` unless the Trainer has one.
+
+        With weight averaging, a `ValidAverages` keeps the averages usable.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        return [*default_preemption(self.trainer), *valid_averages(self.trainer)]
 
     def on_fit_start(self) -> None:
         """Read the number of steps and the data module's normalisation, which are final by now."""
