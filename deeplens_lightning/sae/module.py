@@ -25,6 +25,7 @@ from deeplens_lightning.preemption import default_preemption
 from deeplens_lightning.sae.averaging import valid_averages
 from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint
 from deeplens_lightning.sae.dictionary import Dictionary
+from deeplens_lightning.sae.interrupted_validation import repeat_interrupted_validation
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.nonfinite import Describe
 from deeplens_lightning.sae.planned_steps import planned_steps
@@ -52,6 +53,10 @@ class DictionaryTraining(LightningModule):
         if self.trainer.state.fn != TrainerFn.FITTING:
             return []
         return [*default_preemption(self.trainer), *valid_averages(self.trainer)]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Repeat a validation that the checkpoint interrupted."""
+        repeat_interrupted_validation(checkpoint)
 
     def on_fit_start(self) -> None:
         """Read the number of steps and the data module's normalisation, which are final by now."""
@@ -229,6 +234,7 @@ class SparseAutoencoder(PortableDictionary, DictionaryTraining):
         Raises:
             ValueError: the checkpoint holds another architecture or size.
         """
+        super().on_load_checkpoint(checkpoint)
         check_checkpoint(dict(self.hparams), checkpoint.get("hyper_parameters", {}))
         self.trained_on = dict(checkpoint.get("trained_on", {}))
 
