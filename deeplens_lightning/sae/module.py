@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
@@ -30,7 +31,8 @@ from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.nonfinite import Describe
 from deeplens_lightning.sae.planned_steps import planned_steps
 from deeplens_lightning.sae.portable import PortableDictionary
-from deeplens_lightning.sae.schedule import lr_factor
+from deeplens_lightning.sae.schedule import default_lr, lr_factor
+from deeplens_lightning.sae.tuning import continue_after_tuner, saved_peaks
 from deeplens_lightning.types import Batch, Provenance
 
 
@@ -55,8 +57,12 @@ class DictionaryTraining(LightningModule):
         return [*default_preemption(self.trainer), *valid_averages(self.trainer)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Repeat a validation that the checkpoint interrupted."""
+        """Repeat a validation that the checkpoint interrupted; a resumed fit keeps its learning rates."""
         repeat_interrupted_validation(checkpoint)
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if fitting and self.trainer.train_dataloader is None:  # else a tuner restores the state before its trials
+            for sae, lr in zip(self.dictionaries.values(), saved_peaks(checkpoint), strict=False):
+                sae.lr = lr
 
     def on_fit_start(self) -> None:
         """Read the number of steps and the data module's normalisation, which are final by now."""
@@ -69,6 +75,11 @@ class DictionaryTraining(LightningModule):
                 sae.trained_on["model_name"] = data.hf_model
             if joined := ",".join(names):
                 sae.trained_on["hook_name"] = joined
+        continue_after_tuner(self.trainer, [sae.lr for sae in self.dictionaries.values()])
+
+    def on_train_epoch_start(self) -> None:
+        """Take over what a tuner changed before this epoch."""
+        continue_after_tuner(self.trainer, [sae.lr for sae in self.dictionaries.values()])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Initialise new dictionaries from the first batch; restored ones are initialised already."""
@@ -236,6 +247,11 @@ class SparseAutoencoder(PortableDictionary, DictionaryTraining):
         """
         super().on_load_checkpoint(checkpoint)
         check_checkpoint(dict(self.hparams), checkpoint.get("hyper_parameters", {}))
+        given = self.hparams["lr"]
+        if self.lr != (default_lr(self.d_sae) if given is None else given):
+            self.hparams["lr"] = self.lr
+            if given is not None:
+                rank_zero_warn(f"lr={given} is not used: the fit continues with lr={self.lr} of the checkpoint")
         self.trained_on = dict(checkpoint.get("trained_on", {}))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from deeplens_lightning.activation_data import NotSetUpError
 from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.stream.cached_source import CachedActivations, CachedSettings
-from deeplens_lightning.stream.checkpoint import DataState, check_fingerprint, lost_in_accumulation
+from deeplens_lightning.stream.checkpoint import DataState, LoaderPosition, check_fingerprint, lost_in_accumulation
 from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.live_source import LiveSettings
 from deeplens_lightning.stream.loader import ActivationLoader, finish
@@ -59,6 +59,7 @@ class Serving:
         self._statistics: Statistics | None = None
         self._statistics_loaded = False
         self._state: DataState | None = None
+        self._saved: DataState | None = None
         self._trainer: Trainer | None = None
 
     @property
@@ -127,6 +128,8 @@ class Serving:
     ) -> ActivationLoader:
         """The training loader, which continues after the last batch that was trained on.
 
+        A new one is made if the batch size has changed, or if the Trainer went back to a checkpoint, as tuners do.
+
         Args:
             trainer: the Trainer; None without one.
             batch_size: rows per batch.
@@ -138,14 +141,20 @@ class Serving:
         """
         self._trainer = trainer
         if self._loader is not None:
-            rewound = self._trained.rewound(trainer, self._loader.served)
-            if self._loader.batch_size == batch_size and not rewound:
+            if self._trained.rewound(trainer, self._loader.served):
+                if self._trained.saved_at(trainer):
+                    self._state = self._saved
+            elif self._loader.batch_size == batch_size:
                 return self._loader
+            else:
+                self._state = self._now(self._loader.batch_size)
         opened, given = self.activations, self.settings
         if not given.resume_anyway and self._state is None:
             _refuse_resume(trainer, name)
         statistics, placement = self.measured(), opened.placement
-        saved_rows = self._state.buffer_rows if self._state is not None and self._state.position else None
+        position = self._state.position if self._state is not None else None
+        same = position is not None and position.batch_size == batch_size
+        saved_rows = self._state.buffer_rows if self._state is not None and same else None
         stream = opened.stream(batch_size, statistics, saved_rows)
         automatic = CUDA_PREFETCH if placement.batch_device.type == "cuda" else 0
         self._close_loader()
@@ -196,6 +205,11 @@ class Serving:
 
     def state(self, batch_size: int) -> DataState | None:
         """The state for a checkpoint: the position after the last batch trained on, and the fingerprint of the data."""
+        self._saved = self._now(batch_size)
+        self._trained.save(self._trainer)
+        return self._saved
+
+    def _now(self, batch_size: int) -> DataState | None:
         position = self._loader.position() if self._loader is not None else None
         if self._loader is not None:
             self._loader.stream.sync()
@@ -224,13 +238,17 @@ class Serving:
         self._keep_choices(state)
         fitting = trainer is None or is_fitting(trainer)
         if fitting and not self.settings.resume_anyway:
-            unused = () if state.position else ("batch_size",)  # before the first batch a tuner may change it
+            # A tuner may change it before the first batch, and where it restores a checkpoint inside a fit.
+            unused = ("batch_size",) if state.position is None or self._loader is not None else ()
             check_fingerprint(state.fingerprint, self._fingerprint(batch_size), unused)
         if state.statistics is not None:
             self._statistics, self._statistics_loaded = state.statistics, True
         if fitting:
+            here = self._state.position if self._state is not None else None
             self._state = state
-            self._close_loader()
+            # After a tuner the Trainer may hold a new loader, which must stay the one whose position is saved.
+            if here != state.position or not self._untouched(trainer):
+                self._close_loader()
 
     def close(self, batch_size: int) -> None:
         """Free model, buffer, thread and rows, also if saving the last rows fails; the position in the data is kept."""
@@ -259,15 +277,16 @@ class Serving:
         if trainer is not None and (lost := lost_in_accumulation(trainer)):
             rank_zero_warn(lost)
         table = position.table()
-        if len(table) == placement.ranks:
+        if len(table) == placement.ranks and position.batch_size == loader.batch_size:
             here = table[placement.rank]
             loader.go_to(here.position, here.step, position)
             return
         where, again = loader.stream.rescaled(table)
-        in_epoch = position.in_epoch * len(table) // placement.ranks
+        in_epoch = position.in_epoch * len(table) * position.batch_size // (placement.ranks * loader.batch_size)
         loader.go_to(where, 0, replace(position, epoch_batches=0, in_epoch=in_epoch))
         rank_zero_info(
-            f"continuing with {placement.ranks} rank(s) a run of {len(table)} rank(s): {again} rows are served again"
+            f"continuing with {placement.ranks} rank(s) and batches of {loader.batch_size} rows a run of {len(table)} "
+            f"rank(s) and batches of {position.batch_size} rows: {again} rows are served again"
         )
 
     def _fingerprint(self, batch_size: int) -> dict[str, str]:
@@ -283,6 +302,13 @@ class Serving:
     def _unprocessed(self) -> int:
         loader = self._loader
         return self._trained.unprocessed(self._trainer, loader.served) if loader is not None else 0
+
+    def _untouched(self, trainer: Trainer | None) -> bool:
+        """Whether there is a loader that no batch was trained on from."""
+        loader = self._loader
+        if loader is None or self._trained.rewound(trainer, loader.served):
+            return False
+        return loader.served == self._trained.unprocessed(trainer, loader.served)
 
     def _close_loader(self) -> None:
         if self._loader is not None:
