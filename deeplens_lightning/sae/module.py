@@ -28,11 +28,12 @@ from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.interrupted_validation import repeat_interrupted_validation
 from deeplens_lightning.sae.metrics import HeldOutMetrics
+from deeplens_lightning.sae.monitors import check_monitors
 from deeplens_lightning.sae.nonfinite import Describe
 from deeplens_lightning.sae.planned_steps import planned_steps
 from deeplens_lightning.sae.portable import PortableDictionary
 from deeplens_lightning.sae.schedule import default_lr, lr_factor
-from deeplens_lightning.sae.tuning import continue_after_tuner, saved_peaks
+from deeplens_lightning.sae.tuning import adopt_learning_rates, begin_epoch_after_tuner, saved_peaks
 from deeplens_lightning.types import Batch, Provenance
 
 
@@ -41,6 +42,7 @@ class DictionaryTraining(LightningModule):
 
     _held_out: dict[str, HeldOutMetrics]  # not a submodule: `bf16-true` must not convert its sums
     _planned_steps: int | None = None
+    _resumed_step: int | None = None
 
     @property
     def dictionaries(self) -> Mapping[str, Dictionary]:
@@ -56,11 +58,16 @@ class DictionaryTraining(LightningModule):
             return []
         return [*default_preemption(self.trainer), *valid_averages(self.trainer)]
 
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Forget the checkpoint of an earlier fit."""
+        self._resumed_step = None
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Repeat a validation that the checkpoint interrupted; a resumed fit keeps its learning rates."""
         repeat_interrupted_validation(checkpoint)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and self.trainer.train_dataloader is None:  # else a tuner restores the state before its trials
+            self._resumed_step = checkpoint["global_step"]
             for sae, lr in zip(self.dictionaries.values(), saved_peaks(checkpoint), strict=False):
                 sae.lr = lr
 
@@ -75,11 +82,13 @@ class DictionaryTraining(LightningModule):
                 sae.trained_on["model_name"] = data.hf_model
             if joined := ",".join(names):
                 sae.trained_on["hook_name"] = joined
-        continue_after_tuner(self.trainer, [sae.lr for sae in self.dictionaries.values()])
+        adopt_learning_rates(self.trainer, [sae.lr for sae in self.dictionaries.values()])
 
     def on_train_epoch_start(self) -> None:
-        """Take over what a tuner changed before this epoch."""
-        continue_after_tuner(self.trainer, [sae.lr for sae in self.dictionaries.values()])
+        """Take over what a tuner changed before this epoch, and check what callbacks monitor."""
+        adopt_learning_rates(self.trainer, [sae.lr for sae in self.dictionaries.values()])
+        begin_epoch_after_tuner(self.trainer, self._resumed_step)
+        check_monitors(self.trainer, [_log_name("train", "fvu", name) for name in self.dictionaries])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Initialise new dictionaries from the first batch; restored ones are initialised already."""

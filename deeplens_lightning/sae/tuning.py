@@ -10,25 +10,44 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def continue_after_tuner(trainer: Trainer, lrs: Sequence[float]) -> None:
-    """Use the learning rates that a `LearningRateFinder` set, and train the epoch before which a tuner ran.
+def adopt_learning_rates(trainer: Trainer, lrs: Sequence[float]) -> None:
+    """Use the learning rates that a `LearningRateFinder` set for the whole schedule.
 
-    Lightning gives a found learning rate to the next step only: the schedule returns to the earlier one. After a
-    `BatchSizeFinder` it takes the next epoch for a restarted one, and trains at most one batch of it.
+    Lightning uses them for one step; then the schedule returns to the earlier ones.
 
     Args:
-        trainer: the Trainer, in `on_fit_start` or `on_train_epoch_start` of its module.
+        trainer: the Trainer.
         lrs: the peak learning rate of each parameter group.
     """
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, LearningRateFinder) for callback in callbacks):
+    if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
                 _set_peaks(config.scheduler, lrs)
+
+
+def begin_epoch_after_tuner(trainer: Trainer, resumed_step: int | None) -> None:
+    """Train all of an epoch before which a tuner ran.
+
+    Lightning takes that epoch, and the first one of the trials of a `LearningRateFinder`, for an epoch of a resumed fit
+    that is done already.
+
+    Args:
+        trainer: the Trainer, in `on_train_epoch_start` of its module.
+        resumed_step: the step of the checkpoint that the fit continues from; None if there is none.
+
+    Raises:
+        ValueError: a tuner ran before the first step of a resumed fit, and Lightning forgot the step of the checkpoint.
+    """
+    if resumed_step is not None and trainer.global_step < resumed_step:
+        raise ValueError(
+            f"the checkpoint is from step {resumed_step}, but a LearningRateFinder or BatchSizeFinder ran before the fit "
+            f"continued, and Lightning would count the steps from {trainer.global_step}: resume without it, with the value "
+            "that it found"
+        )
     loop = trainer.fit_loop
-    tuned = any(isinstance(callback, BatchSizeFinder) for callback in callbacks)
-    if tuned and loop.restarting and not loop.restarted_on_epoch_start:
-        loop.restarting = loop.epoch_loop.restarting = False
+    sized = any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    if trainer.global_step != resumed_step or (sized and not loop.restarted_on_epoch_start):
+        loop.epoch_loop.restarting = False
 
 
 def saved_peaks(checkpoint: Mapping[str, Any]) -> list[float]:
