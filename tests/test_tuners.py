@@ -132,13 +132,21 @@ def test_a_learning_rate_finder_leaves_a_fit_with_that_rate(sized: bool, tiny: A
 def test_a_learning_rate_finder_before_a_later_epoch_changes_only_the_rate(tiny: Any, tmp_path: Path) -> None:
     dm, plain, other = (data(tiny("gpt2"), **SIZED) for _ in range(3))
     module = sae(dm)
-    whole = Fit(tmp_path / "a", module, dm, [LaterRates(**RATES)], max_epochs=3)
+    whole = Fit(tmp_path / "a", module, dm, [LaterRates(**RATES)], max_epochs=4)
     assert module.lr != sae(plain).lr
     assert_same(
-        whole.recorder.batches, Fit(tmp_path / "b", sae(plain), plain, max_epochs=3).recorder.batches
+        whole.recorder.batches, Fit(tmp_path / "b", sae(plain), plain, max_epochs=4).recorder.batches
     )
     path = tmp_path / "a" / "step=14.ckpt"
-    assert_continues(Fit(tmp_path / "c", sae(other), other, (), path, max_epochs=3), whole, 14)
+    assert_continues(Fit(tmp_path / "c", sae(other), other, (), path, max_epochs=4), whole, 14)
+
+
+@pytest.mark.parametrize("finder", [BatchSizeFinder(**SIZES), LearningRateFinder(**RATES)])
+def test_a_tuner_before_a_resumed_fit_is_refused(finder: L.Callback, tiny: Any, tmp_path: Path) -> None:
+    dm, other = data(tiny("gpt2")), data(tiny("gpt2"))
+    Fit(tmp_path / "a", sae(dm), dm, max_steps=8)
+    with pytest.raises(ValueError, match="the checkpoint is from step 7, but a LearningRateFinder or BatchSize"):
+        Fit(tmp_path / "b", sae(other), other, [finder], tmp_path / "a" / "step=7.ckpt", max_steps=16)
 
 
 def test_the_rate_that_the_tuner_found_is_in_every_later_checkpoint(tiny: Any, tmp_path: Path) -> None:
