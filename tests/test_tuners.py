@@ -22,7 +22,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarn
 SIZED = {"max_tokens": 12 * 16}
 EVERY: dict[str, Any] = {"filename": "{step}", "every_n_train_steps": 7, "save_top_k": -1}
 SIZES: dict[str, Any] = {"init_val": 16, "max_trials": 2, "steps_per_trial": 2}
-RATES: dict[str, Any] = {"min_lr": 1e-5, "max_lr": 1e-1, "num_training_steps": 18, "early_stop_threshold": None}
+RATES: dict[str, Any] = {
+    "min_lr": 1e-5,
+    "max_lr": 1e-1,
+    "num_training_steps": 18,
+    "early_stop_threshold": None,
+}
 MAKE: dict[str, Callable[..., DictionaryTraining]] = {
     "one": sae,
     "grid": lambda dm, **changes: SparseAutoencoderGrid(
@@ -82,8 +87,15 @@ def saved_lr(path: Path) -> float | None:
     return torch.load(path, weights_only=True)["hyper_parameters"]["lr"]
 
 
-@pytest.mark.parametrize("sized", [False, True])
-@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize(
+    ("make", "sized"),
+    [
+        ("one", False),
+        pytest.param("one", True, marks=pytest.mark.slow),
+        pytest.param("grid", False, marks=pytest.mark.slow),
+        pytest.param("grid", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_batch_size_finder_leaves_a_fit_that_resumes(
     make: str, sized: bool, tiny: Any, tmp_path: Path
 ) -> None:
@@ -97,7 +109,7 @@ def test_a_batch_size_finder_leaves_a_fit_that_resumes(
     assert_continues(Fit(tmp_path / "c", MAKE[make](other), other, (), path, max_steps=16), whole, 7)
 
 
-@pytest.mark.parametrize("make", MAKE)
+@pytest.mark.parametrize("make", ["one", pytest.param("grid", marks=pytest.mark.slow)])
 def test_a_batch_size_finder_before_a_later_epoch_continues_the_data(
     make: str, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -115,7 +127,7 @@ def test_a_batch_size_finder_before_a_later_epoch_continues_the_data(
     assert_same(again.recorder.batches, whole.recorder.batches[14:])
 
 
-@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("sized", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_learning_rate_finder_leaves_a_fit_with_that_rate(sized: bool, tiny: Any, tmp_path: Path) -> None:
     changes: dict[str, Any] = SIZED if sized else {}
     tuned, plain, other = (data(tiny("gpt2"), **changes) for _ in range(3))
@@ -126,17 +138,18 @@ def test_a_learning_rate_finder_leaves_a_fit_with_that_rate(sized: bool, tiny: A
     path = tmp_path / "a" / "step=7.ckpt"
     again = Fit(tmp_path / "c", sae(other), other, (), path, max_steps=16)
     assert_continues(again, whole, 7)
-    assert module.lr == saved_lr(path) == saved_lr(tmp_path / "c" / "step=14.ckpt") == again.module.hparams["lr"]
+    assert (
+        module.lr == saved_lr(path) == saved_lr(tmp_path / "c" / "step=14.ckpt") == again.module.hparams["lr"]
+    )
 
 
+@pytest.mark.slow
 def test_a_learning_rate_finder_before_a_later_epoch_changes_only_the_rate(tiny: Any, tmp_path: Path) -> None:
     dm, plain, other = (data(tiny("gpt2"), **SIZED) for _ in range(3))
     module = sae(dm)
     whole = Fit(tmp_path / "a", module, dm, [LaterRates(**RATES)], max_epochs=4)
     assert module.lr != sae(plain).lr
-    assert_same(
-        whole.recorder.batches, Fit(tmp_path / "b", sae(plain), plain, max_epochs=4).recorder.batches
-    )
+    assert_same(whole.recorder.batches, Fit(tmp_path / "b", sae(plain), plain, max_epochs=4).recorder.batches)
     path = tmp_path / "a" / "step=14.ckpt"
     assert_continues(Fit(tmp_path / "c", sae(other), other, (), path, max_epochs=4), whole, 14)
 
@@ -145,7 +158,9 @@ def test_a_learning_rate_finder_before_a_later_epoch_changes_only_the_rate(tiny:
 def test_a_tuner_before_a_resumed_fit_is_refused(finder: L.Callback, tiny: Any, tmp_path: Path) -> None:
     dm, other = data(tiny("gpt2")), data(tiny("gpt2"))
     Fit(tmp_path / "a", sae(dm), dm, max_steps=8)
-    with pytest.raises(ValueError, match="the checkpoint is from step 7, but a LearningRateFinder or BatchSize"):
+    with pytest.raises(
+        ValueError, match="the checkpoint is from step 7, but a LearningRateFinder or BatchSize"
+    ):
         Fit(tmp_path / "b", sae(other), other, [finder], tmp_path / "a" / "step=7.ckpt", max_steps=16)
 
 
@@ -163,7 +178,9 @@ def test_a_resume_with_another_rate_says_that_it_is_not_used(tiny: Any, tmp_path
     dm, other = data(tiny("gpt2")), data(tiny("gpt2"))
     whole = Fit(tmp_path / "a", sae(dm, lr=1e-3), dm, max_steps=9)
     with pytest.warns(UserWarning, match=r"lr=0\.1 is not used: the fit continues with lr=0\.001"):
-        again = Fit(tmp_path / "b", sae(other, lr=0.1), other, (), tmp_path / "a" / "step=7.ckpt", max_steps=9)
+        again = Fit(
+            tmp_path / "b", sae(other, lr=0.1), other, (), tmp_path / "a" / "step=7.ckpt", max_steps=9
+        )
     assert_continues(again, whole, 7)
 
 

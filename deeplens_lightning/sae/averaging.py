@@ -48,7 +48,11 @@ class ValidAverages(Callback):
         _correct(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any  # noqa: ARG002
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        *args: Any,  # noqa: ARG002
+        **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Correct the update of this step, before a checkpoint is saved."""
         _correct(trainer, pl_module)

@@ -66,7 +66,9 @@ class DictionaryTraining(LightningModule):
         """Repeat a validation that the checkpoint interrupted; a resumed fit keeps its learning rates."""
         repeat_interrupted_validation(checkpoint)
         fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
-        if fitting and self.trainer.train_dataloader is None:  # else a tuner restores the state before its trials
+        if (
+            fitting and self.trainer.train_dataloader is None
+        ):  # else a tuner restores the state before its trials
             self._resumed_step = checkpoint["global_step"]
             for sae, lr in zip(self.dictionaries.values(), saved_peaks(checkpoint), strict=False):
                 sae.lr = lr
@@ -260,7 +262,9 @@ class SparseAutoencoder(PortableDictionary, DictionaryTraining):
         if self.lr != (default_lr(self.d_sae) if given is None else given):
             self.hparams["lr"] = self.lr
             if given is not None:
-                rank_zero_warn(f"lr={given} is not used: the fit continues with lr={self.lr} of the checkpoint")
+                rank_zero_warn(
+                    f"lr={given} is not used: the fit continues with lr={self.lr} of the checkpoint"
+                )
         self.trained_on = dict(checkpoint.get("trained_on", {}))
 
 

@@ -41,8 +41,8 @@ def begin_epoch_after_tuner(trainer: Trainer, resumed_step: int | None) -> None:
     if resumed_step is not None and trainer.global_step < resumed_step:
         raise ValueError(
             f"the checkpoint is from step {resumed_step}, but a LearningRateFinder or BatchSizeFinder ran before the fit "
-            f"continued, and Lightning would count the steps from {trainer.global_step}: resume without it, with the value "
-            "that it found"
+            f"continued, and Lightning would count the steps from {trainer.global_step}: resume without it, with the "
+            "value that it found"
         )
     loop = trainer.fit_loop
     sized = any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)  # type: ignore[attr-defined]

@@ -42,9 +42,9 @@ def buffer_rows(
     """
     if given != "auto" and given < batch_size:
         raise ValueError(
-            f"batch_size={batch_size} rows do not fit in buffer_size={given} rows, where they are shuffled: give a multiple "
-            f'of the largest batch to try, such as buffer_size={16 * batch_size}, or "auto"; or let BatchSizeFinder stop '
-            f"earlier, with max_val={given}"
+            f"batch_size={batch_size} rows do not fit in buffer_size={given} rows, where they are shuffled: give a "
+            f'multiple of the largest batch to try, such as buffer_size={16 * batch_size}, or "auto"; or let '
+            f"BatchSizeFinder stop earlier, with max_val={given}"
         )
     if given == "auto":
         rows = min(MAX_BUFFER_ROWS, MAX_BUFFER_BYTES // row_bytes)

@@ -17,7 +17,11 @@ from torch import Tensor
 from deeplens_lightning.activation_data import NotSetUpError
 from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.stream.cached_source import CachedActivations, CachedSettings
-from deeplens_lightning.stream.checkpoint import DataState, LoaderPosition, check_fingerprint, lost_in_accumulation
+from deeplens_lightning.stream.checkpoint import (
+    DataState,
+    check_fingerprint,
+    lost_in_accumulation,
+)
 from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.live_source import LiveSettings
 from deeplens_lightning.stream.loader import ActivationLoader, finish
@@ -282,7 +286,9 @@ class Serving:
             loader.go_to(here.position, here.step, position)
             return
         where, again = loader.stream.rescaled(table)
-        in_epoch = position.in_epoch * len(table) * position.batch_size // (placement.ranks * loader.batch_size)
+        in_epoch = (
+            position.in_epoch * len(table) * position.batch_size // (placement.ranks * loader.batch_size)
+        )
         loader.go_to(where, 0, replace(position, epoch_batches=0, in_epoch=in_epoch))
         rank_zero_info(
             f"continuing with {placement.ranks} rank(s) and batches of {loader.batch_size} rows a run of {len(table)} "

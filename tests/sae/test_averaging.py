@@ -91,16 +91,38 @@ AVERAGING: dict[str, Callable[[], L.Callback]] = {
     "ema": lambda: EMAWeightAveraging(decay=0.9),
     "ema without buffers": lambda: EMAWeightAveraging(decay=0.9, use_buffers=False),
     "ema sometimes": lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=4, update_starting_at_step=7),
-    "ema of epochs": lambda: EMAWeightAveraging(decay=0.5, update_every_n_steps=0, update_starting_at_epoch=1),
+    "ema of epochs": lambda: EMAWeightAveraging(
+        decay=0.5, update_every_n_steps=0, update_starting_at_epoch=1
+    ),
     "mean": WeightAveraging,
     "swa": lambda: StochasticWeightAveraging(2e-3, swa_epoch_start=1, annealing_epochs=2),
 }
 
 
+slow = pytest.mark.slow
+QUICK = (
+    ("ema", one, "inside an epoch"),
+    ("swa", one, "after validation"),
+    ("mean", grid, "at the end of an epoch"),
+)
+
+
 @pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
-@pytest.mark.parametrize("save", SAVE)
-@pytest.mark.parametrize("make", [one, grid])
-@pytest.mark.parametrize("name", AVERAGING)
+@pytest.mark.parametrize(
+    ("name", "make", "save"),
+    [
+        pytest.param(
+            name,
+            make,
+            save,
+            id=f"{name}-{make.__name__}-{save}",
+            marks=() if (name, make, save) in QUICK else slow,
+        )
+        for name in AVERAGING
+        for make in (one, grid)
+        for save in SAVE
+    ],
+)
 def test_averages_are_valid_dictionaries_and_resume_bit_for_bit(
     name: str,
     make: Callable[..., DictionaryTraining],
@@ -123,7 +145,9 @@ def test_averages_are_valid_dictionaries_and_resume_bit_for_bit(
         assert 50 in resumed
 
 
-def test_saved_and_validated_averages_are_on_the_unit_sphere(dm: ActivationDataModule, tmp_path: Path) -> None:
+def test_saved_and_validated_averages_are_on_the_unit_sphere(
+    dm: ActivationDataModule, tmp_path: Path
+) -> None:
     norms: list[Tensor] = []
 
     class Norms(L.Callback):
@@ -153,7 +177,14 @@ def test_a_checkpoint_of_an_exception_inside_validation_keeps_average_and_weight
     whole, again = one(dm.d_in), one(dm.d_in, seed=9)
     figures = fit(tmp_path, whole, dm, EMAWeightAveraging(decay=0.9))
     with pytest.raises(RuntimeError, match="raised by the test"):
-        fit(tmp_path, one(dm.d_in), dm, EMAWeightAveraging(decay=0.9), OnExceptionCheckpoint(tmp_path), Fails())
+        fit(
+            tmp_path,
+            one(dm.d_in),
+            dm,
+            EMAWeightAveraging(decay=0.9),
+            OnExceptionCheckpoint(tmp_path),
+            Fails(),
+        )
     path = str(tmp_path / "on_exception.ckpt")
     resumed = fit(tmp_path, again, dm, EMAWeightAveraging(decay=0.9), ckpt_path=path)
     for key, value in whole.state_dict().items():
