@@ -109,7 +109,8 @@ def test_a_batch_size_finder_leaves_a_fit_that_resumes(
     assert_continues(Fit(tmp_path / "c", MAKE[make](other), other, (), path, max_steps=16), whole, 7)
 
 
-@pytest.mark.parametrize("make", ["one", pytest.param("grid", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MAKE)
 def test_a_batch_size_finder_before_a_later_epoch_continues_the_data(
     make: str, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_learning_rate_finder_before_a_later_epoch_changes_only_the_rate(tiny:
 
 
 @pytest.mark.parametrize("finder", [BatchSizeFinder(**SIZES), LearningRateFinder(**RATES)])
+@pytest.mark.slow
 def test_a_tuner_before_a_resumed_fit_is_refused(finder: L.Callback, tiny: Any, tmp_path: Path) -> None:
     dm, other = data(tiny("gpt2")), data(tiny("gpt2"))
     Fit(tmp_path / "a", sae(dm), dm, max_steps=8)
@@ -174,6 +176,7 @@ def test_the_rate_that_the_tuner_found_is_in_every_later_checkpoint(tiny: Any, t
     assert module.lr == saved_lr(tmp_path / "a" / "step=14.ckpt") == saved_lr(tmp_path / "b" / "step=14.ckpt")
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_rate_says_that_it_is_not_used(tiny: Any, tmp_path: Path) -> None:
     dm, other = data(tiny("gpt2")), data(tiny("gpt2"))
     whole = Fit(tmp_path / "a", sae(dm, lr=1e-3), dm, max_steps=9)

@@ -21,7 +21,7 @@ def check_monitors(trainer: Trainer, training: Sequence[str]) -> None:
         ValueError: an `EarlyStopping` or `ModelCheckpoint` monitors a metric under "val/", and there is no validation.
     """
     known = trainer.val_dataloaders is not None
-    if trainer.limit_val_batches != 0 and (not known or sum(trainer.num_val_batches) > 0):  # type: ignore[attr-defined]
+    if trainer.limit_val_batches != 0 and (not known or sum(trainer.num_val_batches) > 0):
         return
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         monitored = callback.monitor if isinstance(callback, EarlyStopping | ModelCheckpoint) else None
