@@ -103,6 +103,11 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer": {"max_epochs": 5, "limit_train_batches": 5},
         "data": SIZED,
     },
+    "with loaders made anew": {
+        "save": {"every_n_train_steps": 5},
+        "trainer": {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1},
+        "data": SIZED,
+    },
     "prefetched": {"save": {"every_n_train_steps": 7}, "trainer": {"max_steps": 30}, "data": {"prefetch": 3}},
     "by time": {
         "save": {"train_time_interval": INTERVAL},

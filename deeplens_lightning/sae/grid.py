@@ -9,10 +9,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Callback
 from torch import nn
 
 from deeplens_lightning.sae.module import DictionaryTraining
 from deeplens_lightning.sae.portable import PortableDictionary
+from deeplens_lightning.sae.tuning import refuse_learning_rate_finder
 
 _PARAMETERS = [name for name in inspect.signature(PortableDictionary).parameters if name != "d_in"]
 
@@ -56,6 +58,15 @@ class SparseAutoencoderGrid(DictionaryTraining):
     def dictionaries(self) -> Mapping[str, PortableDictionary]:
         """The SAEs by name, such as "k=32,seed=1"."""
         return self._by_name
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Refuse a `LearningRateFinder`, which sets one learning rate; otherwise as for one SAE.
+
+        Raises:
+            ValueError: there is one among the Trainer's callbacks.
+        """
+        refuse_learning_rate_finder(self.trainer)
+        return super().configure_callbacks()
 
     def __getitem__(self, name: str) -> PortableDictionary:
         """The SAE with this name."""

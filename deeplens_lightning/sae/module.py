@@ -17,20 +17,24 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
 from deeplens_lightning.preemption import default_preemption
+from deeplens_lightning.sae.averaging import valid_averages
 from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint, read_trained_on
 from deeplens_lightning.sae.dictionary import Dictionary
+from deeplens_lightning.sae.interrupted_validation import repeat_interrupted_validation
 from deeplens_lightning.sae.metrics import HeldOutMetrics
+from deeplens_lightning.sae.monitors import check_monitors
 from deeplens_lightning.sae.nonfinite import Describe, NonFiniteRows
 from deeplens_lightning.sae.portable import PortableDictionary
 from deeplens_lightning.sae.prediction import SparseLatents, active_latents
 from deeplens_lightning.sae.run_length import RunLength, plan
-from deeplens_lightning.sae.schedule import WarmupDecay, check_eps
+from deeplens_lightning.sae.schedule import WarmupDecay, check_eps, default_lr
+from deeplens_lightning.sae.tuning import adopt_learning_rates, begin_epoch_after_tuner, saved_peaks
 from deeplens_lightning.types import Batch, Provenance
 
 REFUSED = {
@@ -45,6 +49,7 @@ class DictionaryTraining(LightningModule):
     _held_out: dict[str, HeldOutMetrics]  # not a submodule: `bf16-true` must not convert its sums
     _nonfinite_predictions: NonFiniteRows
     _length = RunLength(steps=None, batches=None)
+    _resumed_step: int | None = None
 
     @property
     def dictionaries(self) -> Mapping[str, Dictionary]:
@@ -52,8 +57,28 @@ class DictionaryTraining(LightningModule):
         raise NotImplementedError
 
     def configure_callbacks(self) -> list[Callback]:
-        """Save when a cluster ends the job: a fit on several ranks has a `Preemption` unless the Trainer has one."""
-        return default_preemption(self.trainer) if self.trainer.state.fn == TrainerFn.FITTING else []
+        """Save when a cluster ends the job: a fit on several ranks has a `Preemption` unless the Trainer has one.
+
+        With weight averaging, a `ValidAverages` keeps the averages usable.
+        """
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return []
+        return [*default_preemption(self.trainer), *valid_averages(self.trainer)]
+
+    def setup(self, stage: str) -> None:  # noqa: ARG002
+        """Forget the checkpoint of an earlier fit."""
+        self._resumed_step = None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Repeat a validation that the checkpoint interrupted; a resumed fit keeps its learning rates."""
+        repeat_interrupted_validation(checkpoint)
+        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if (
+            fitting and self.trainer.train_dataloader is None
+        ):  # else a tuner restores the state before its trials
+            self._resumed_step = checkpoint["global_step"]
+            for sae, lr in zip(self.dictionaries.values(), saved_peaks(checkpoint), strict=False):
+                sae.lr = lr
 
     def on_fit_start(self) -> None:
         """Read the data module's normalisation, which is final by now."""
@@ -65,6 +90,7 @@ class DictionaryTraining(LightningModule):
                 sae.trained_on["model_name"] = data.hf_model
             if joined := ",".join(names):
                 sae.trained_on["hook_name"] = joined
+        adopt_learning_rates(self.trainer, [sae.lr for sae in self.dictionaries.values()])
 
     def on_train_start(self) -> None:
         """Plan the schedules, and say so if their length is not known."""
@@ -73,8 +99,11 @@ class DictionaryTraining(LightningModule):
             rank_zero_info(self._length.note)
 
     def on_train_epoch_start(self) -> None:
-        """Plan the schedules again, because a callback may have changed a limit; otherwise nothing changes."""
+        """Take over what a tuner or another callback changed before this epoch, and check what callbacks monitor."""
+        adopt_learning_rates(self.trainer, [sae.lr for sae in self.dictionaries.values()])
+        begin_epoch_after_tuner(self.trainer, self._resumed_step)
         self._plan()
+        check_monitors(self.trainer, [_log_name("train", "fvu", name) for name in self.dictionaries])
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         """Initialise new dictionaries from the first batch; restored ones are initialised already."""
@@ -256,8 +285,16 @@ class SparseAutoencoder(PortableDictionary, DictionaryTraining):
         Raises:
             ValueError: the checkpoint holds another architecture or size, or is damaged.
         """
+        super().on_load_checkpoint(checkpoint)
         check_checkpoint(dict(self.hparams), checkpoint.get("hyper_parameters", {}))
         self.trained_on = read_trained_on(checkpoint)
+        given = self.hparams["lr"]
+        if self.lr != (default_lr(self.d_sae) if given is None else given):
+            self.hparams["lr"] = self.lr
+            if given is not None:
+                rank_zero_warn(
+                    f"lr={given} is not used: the fit continues with lr={self.lr} of the checkpoint"
+                )
 
 
 def _log_name(stage: str, metric: str, dictionary: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -19,8 +20,10 @@ from typing_extensions import Self
 
 from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.distributed import max_over_ranks
+from deeplens_lightning.sae.averaging import valid_averages
 from deeplens_lightning.sae.float32_state import Float32State
 from deeplens_lightning.sae.interop.files import fresh_folder
+from deeplens_lightning.sae.interrupted_validation import repeat_interrupted_validation
 from deeplens_lightning.sae.metrics import HeldOutMetrics
 from deeplens_lightning.sae.nonfinite import replace_nonfinite
 from deeplens_lightning.sae.run_length import plan
@@ -94,6 +97,14 @@ class SAELensModule(Float32State, LightningModule):
         """Raw reconstructions of raw activations `(..., d_in)`."""
         rows = self.side.from_raw(x).to(self.sae.dtype)
         return self.side.to_raw(self.sae(rows)).to(torch.promote_types(x.dtype, rows.dtype))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """With weight averaging, a `ValidAverages` keeps buffers out of the averages."""
+        return valid_averages(self.trainer) if self.trainer.state.fn == TrainerFn.FITTING else []
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Repeat a validation that the checkpoint interrupted."""
+        repeat_interrupted_validation(checkpoint)
 
     def on_fit_start(self) -> None:
         """Store the data module's normalisation."""

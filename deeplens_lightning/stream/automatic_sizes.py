@@ -36,7 +36,16 @@ def buffer_rows(
         row_bytes: bytes of a row of all hook points, in the activation dtype.
         batch_size: rows per batch.
         saved: the number in the checkpoint that the run continues from, which is kept; None for a new run.
+
+    Raises:
+        ValueError: a batch does not fit, because a tuner raised `batch_size`.
     """
+    if given != "auto" and given < batch_size:
+        raise ValueError(
+            f"batch_size={batch_size} rows do not fit in buffer_size={given} rows, where they are shuffled: give a "
+            f'multiple of the largest batch to try, such as buffer_size={16 * batch_size}, or "auto"; or let '
+            f"BatchSizeFinder stop earlier, with max_val={given}"
+        )
     if given == "auto":
         rows = min(MAX_BUFFER_ROWS, MAX_BUFFER_BYTES // row_bytes)
         rows = max(rows // batch_size, LEAST_BUFFER_BATCHES) * batch_size

@@ -13,7 +13,6 @@ from sys import float_info
 from typing import Annotated, Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 
 from deeplens_lightning.disk.json_text import DIGEST, check_digest, digest_of
@@ -305,33 +304,3 @@ def check_fingerprint(saved: Mapping[str, str], now: Mapping[str, str], unused: 
             + "\nUse the configuration of the checkpoint, or give resume_anyway=True to continue at the same position "
             "in the new data"
         )
-
-
-def lost_in_accumulation(trainer: Trainer, known_length: bool) -> str | None:
-    """A warning if the checkpoint was taken in the middle of a gradient accumulation, which Lightning cannot restore.
-
-    Args:
-        trainer: a Trainer whose loops were restored from a checkpoint and have not run yet.
-        known_length: whether the training loader has a length.
-
-    Returns:
-        The text of the warning; None if nothing is lost.
-    """
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    every = trainer.accumulate_grad_batches
-    inside = progress.current.processed % every
-    if not inside:
-        return None
-    if not progress.is_last_batch:
-        return (
-            f"this checkpoint was taken {inside} batch(es) into an accumulation of {every}: Lightning saves no "
-            "gradients, so those of these batches are lost. The data continue exactly. To lose nothing, save a "
-            "checkpoint only after an optimizer step, when global_step changes"
-        )
-    if not known_length and isinstance(trainer.limit_train_batches, float):
-        return (
-            f"this checkpoint was taken on the last batch of an epoch of unknown length, {inside} batch(es) into "
-            f"an accumulation of {every}: Lightning continues to count from there, so accumulations of the next epoch "
-            "begin at other batches. The data continue exactly. Give max_tokens to make epochs of a known length"
-        )
-    return None

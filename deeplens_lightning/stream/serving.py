@@ -12,17 +12,18 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from deeplens_lightning.activation_data import NotSetUpError
 from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.stream.cached_source import CachedActivations, CachedSettings
-from deeplens_lightning.stream.checkpoint import DataState, check_fingerprint, lost_in_accumulation
+from deeplens_lightning.stream.checkpoint import DataState, check_fingerprint
 from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.live_source import LiveSettings
 from deeplens_lightning.stream.loader import ActivationLoader, finish
 from deeplens_lightning.stream.measured_statistics import Statistics
+from deeplens_lightning.stream.resuming import continue_from, refuse_resume
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.stream.trained_batches import (
     SeenBatches,
@@ -60,6 +61,7 @@ class Serving:
         self._statistics: Statistics | None = None
         self._statistics_loaded = False
         self._state: DataState | None = None
+        self._saved: DataState | None = None
         self._trainer: Trainer | None = None
 
     @property
@@ -128,6 +130,8 @@ class Serving:
     ) -> ActivationLoader:
         """The training loader, which continues after the last batch that was trained on.
 
+        A new one is made if the batch size has changed, or if the Trainer went back to a checkpoint, as tuners do.
+
         Args:
             trainer: the Trainer; None without one.
             batch_size: rows per batch.
@@ -139,14 +143,20 @@ class Serving:
         """
         self._trainer = trainer
         if self._loader is not None:
-            rewound = self._trained.rewound(trainer, self._loader.served)
-            if self._loader.batch_size == batch_size and not rewound:
+            if self._trained.rewound(trainer, self._loader.served):
+                if self._trained.saved_at(trainer):
+                    self._state = self._saved
+            elif self._loader.batch_size == batch_size:
                 return self._loader
+            else:
+                self._state = self._now(self._loader.batch_size)
         opened, given = self.activations, self.settings
         if not given.resume_anyway and self._state is None:
-            _refuse_resume(trainer, name)
+            refuse_resume(trainer, name)
         statistics, placement = self.measured(), opened.placement
-        saved_rows = self._state.buffer_rows if self._state is not None and self._state.position else None
+        position = self._state.position if self._state is not None else None
+        same = position is not None and position.batch_size == batch_size
+        saved_rows = self._state.buffer_rows if self._state is not None and same else None
         stream = opened.stream(batch_size, statistics, saved_rows)
         automatic = CUDA_PREFETCH if placement.batch_device.type == "cuda" else 0
         self._close_loader()
@@ -166,7 +176,7 @@ class Serving:
             overfit=trainer is not None and bool(trainer.overfit_batches),  # type: ignore[attr-defined]
         )
         if self._state is not None:
-            self._continue(self._loader, self._state, trainer)
+            continue_from(self._state, self._loader, trainer, placement, given.resume_anyway)
         return self._loader
 
     def validation(self, batch_size: int) -> RowsLoader:
@@ -211,6 +221,11 @@ class Serving:
 
     def state(self, batch_size: int) -> DataState | None:
         """The state for a checkpoint: the position after the last batch trained on, and the fingerprint of the data."""
+        self._saved = self._now(batch_size)
+        self._trained.save(self._trainer)
+        return self._saved
+
+    def _now(self, batch_size: int) -> DataState | None:
         position = self._loader.position() if self._loader is not None else None
         if self.opened is None or (position is None and self._state is not None):
             return self._state
@@ -237,14 +252,18 @@ class Serving:
         self._keep_choices(state)
         fitting = trainer is None or is_fitting(trainer)
         if fitting and not self.settings.resume_anyway:
-            unused = () if state.position else ("batch_size",)  # before the first batch a tuner may change it
+            # A tuner may change it before the first batch, and where it restores a checkpoint inside a fit.
+            unused = ("batch_size",) if state.position is None or self._loader is not None else ()
             check_fingerprint(state.fingerprint, self._fingerprint(batch_size), unused)
         state.check_widths(self.source.widths)
         if state.statistics is not None:
             self._statistics, self._statistics_loaded = state.statistics, True
         if fitting:
+            here = self._state.position if self._state is not None else None
             self._state = state
-            self._close_loader()
+            # After a tuner the Trainer may hold a new loader, which must stay the one whose position is saved.
+            if here != state.position or not self._untouched(trainer):
+                self._close_loader()
 
     def close(self, batch_size: int) -> None:
         """Free model, buffer, thread and rows, also if saving the last rows fails; the position in the data is kept."""
@@ -266,37 +285,6 @@ class Serving:
         if isinstance(self.opened, LiveActivations):
             self.opened = self.opened.continued(state.fingerprint)
 
-    def _continue(self, loader: ActivationLoader, state: DataState, trainer: Trainer | None) -> None:
-        """Move a loader to the position of a checkpoint, which may come from another number of ranks."""
-        position, placement = state.position, self.activations.placement
-        anyway = self.settings.resume_anyway
-        if position is None:
-            if trainer is not None and not anyway:
-                _refuse_lost_position(trainer)
-            return
-        if position.batch_size != loader.batch_size and not anyway:
-            raise ValueError(
-                f"the checkpoint has a position in batches of {position.batch_size} rows, and this run has "
-                f"batch_size={loader.batch_size}: take another checkpoint, or give resume_anyway=True to accept it"
-            )
-        known_length = bool(loader.batches_per_epoch or loader.known_length)
-        if trainer is not None and (lost := lost_in_accumulation(trainer, known_length)):
-            rank_zero_warn(lost)
-        table = [
-            replace(progress, position=loader.stream.checked(progress.position, progress.step, anyway=anyway))
-            for progress in position.table()
-        ]
-        if len(table) == placement.ranks:
-            here = table[placement.rank]
-            loader.go_to(here.position, here.step, position)
-            return
-        where, again = loader.stream.rescaled(table)
-        in_epoch = position.in_epoch * len(table) // placement.ranks
-        loader.go_to(where, 0, replace(position, since=0, epoch_batches=0, in_epoch=in_epoch))
-        rank_zero_info(
-            f"continuing with {placement.ranks} rank(s) a run of {len(table)} rank(s): {again} rows are served again"
-        )
-
     def _fingerprint(self, batch_size: int) -> dict[str, str]:
         return self.activations.fingerprint() | {
             "batch_size": str(batch_size),
@@ -315,29 +303,15 @@ class Serving:
         loader = self._loader
         return self._trained.unprocessed(self._trainer, loader.served) if loader is not None else 0
 
+    def _untouched(self, trainer: Trainer | None) -> bool:
+        """Whether there is a loader that no batch was trained on from."""
+        loader = self._loader
+        if loader is None or self._trained.rewound(trainer, loader.served):
+            return False
+        return loader.served == self._trained.unprocessed(trainer, loader.served)
+
     def _close_loader(self) -> None:
         if self._loader is not None:
             self._loader.close()
             self._loader.stream.close()
         self._loader = None
-
-
-def _refuse_resume(trainer: Trainer | None, name: str) -> None:
-    """Raise a ValueError if the Trainer resumes from a checkpoint that has no state of this data module."""
-    if trainer is not None and is_fitting(trainer) and trainer.ckpt_path:
-        raise ValueError(
-            f"{trainer.ckpt_path} holds no state of {name}, so the data would start from the beginning: was the data "
-            "module renamed or subclassed? To continue training with the data from the beginning give "
-            "resume_anyway=True; to load only the model use load_from_checkpoint"
-        )
-
-
-def _refuse_lost_position(trainer: Trainer) -> None:
-    """Raise a ValueError if a checkpoint of a Trainer that has trained holds a state from before the first batch."""
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    trained: int = progress.total.processed
-    if is_fitting(trainer) and trained:
-        raise ValueError(
-            f"{trainer.ckpt_path} was saved after {trained} batches and its data state has no position, so the data "
-            "would start from the beginning: take another checkpoint, or give resume_anyway=True to accept it"
-        )

@@ -20,7 +20,7 @@ class TrainedBatches:
     """Compare the number of batches that a loader served with the number that a Trainer has processed."""
 
     def __init__(self) -> None:
-        self._ready_at_start = self._ready_seen = 0
+        self._ready_at_start = self._ready_seen = self._ready_saved = 0
 
     def unprocessed(self, trainer: Trainer | None, served: int) -> int:
         """Number of served batches that were not trained on: the Trainer fetched them ahead, or dropped them.
@@ -49,6 +49,18 @@ class TrainedBatches:
         if trainer is None or not served:
             return False
         return trainer.fit_loop.epoch_loop.batch_progress.total.ready < self._ready_seen
+
+    def save(self, trainer: Trainer | None) -> None:
+        """Note that a checkpoint is saved now."""
+        if trainer is not None:
+            self._ready_saved = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+
+    def saved_at(self, trainer: Trainer | None) -> bool:
+        """Whether the Trainer stands where the last checkpoint was saved."""
+        return (
+            trainer is not None
+            and trainer.fit_loop.epoch_loop.batch_progress.total.ready == self._ready_saved
+        )
 
 
 class SeenBatches:
