@@ -27,6 +27,7 @@ from deeplens_lightning.callbacks.final_weights import (
 from deeplens_lightning.callbacks.summary_table import BestWeights, SavedWeights, Summary, summary_table
 from deeplens_lightning.callbacks.support import WritesFiles, batch_rows, from_rank_zero, log_every
 from deeplens_lightning.preemption import Preemption
+from deeplens_lightning.reporting.metric_names import by_other_names
 from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, write_json
 
 log = logging.getLogger(__name__)
@@ -158,7 +159,8 @@ class FitSummary(Callback):
     def _show(self, trainer: Trainer, stopped: str | None = None) -> None:
         if trainer.is_global_zero:
             summary = self.summary(trainer, stopped)
-            write_json(self._folder / "summary.json", asdict(summary))
+            content = asdict(summary) | by_other_names(summary.metrics)
+            write_json(self._folder / "summary.json", content)
             Console().print(summary_table(summary))
         self._kept = None
 

@@ -6,7 +6,9 @@ each metric and says where definitions differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 Categories = dict[str, dict[str, float]]
 """Figures by category and name."""
@@ -52,6 +54,25 @@ def neuronpedia_metrics(metrics: Mapping[str, float], sae: str = "") -> dict[str
         f"core.{category}.{name}": value
         for category, figures in saebench_metrics(metrics, sae).items()
         for name, value in figures.items()
+    }
+
+
+def by_other_names(metrics: Mapping[str, float]) -> dict[str, dict[str, Any]]:
+    """The figures of every SAE under the names of SAEBench and Neuronpedia; a grid's by name of the SAE.
+
+    Args:
+        metrics: logged metrics by name, such as "val/fvu", or "val/fvu/k32" in a grid.
+    """
+    saes = [
+        name.removeprefix("val/fvu").removeprefix("/") for name in metrics if re.match("val/fvu(/|$)", name)
+    ]
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "saebench": saebench_metrics,
+        "neuronpedia": neuronpedia_metrics,
+    }
+    return {
+        kind: named(metrics) if saes in ([], [""]) else {sae: named(metrics, sae) for sae in saes}
+        for kind, named in kinds.items()
     }
 
 

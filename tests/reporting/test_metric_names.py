@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deeplens_lightning.reporting.metric_names import neuronpedia_metrics, saebench_metrics
+from deeplens_lightning.reporting.metric_names import by_other_names, neuronpedia_metrics, saebench_metrics
 
 LOGGED = {
     "val/fvu": 0.25, "val/mse": 3.0, "val/cosine": 0.9, "val/shrinkage": 1.1, "val/l0": 32.0, "val/dead_fraction": 0.125,
@@ -65,3 +65,18 @@ def test_saelens_uses_the_same_names() -> None:
     for category, figures in saebench_metrics(LOGGED).items():
         if category != "misc_metrics":
             assert all(f'"{name}"' in written for name in (category, *figures)), category
+
+
+def test_the_summary_holds_the_figures_of_every_sae_of_a_grid() -> None:
+    assert by_other_names(LOGGED)["saebench"] == saebench_metrics(LOGGED)
+    grid = {"val/fvu/a": 0.25, "val/l0/a": 8.0, "val/fvu/b": 0.5}
+    assert by_other_names(grid) == {
+        "saebench": {
+            "a": {"sparsity": {"l0": 8.0}, "reconstruction_quality": {"explained_variance": 0.75}},
+            "b": {"reconstruction_quality": {"explained_variance": 0.5}},
+        },
+        "neuronpedia": {
+            "a": {"core.sparsity.l0": 8.0, "core.reconstruction_quality.explained_variance": 0.75},
+            "b": {"core.reconstruction_quality.explained_variance": 0.5},
+        },
+    }
