@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from deeplens_lightning.datamodule import ActivationDataModule
-from deeplens_lightning.shards.format import ADDED_ENTRIES
 from deeplens_lightning.stream.automatic_sizes import buffer_rows, model_batch_blocks
 from deeplens_lightning.stream.live_activations import LiveActivations
 from tests.cli.parsing import parsed
 from tests.support.recorder import assert_same, take
-from tests.support.training import data
+from tests.support.training import data, of_an_earlier_release
 
 Tiny = Callable[[str], str]
 SAID = "lightning.pytorch.utilities.rank_zero"
@@ -33,11 +32,6 @@ def opened(model: str, state: dict[str, Any] | None = None, **changes: Any) -> A
 def state_after(dm: ActivationDataModule, batches: int) -> dict[str, Any]:
     take(dm, batches)
     return deepcopy(dm.state_dict())
-
-
-def of_an_earlier_release(state: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: value for name, value in state["fingerprint"].items() if name not in ADDED_ENTRIES}
-    return {**state, "fingerprint": kept}
 
 
 def live(dm: ActivationDataModule) -> LiveActivations:

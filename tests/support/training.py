@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,8 @@ import torch
 
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.sae import SparseAutoencoder
+from deeplens_lightning.shards.format import ADDED_ENTRIES
+from deeplens_lightning.stream.checkpoint import DataState
 from tests.support.recorder import Recorder
 from tests.support.texts import texts
 
@@ -69,3 +72,10 @@ def trainer(
         "num_sanity_val_steps": 0,
     }
     return L.Trainer(callbacks=[*([recorder] if recorder else []), *callbacks], **(settings | changes))
+
+
+def of_an_earlier_release(state: dict[str, Any]) -> dict[str, Any]:
+    """The same state of a data module without the entries that earlier releases did not record."""
+    read = DataState.from_state(state)
+    kept = {name: value for name, value in read.fingerprint.items() if name not in ADDED_ENTRIES}
+    return replace(read, fingerprint=kept).to_state()
