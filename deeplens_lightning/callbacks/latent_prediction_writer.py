@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pyarrow.parquet import ParquetWriter
 from typing_extensions import override
 
+from deeplens_lightning.disk.files import create, remove
 from deeplens_lightning.sae.module import DictionaryTraining
 from deeplens_lightning.sae.prediction import SparseLatents
 from deeplens_lightning.shards.folder import Folder
@@ -123,8 +124,10 @@ class _LatentFile:
 
     def __init__(self, folder: Folder, name: str) -> None:
         self._folder, self._name = folder, name
+        folder.create()
         self._staged = folder.stage(name)
-        self._writer = ParquetWriter(self._staged, SCHEMA, compression="zstd")
+        self._file = create(self._staged)
+        self._writer = ParquetWriter(self._file, SCHEMA, compression="zstd")
         self._waiting: list[pa.Table] = []
         self._lines = self._rows = self._d_sae = 0
 
@@ -149,12 +152,14 @@ class _LatentFile:
         self._flush()
         self._writer.add_key_value_metadata({"rows": str(self._rows), "d_sae": str(self._d_sae)})
         self._writer.close()
+        self._file.close()
         self._folder.publish(self._staged, self._name)
 
     def discard(self) -> None:
         """Delete the unfinished file."""
         self._writer.close()
-        self._staged.unlink(missing_ok=True)
+        self._file.close()
+        remove(self._staged)
 
     def _flush(self) -> None:
         if self._waiting:

@@ -16,6 +16,7 @@ from deeplens_lightning.callbacks import (
     ExportSAE,
     ExtractSingleSample,
     FitSummary,
+    LatentPredictionWriter,
     LatentStatistics,
     LossRecovered,
     Preemption,
@@ -29,6 +30,7 @@ EVERY: dict[str, Callable[[], L.Callback]] = {
     "ExportSAE": lambda: ExportSAE("safetensors"),  # SAELens's layout is folded in float64, on the CPU
     "ExtractSingleSample": lambda: ExtractSingleSample(texts=["The cat sat."], every_n_steps=4),
     "FitSummary": FitSummary,
+    "LatentPredictionWriter": lambda: LatentPredictionWriter("unused"),  # it writes in `predict` alone
     "LatentStatistics": lambda: LatentStatistics(every_n_steps=3),
     "LossRecovered": lambda: LossRecovered(100),
     "Preemption": Preemption,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from safetensors.torch import load_file, save_file
 
+from deeplens_lightning.disk.files import write_whole
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.interop.files import fresh_folder
 
@@ -35,7 +36,7 @@ def export_safetensors(sae: Dictionary, folder: str | Path, *, overwrite: bool =
     state = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
     with fresh_folder(folder, overwrite=overwrite) as new:
         save_file(state, new / WEIGHTS)
-        (new / CONFIG).write_text(json.dumps(config, indent=2))
+        write_whole(new / CONFIG, json.dumps(config, indent=2).encode())
     return Path(folder)
 
 
