@@ -149,12 +149,12 @@ class FitSummary(Callback):
         self._pause()
         try:
             self._kept.save_alone(trainer)
-        except Exception:
-            log.exception("saving the last weights after %r failed", exception)
+        except Exception as error:  # noqa: BLE001  the error that ended the fit is raised
+            _log_failure("saving the last weights", exception, error)
         try:
             self._show(trainer, f"{type(exception).__name__} {exception}".strip())
-        except Exception:
-            log.exception("the summary after %r failed", exception)
+        except Exception as error:  # noqa: BLE001
+            _log_failure("the summary", exception, error)
 
     def _show(self, trainer: Trainer, stopped: str | None = None) -> None:
         if trainer.is_global_zero:
@@ -265,3 +265,10 @@ def _batches(trainer: Trainer) -> int:
 def _held_out(trainer: Trainer) -> dict[str, float]:
     """The held-out figures of the validation that has just ended."""
     return {name: float(v) for name, v in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+def _log_failure(what: str, first: BaseException, error: Exception) -> None:
+    """Log an error that follows the one that ended a fit; with a traceback unless the disk may be the cause."""
+    log.error(
+        "%s after %r failed: %r", what, first, error, exc_info=not isinstance(error, OSError | RuntimeError)
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from socketserver import BaseServer
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import fsspec
 import pytest
@@ -39,6 +40,9 @@ def s3_server(**environment: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (given | environment).items():
             patch.setenv(name, value)
+        urlopen(
+            Request(f"http://{host}:{port}/moto-api/reset", method="POST"), timeout=60
+        ).close()  # of earlier tests
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir("bucket")
         yield given["AWS_ENDPOINT_URL"]
         fsspec.filesystem("s3").clear_instance_cache()
