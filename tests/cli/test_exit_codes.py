@@ -26,6 +26,11 @@ from tests.support.texts import texts, write_jsonl
 MODULE = [sys.executable, "-m", "deeplens_lightning"]
 
 
+def with_ctrl_c() -> None:
+    """Let SIGINT stop the process that is about to start; a job in the background of a shell ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*MODULE, *words], cwd=ROOT, capture_output=True, text=True, timeout=600, **options)  # type: ignore[call-overload, no-any-return]
 
@@ -73,7 +78,7 @@ def test_sigterm_saves_and_exits_with_143(words: list[str], tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_ctrl_c_exits_with_130(words: list[str]) -> None:
-    ended = run(*stopped_at(signal.SIGINT, words))
+    ended = run(*stopped_at(signal.SIGINT, words), preexec_fn=with_ctrl_c)
     assert ended.returncode == 128 + signal.SIGINT, ended.stderr
     assert "stopped by Ctrl-C" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -88,7 +93,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{slow.parent}:{ROOT}"}
     process = subprocess.Popen(
         [*MODULE, "fit", "--config", "configs/quickstart.yaml"],
-        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=with_ctrl_c,
     )  # fmt: skip
     while not (tmp_path / "importing").exists():
         assert process.poll() is None
