@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -68,16 +69,14 @@ def verify(
     problems: list[str] = []
     try:
         try:
-            catalog = list_shards(given, hook, copies, lambda error: problems.append(str(error)))
+            catalog = list_shards(given, hook, copies, partial(_note, problems))
         except ShardError as error:
             return Report(shards=0, rows=0, nbytes=0, problems=[*problems, str(error)], finished=False)
         for shard in catalog.shards:
             try:
                 _check(catalog, shard, hook, copies)
-            except UnreachableError:
-                raise  # the shards after this one cannot be read either
             except ShardError as error:
-                problems.append(str(error))
+                _note(problems, error)
         problems += [problem for where in catalog.manifests for problem in _missing_marks(catalog, where)]
         upgraded = _upgrade_all(catalog, copies) if upgrade and not problems else ()
         return Report(
@@ -90,6 +89,13 @@ def verify(
         )
     finally:
         copies.close()
+
+
+def _note(problems: list[str], error: ShardError) -> None:
+    """Add what is wrong with a shard to the problems; raise it again if the others cannot be read either."""
+    if isinstance(error, UnreachableError):
+        raise error
+    problems.append(str(error))
 
 
 def _check(catalog: Catalog, shard: Shard, hook: str | None, copies: LocalCopies) -> None:
