@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deeplens_lightning.devices import empty_rows
 from deeplens_lightning.shards.catalog import Catalog, Shard
 from deeplens_lightning.shards.changes import OpenFiles
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
@@ -150,7 +151,9 @@ class Gatherer:
         return rows, provenance
 
     def _empty(self, rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(rows, width, dtype=dtype, pin_memory=self._pin_memory)
+        if self._pin_memory:
+            return torch.empty(rows, width, dtype=dtype, pin_memory=True)
+        return empty_rows(rows, (width,), dtype)
 
     def _opened(self, numbers: Sequence[int]) -> JoinedShards:
         """Open these shards, and join all open ones."""

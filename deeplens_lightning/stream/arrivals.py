@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deeplens_lightning.devices import on_device
+from deeplens_lightning.devices import move_rows
 from deeplens_lightning.model.rows import ModelBatch
 from deeplens_lightning.stream.computed_batches import ComputedBatch
 from deeplens_lightning.stream.prefetch import Prefetch
@@ -99,8 +99,8 @@ class RowArrivals:
     Args:
         blocks: the source of blocks, for its counts.
         computed: the model batches, beginning at `start`: with its model batch if `enter`, else with its group.
-        buffers: the tensors that `fill` writes to: one `(slots, d_in)` for each hook point, and provenance
-            `(slots, 4)` last.
+        buffers: the tensors that `fill` writes to: one `(slots + 1, d_in)` for each hook point, whose last row is
+            for `move_rows`, and provenance `(slots, 4)` last.
         writer: receives the rows of every model batch; None for no writer.
         start: position of the first window of the buffer.
         enter: take the model batch of `start` in the constructor, because the window begins inside that batch.
@@ -178,8 +178,7 @@ class RowArrivals:
             count = min(len(slots) - filled, len(kept) - self._row)
             into, rows = slots[filled : filled + count], slice(self._row, self._row + count)
             for buffer, x in zip(self._buffers, self._out.activations.values(), strict=False):
-                chosen = x.index_select(0, on_device(kept[rows], x.device))
-                buffer.index_copy_(0, on_device(into, buffer.device), on_device(chosen, buffer.device))
+                move_rows(x, kept[rows], buffer, into)
             self._buffers[-1].index_copy_(0, into, self._out.provenance[rows])
             filled, self._row, self._since = filled + count, self._row + count, self._since + count
         return filled

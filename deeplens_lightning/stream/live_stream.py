@@ -275,7 +275,7 @@ class LiveStream:
         if not self._buffers:
             self._buffers = [
                 torch.empty(
-                    self.buffer_rows,
+                    self.buffer_rows + 1,
                     point.d_in,
                     dtype=self.model.dtypes[point.name],
                     device=self.buffer_device,

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deeplens_lightning.devices import on_device
+from deeplens_lightning.devices import gather_rows
 
 P = TypeVar("P")
 P_co = TypeVar("P_co", covariant=True)
@@ -170,7 +170,7 @@ class RotatingShuffle:
         step: int,
     ) -> Mixed[P]:
         slots = torch.from_numpy(index)
-        tensors = tuple(buffer.index_select(0, on_device(slots, buffer.device)) for buffer in buffers)
+        tensors = tuple(gather_rows(buffer, slots) for buffer in buffers)
         return Mixed(
             tensors=tensors,
             certain=-(-certain_rows // self.batch_size),

@@ -41,7 +41,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rate", type=float, default=500_000, help="tokens a second of the model")
     parser.add_argument("--d-in", type=int, nargs="+", default=[64, 768])
-    parser.add_argument("--tokens", type=int, default=200_000, help="tokens per measurement")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens per measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--buffer-rows", type=int, default=32_768)

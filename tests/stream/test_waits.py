@@ -27,7 +27,7 @@ def test_mixing_and_serving_rows_does_not_wait() -> None:
             activations={"resid": torch.randn(60, 8, device=device)}, kept=kept, provenance=provenance
         )
         batch = ComputedBatch(group=BlockPosition(), number=0, out=out, tokens=60, outliers=0)
-        buffers = [torch.empty(96, 8, device=device), torch.empty(96, len(PROVENANCE), dtype=torch.int64)]
+        buffers = [torch.empty(97, 8, device=device), torch.empty(96, len(PROVENANCE), dtype=torch.int64)]
         rows = RowArrivals(
             blocks=BlockArrivals(iter(()), BlockPosition()),
             computed=cycle([batch]),
