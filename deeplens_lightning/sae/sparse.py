@@ -173,11 +173,11 @@ def _sum_by_latent(code: Code, sources: Tensor, rows: Tensor, values: Tensor) ->
 
 
 def _total_by_latent(code: Code, values: Tensor) -> Tensor:
-    """For each latent, the sum of `values` over its entries, in float32 or wider: `(d_sae,)`.
-
-    `index_add_` would not be deterministic on CUDA.
-    """
+    """For each latent, the sum of `values` over its entries, in float32 or wider: `(d_sae,)`."""
     wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    if wide.device.type == "cpu":
+        return wide.new_zeros(len(code.latent_starts) - 1).index_add_(0, code.latents, wide)
+    # `index_add_` is not deterministic on CUDA
     return _sum_by_latent(code, torch.zeros_like(code.rows), wide.new_ones(1, 1), wide).squeeze(1)
 
 
