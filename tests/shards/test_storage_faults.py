@@ -17,6 +17,7 @@ from deeplens_lightning.shards import ShardError, ShardStream, ShardWriter, pati
 from deeplens_lightning.shards.errors import UnreachableError
 from deeplens_lightning.shards.names import MANIFEST, shard_name
 from deeplens_lightning.shards.remote import RemoteFolder
+from deeplens_lightning.shards.verify import verify
 from tests.support.caches import WIDE, feed, make_rows, manifest, one_epoch, write_cache
 from tests.support.storage_servers import FaultyProxy, faulty_proxy, http_server, s3_server
 
@@ -136,6 +137,24 @@ def test_a_fault_that_stays_is_one_sentence_with_the_url(
         rows_of(url)
     assert said(error).startswith(url)
     assert "then run the same command again" in said(error)
+
+
+def test_verify_ends_at_the_first_shard_that_is_not_sent(served: tuple[str, Path, FaultyProxy]) -> None:
+    """The other shards cannot be read either, and the cache may be intact: this is no problem of the cache."""
+    url, _, proxy = served
+    asked: set[str] = set()
+
+    def refuse(method: str, path: str, _: int) -> str | None:
+        if method != "GET" or not path.endswith(".pt"):
+            return None
+        asked.add(path)
+        return "500"
+
+    proxy.fault = refuse
+    with pytest.raises(UnreachableError) as error:
+        verify(url)
+    assert said(error).startswith(url)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
