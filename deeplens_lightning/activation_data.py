@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 
 from deeplens_lightning.normalization import Scaling
@@ -111,3 +111,9 @@ def activation_data(trainer: Trainer) -> ActivationData:
     """The Trainer's data module if it is an `ActivationData`, otherwise an empty `ActivationData`."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data if isinstance(data, ActivationData) else ActivationData()
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks in their order: its own list, so that a callback can be added to it."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

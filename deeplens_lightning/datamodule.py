@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -22,7 +23,7 @@ from deeplens_lightning.options import takes
 from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.loader import ActivationLoader
 from deeplens_lightning.stream.placement import placement
-from deeplens_lightning.stream.recorded_settings import recorded_settings
+from deeplens_lightning.stream.recorded_settings import RECORD, beside, recorded_settings
 from deeplens_lightning.stream.serving import Serving
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.stream.validation_set import RowsLoader
@@ -54,7 +55,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         self.model_kwargs = settings.model_options.kwargs
         self.serving = Serving(settings)
         # Under one name: Lightning refuses a fit if the LightningModule has another value under a name of this one.
-        self.save_hyperparameters({"data": recorded_settings(settings)})
+        self.save_hyperparameters({RECORD: recorded_settings(settings)})
 
     def __str__(self) -> str:
         """The model and the batch size; Lightning's own version would create every loader."""
@@ -147,6 +148,13 @@ class ActivationDataModule(ActivationData, LightningDataModule):
 
     # ---- Lightning's hooks
 
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """What loggers show: the settings as "data", or "activation_data" beside a module with its own "data"."""
+        return beside(
+            super().hparams_initial, self.trainer.lightning_module if self.trainer is not None else None
+        )
+
     def prepare_data(self) -> None:
         """Check the settings, and download a hub model that is not on this node yet."""
         self.serving.source.prepare()
@@ -158,7 +166,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
     def train_dataloader(self) -> ActivationLoader:
         """The training batches. Iterating again continues after the last batch that was trained on."""
         name = type(self).__qualname__
-        self.hparams["data"]["batch_size"] = self.batch_size
+        self.hparams[RECORD]["batch_size"] = self.batch_size
         return self.serving.training(self.trainer, self.batch_size, self.max_tokens, name)
 
     def val_dataloader(self) -> RowsLoader | list[Any]:

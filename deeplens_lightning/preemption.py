@@ -184,7 +184,7 @@ def default_preemption(trainer: Trainer) -> list[Callback]:
     Without it Lightning looks at SIGTERM on rank 0 alone, and a rank that a cluster ends loses what it has trained.
     """
     several = trainer.num_nodes * trainer.num_devices > 1
-    present = any(isinstance(callback, Preemption) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    present = any(isinstance(callback, Preemption) for callback in trainer.checkpoint_callbacks)
     return [Preemption()] if several and trainer.checkpoint_callbacks and not present else []
 
 

@@ -28,6 +28,8 @@ SIZED = {"max_tokens": 12 * 16}
 INTERVAL = timedelta(milliseconds=40)
 EVERY = {"save_top_k": -1, "filename": "{epoch}-{step}", "enable_version_counter": True}
 
+AT_THE_END = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+
 
 class Run:
     """One `fit`, with its batches, its SAE and its Trainer."""
@@ -103,6 +105,26 @@ CASES: dict[str, dict[str, Any]] = {
         "trainer": {"max_epochs": 5, "limit_train_batches": 5},
         "data": SIZED,
     },
+    "at the end of an epoch before a number of steps": {
+        "save": AT_THE_END,
+        "trainer": {"max_epochs": 4, "max_steps": 1000},
+        "data": SIZED,
+    },
+    "at the end of an epoch without validation": {
+        "save": AT_THE_END,
+        "trainer": {"max_epochs": 4, "max_steps": 1000, "limit_val_batches": 0},
+        "data": SIZED,
+    },
+    "at the end of an accumulated epoch": {
+        "save": AT_THE_END,
+        "trainer": {"max_steps": 11, "accumulate_grad_batches": 5, "limit_val_batches": 0},
+        "data": SIZED,
+    },
+    "at the end of a pass before a number of steps": {
+        "save": AT_THE_END,
+        "trainer": {"max_epochs": 3, "max_steps": 1000, "accumulate_grad_batches": 2},
+        "documents": 20,
+    },
     "with loaders made anew": {
         "save": {"every_n_train_steps": 5},
         "trainer": {"max_epochs": 4, "reload_dataloaders_every_n_epochs": 1},
@@ -122,7 +144,16 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = (
+    "at the end of an epoch without validation",
+    "at the end of an accumulated epoch",
+    "at the end of a pass before a number of steps",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES]
+)
 def test_checkpoints_resume_bit_for_bit(case: str, tiny: Any, tmp_path: Path) -> None:
     what = CASES[case]
     documents = texts(what.get("documents", 60))
@@ -141,6 +172,71 @@ def test_checkpoints_resume_bit_for_bit(case: str, tiny: Any, tmp_path: Path) ->
         again = Run(tmp_path, fresh(), [], str(path), **what["trainer"])
         assert_continues(again, whole, processed(path))
         assert again.trainer.global_step == whole.trainer.global_step
+
+
+class SaveIn(L.Callback):
+    """Save a checkpoint in the hook of one epoch's start or end."""
+
+    def __init__(self, hook: str, epoch: int, path: Path) -> None:
+        self.epoch, self.path = epoch, path
+        setattr(self, hook, self._save)
+
+    def _save(self, trainer: L.Trainer, _: Any) -> None:
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
+BOTH = {"max_epochs": 3, "max_steps": 1000}
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        BOTH,
+        *(pytest.param(limit, marks=pytest.mark.slow) for limit in ({"max_epochs": 3}, {"max_steps": 33})),
+    ],
+)
+@pytest.mark.parametrize(
+    ("hook", "epoch", "at"),
+    [
+        ("on_train_epoch_start", 1, 12),
+        ("on_train_epoch_end", 0, 12),
+        pytest.param("on_train_epoch_end", 1, 24, marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_from_between_two_epochs_resumes_bit_for_bit(
+    hook: str, epoch: int, at: int, limits: dict[str, Any], tiny: Any, tmp_path: Path
+) -> None:
+    save = SaveIn(hook, epoch, tmp_path / "a.ckpt")
+    whole = Run(tmp_path, data(tiny("gpt2"), **SIZED), [save], **limits)
+    again = Run(tmp_path, data(tiny("gpt2"), **SIZED), [], str(tmp_path / "a.ckpt"), **limits)
+    assert_continues(again, whole, at)
+    assert again.trainer.current_epoch == whole.trainer.current_epoch
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 3}, pytest.param(BOTH, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", [20, *(pytest.param(at, marks=pytest.mark.slow) for at in (8, 12, 32))])
+def test_a_checkpoint_of_a_stop_inside_an_epoch_trains_the_rest_of_that_epoch(
+    at: int, limits: dict[str, Any], tiny: Any, tmp_path: Path
+) -> None:
+    whole = Run(tmp_path, data(tiny("gpt2"), **SIZED), [], **limits)
+    keep = ModelCheckpoint(tmp_path / "kept", **AT_THE_END)
+    first = Run(tmp_path, data(tiny("gpt2"), **SIZED), [StopAfter(at), keep], **limits)
+    assert len(first.recorder.batches) == at
+    again = Run(tmp_path, data(tiny("gpt2"), **SIZED), [], keep.best_model_path, **limits)
+    assert_continues(again, whole, at)
+    assert again.trainer.current_epoch == whole.trainer.current_epoch
+
+
+class StopAfter(L.Callback):
+    """Stop training after a number of batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.batches -= 1
+        trainer.should_stop = self.batches == 0
 
 
 def test_a_run_that_fails_twice_resumes_bit_for_bit(tiny: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,11 @@ from lightning.pytorch.tuner import Tuner
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.sae.grid import SparseAutoencoderGrid
 from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.schedule import lr_factor
+from deeplens_lightning.shards import verify
+from tests.support.caches import read_back
 from tests.support.recorder import Recorder, assert_same
+from tests.support.texts import texts
 from tests.support.training import data, sae, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")  # of ModelCheckpoint
@@ -200,3 +205,103 @@ def test_a_grid_says_that_it_has_no_learning_rate_to_find(tiny: Any, tmp_path: P
     with pytest.raises(ValueError, match="a grid has no lr to find"):
         Tuner(trainer(tmp_path)).lr_find(MAKE["grid"](dm), datamodule=dm)
     Fit(tmp_path, MAKE["grid"](dm), dm, [LearningRateFinder(update_attr=False, **RATES)], max_steps=8)
+
+
+class Rates(L.Callback):
+    """The learning rate of every step of a fit, without those of a tuner's trials."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, float] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.found[trainer.global_step] = trainer.optimizers[0].param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize(
+    "finder",
+    [pytest.param(LaterRates(**RATES), marks=pytest.mark.slow), LaterSizes(**SIZES)],
+    ids=["rates", "sizes"],
+)
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_epochs": 4}, {"rates": 48, "sizes": 30}),
+        pytest.param({"max_steps": 40}, {"rates": 40, "sizes": 40}, marks=pytest.mark.slow),
+        pytest.param(
+            {"max_epochs": 4, "max_steps": 1000}, {"rates": 48, "sizes": 30}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"max_epochs": 4, "accumulate_grad_batches": 5},
+            {"rates": 4 * 3, "sizes": 3 + 3 * 2},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:When using `Trainer.accumulate_grad_batches")
+def test_the_schedule_ends_with_the_last_step_after_a_tuner_before_a_later_epoch(
+    limits: dict[str, Any], steps: dict[str, int], finder: L.Callback, tiny: Any, tmp_path: Path
+) -> None:
+    expected = steps["rates" if isinstance(finder, LaterRates) else "sizes"]
+    dm, rates = data(tiny("gpt2"), **SIZED), Rates()
+    module = sae(dm, lr=1e-3)
+    whole = Fit(tmp_path, module, dm, [deepcopy(finder), rates], **limits)
+    assert whole.trainer.global_step == expected
+    planned = lr_factor(expected, module.optimization)
+    assert list(rates.found) == list(range(expected))
+    found = {step: rate for step, rate in rates.found.items() if step >= expected - 12}
+    assert found == pytest.approx({step: module.lr * planned(step) for step in found}, rel=1e-9)
+    assert min(rates.found.values()) > 0
+    assert whole.trainer.optimizers[0].param_groups[0]["lr"] == 0
+
+
+TUNERS: dict[str, Callable[[], L.Callback]] = {
+    "rates": lambda: LearningRateFinder(**RATES),
+    "later rates": lambda: LaterRates(**RATES),
+}
+
+
+def rows_of(cache: Path) -> list[tuple[int, ...]]:
+    """The provenance of all rows of a cache, sorted."""
+    assert verify(cache).problems == []
+    return sorted(map(tuple, read_back(cache)[1].tolist()))
+
+
+@pytest.mark.parametrize(
+    ("tuner", "sized"),
+    [
+        pytest.param("rates", False, marks=pytest.mark.slow),
+        pytest.param("rates", True, marks=pytest.mark.slow),
+        pytest.param("later rates", True, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cache_that_is_written_beside_a_tuner_holds_every_row_once(
+    tuner: str, sized: bool, tiny: Any, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = SIZED if sized else {}
+    limits: dict[str, Any] = {"max_epochs": 5} if sized else {"max_epochs": 2}
+
+    def fit(name: str, *callbacks: L.Callback, write: bool = True) -> Fit:
+        cache = str(tmp_path / name / "cache") if write else None
+        dm = data(tiny("gpt2"), texts(14), write_shards=cache, **changes)
+        return Fit(tmp_path / name, sae(dm), dm, callbacks, **limits)
+
+    whole = fit("tuned", TUNERS[tuner]())
+    live = fit("live", TUNERS[tuner](), write=False)
+    fit("plain")
+    found = rows_of(tmp_path / "tuned" / "cache")
+    assert found == rows_of(tmp_path / "plain" / "cache")
+    assert len(set(found)) == len(found)
+    first = len(live.recorder.batches) // 2  # batches of the first data epoch, or of a part of it
+    assert_same(whole.recorder.batches[:first], live.recorder.batches[:first])
+
+
+@pytest.mark.parametrize("finder", [BatchSizeFinder, pytest.param(LaterSizes, marks=pytest.mark.slow)])
+def test_a_batch_size_finder_beside_a_cache_that_is_being_written_is_refused(
+    finder: type[BatchSizeFinder], tiny: Any, tmp_path: Path
+) -> None:
+    dm = data(tiny("gpt2"), write_shards=str(tmp_path / "cache"), **SIZED)
+    match = (
+        "until it is complete batch_size cannot change to 32: .* run a BatchSizeFinder without write_shards"
+    )
+    with pytest.raises(ValueError, match=match):
+        Fit(tmp_path, sae(dm), dm, [finder(**SIZES)], max_epochs=3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,38 @@ def test_a_monitor_of_held_out_metrics_without_held_out_rows_is_refused(
     dm = data(tiny("gpt2"), **changes)
     with pytest.raises(ValueError, match=match):
         trainer(tmp_path, None, [kind(monitor="val/fvu")], max_steps=3, **limit).fit(sae(dm), dm)
+
+
+@pytest.mark.parametrize("limit", [0, 1.0])
+@pytest.mark.parametrize("when", [{"every_n_train_steps": 3}, {"train_time_interval": timedelta(seconds=0)}])
+def test_a_checkpoint_by_steps_or_time_whose_metric_is_missing_says_which_there_are(
+    when: dict[str, Any], limit: float, tiny: Any, tmp_path: Path
+) -> None:
+    dm = data(tiny("gpt2"))
+    keep = ModelCheckpoint(tmp_path / "kept", monitor="train/fuv", **when)
+    there = "train/dead_fraction, train/fvu, train/l0, train/loss, epoch, step"
+    match = rf"monitor='train/fuv'\) saves nothing.*: up to step 2 training has logged no such metric, but {there}"
+    match += "; a validation adds those under val/" if limit else "$"
+    with pytest.warns(UserWarning, match=match):
+        trainer(tmp_path, None, [keep], max_steps=7, log_every_n_steps=2, limit_val_batches=limit).fit(
+            sae(dm), dm
+        )
+    assert not list((tmp_path).rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("monitor", ["train/fvu", "step", "mine", "val/fvu"])
+def test_a_checkpoint_by_steps_whose_metric_is_there_says_nothing(
+    monitor: str, tiny: Any, tmp_path: Path
+) -> None:
+    class Logs(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+            module.log("mine", 1.0)
+
+    dm = data(tiny("gpt2"))
+    keep = ModelCheckpoint(tmp_path / "kept", monitor=monitor, every_n_train_steps=3)
+    options: dict[str, Any] = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    trainer(tmp_path, None, [Logs(), keep], max_steps=8, log_every_n_steps=2, **options).fit(sae(dm), dm)
+    assert list(tmp_path.rglob("*.ckpt"))
 
 
 def test_checkpoints_with_a_metric_in_their_names_are_found_and_the_run_is_reported(

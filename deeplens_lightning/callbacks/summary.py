@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from typing_extensions import override
 
-from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
+from deeplens_lightning.activation_data import activation_data, callbacks_of, data_parallel_ranks
 from deeplens_lightning.callbacks.final_weights import (
     KeptWeights,
     Weights,
@@ -61,7 +61,7 @@ class FitSummary(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         if stage != "fit" or self not in callbacks:
             return
         self._folder = run_folder(trainer)
@@ -133,8 +133,7 @@ class FitSummary(Callback):
         known = from_rank_zero(trainer, lambda: self._measured == kept.last)
         if known or not trainer.enable_validation or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return False
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        ending = any(isinstance(c, Preemption) and c.signalled for c in callbacks)
+        ending = any(isinstance(c, Preemption) and c.signalled for c in trainer.checkpoint_callbacks)
         return not trainer.strategy.reduce_boolean_decision(ending or trainer.received_sigterm, all=False)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
@@ -235,7 +234,7 @@ class FitSummary(Callback):
                 places += [checkpoint.best_model_path, checkpoint.last_model_path]
         if self._kept is not None and self._kept.file is not None:
             places.append(self._kept.file)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, WritesFiles):
                 places += map(str, callback.written)
         yield from map(Path, dict.fromkeys(filter(None, places)))

@@ -26,6 +26,7 @@ from deeplens_lightning.cli.help import (
     overview,
 )
 from deeplens_lightning.disk.mistakes import mistakes, naming, sentence
+from deeplens_lightning.disk.torch_files import check_checkpoint_file
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -107,10 +108,11 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
         ValueError: the model's `d_in` was given; it is taken from the data module.
     """
     import jsonargparse
-    from lightning.pytorch import LightningDataModule, LightningModule
+    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
     from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+    from deeplens_lightning.activation_data import callbacks_of
     from deeplens_lightning.callbacks.summary import FitSummary
     from deeplens_lightning.callbacks.throughput import Throughput
     from deeplens_lightning.cli.newest_checkpoint import with_newest
@@ -120,8 +122,13 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
     words = with_newest(sys.argv[1:] if words is None else words)
     _refuse_d_in(words)
 
-    class NamedCheckpoints(TorchCheckpointIO):
-        """Lightning's, with the file's name in the error of a full disk."""
+    class Checkpoints(TorchCheckpointIO):
+        """Lightning's, with damaged files refused, and the file's name in the error of a full disk."""
+
+        def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            check_checkpoint_file(path)
+            loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+            return loaded
 
         def save_checkpoint(
             self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
@@ -138,14 +145,19 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
         def _parse_ckpt_path(self) -> None:
             """Leave the settings in the checkpoint of `--ckpt_path` unused; the SAE refuses one with other settings."""
 
+        def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+            """Refuse damaged checkpoints; name the file where one cannot be saved."""
+            trainer = super().instantiate_trainer(**kwargs)
+            if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+                trainer.strategy.checkpoint_io = Checkpoints()
+            return trainer
+
         def before_fit(self) -> None:
-            """Save at the end of a batch after SIGTERM; name the file where a checkpoint cannot be saved."""
-            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            present = any(isinstance(callback, Preemption) for callback in callbacks)
-            if self.trainer.checkpoint_callbacks and not present:
-                callbacks.append(Preemption())
-            if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-                self.trainer.strategy.checkpoint_io = NamedCheckpoints()
+            """Save at the end of a batch after SIGTERM."""
+            checkpoints = self.trainer.checkpoint_callbacks
+            present = any(isinstance(callback, Preemption) for callback in checkpoints)
+            if checkpoints and not present:
+                callbacks_of(self.trainer).append(Preemption())
 
     jsonargparse.set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     with _program_arguments(words):

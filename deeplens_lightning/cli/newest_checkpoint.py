@@ -7,11 +7,12 @@ one. `--ckpt_path newest:FOLDER` continues from the newest file that is intact.
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from deeplens_lightning.disk.torch_files import DamagedFileError, check_crcs
 
 NEWEST = "newest:"
 
@@ -34,11 +35,9 @@ def newest_checkpoint(folder: str | Path) -> Path | None:
 def loads(path: Path) -> bool:
     """Whether a checkpoint is intact: a complete zip file with matching checksums that loads with `weights_only=True`."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:
-                return False
+        check_crcs(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError):
+    except (OSError, RuntimeError, EOFError, DamagedFileError, pickle.UnpicklingError):
         return False
     return isinstance(checkpoint, dict) and "loops" in checkpoint
 

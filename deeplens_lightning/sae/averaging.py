@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from deeplens_lightning.activation_data import callbacks_of
 from deeplens_lightning.sae.dictionary import Dictionary
 
 
@@ -31,15 +33,20 @@ class ValidAverages(Callback):
         self._swapped = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
-        """Average no buffers, whatever `use_buffers` says: there is no mean of counters and flags."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        """Average no buffers, and say so where `use_buffers` asks for it: there is no mean of counters and flags."""
+        for callback in callbacks_of(trainer):
             if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+                if callback._average_model.use_buffers:
+                    rank_zero_info(
+                        f"{type(callback).__name__}(use_buffers=True) averages the weights; buffers, which are counters, "
+                        "running means and the normalisation, are copied instead"
+                    )
                 callback._average_model.use_buffers = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let SWA install its schedule where a resume starts inside an epoch: Lightning skips the hook that does."""
         if trainer.fit_loop.restarted_mid_epoch:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, StochasticWeightAveraging):
                     callback.on_train_epoch_start(trainer, pl_module)
 
@@ -78,7 +85,7 @@ class ValidAverages(Callback):
         """After an exception inside validation, return the weights to their modules, before a checkpoint is saved."""
         if self._swapped:
             self._swapped = False
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in callbacks_of(trainer):
                 if isinstance(callback, WeightAveraging):
                     callback.on_validation_epoch_end(trainer, pl_module)
 
@@ -91,7 +98,7 @@ def valid_averages(trainer: Trainer) -> list[Callback]:
     """
     found = [
         callback
-        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer)
         if isinstance(callback, WeightAveraging | StochasticWeightAveraging)
     ]
     return [*found, ValidAverages()] if found else []
@@ -99,7 +106,7 @@ def valid_averages(trainer: Trainer) -> list[Callback]:
 
 def _averages(trainer: Trainer) -> Iterator[nn.Module]:
     """The averaged modules; Lightning has no public name for them."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             yield callback._average_model.module
         elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from typing_extensions import Self
 
 from deeplens_lightning.activation_data import activation_data, data_parallel_ranks
+from deeplens_lightning.disk.torch_files import check_checkpoint_file
 from deeplens_lightning.preemption import default_preemption
 from deeplens_lightning.sae.averaging import valid_averages
 from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint, read_trained_on
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.interrupted_validation import repeat_interrupted_validation
 from deeplens_lightning.sae.metrics import HeldOutMetrics
-from deeplens_lightning.sae.monitors import check_monitors
+from deeplens_lightning.sae.monitors import check_monitors, warn_of_missing_metrics
 from deeplens_lightning.sae.nonfinite import Describe, NonFiniteRows
 from deeplens_lightning.sae.portable import PortableDictionary
 from deeplens_lightning.sae.prediction import SparseLatents, active_latents
@@ -50,11 +53,23 @@ class DictionaryTraining(LightningModule):
     _nonfinite_predictions: NonFiniteRows
     _length = RunLength(steps=None, batches=None)
     _resumed_step: int | None = None
+    _monitors_checked = False
 
     @property
     def dictionaries(self) -> Mapping[str, Dictionary]:
         """The dictionaries in training by name; a single one has the name ""."""
         raise NotImplementedError
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Make a module from a checkpoint, as `LightningModule.load_from_checkpoint` does.
+
+        Raises:
+            ValueError: the file is damaged; every byte is compared with the CRCs in it.
+        """
+        if isinstance(checkpoint_path, str | Path):
+            check_checkpoint_file(checkpoint_path)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def configure_callbacks(self) -> list[Callback]:
         """Save when a cluster ends the job: a fit on several ranks has a `Preemption` unless the Trainer has one.
@@ -94,6 +109,7 @@ class DictionaryTraining(LightningModule):
 
     def on_train_start(self) -> None:
         """Plan the schedules, and say so if their length is not known."""
+        self._monitors_checked = False
         self._plan()
         if self._length.note is not None:
             rank_zero_info(self._length.note)
@@ -129,6 +145,17 @@ class DictionaryTraining(LightningModule):
                     self.log(_log_name("train", metric, name), value, prog_bar=in_progress_bar)
         losses = [step.loss for step in steps.values()]
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        """Check once, at a step that has logged, whether callbacks monitor what training does not log."""
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if (
+            not self._monitors_checked
+            and self.trainer.global_step
+            and not (every and self.trainer.global_step % every)
+        ):
+            self._monitors_checked = True
+            warn_of_missing_metrics(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, fused where possible, with warm-up and decay over the planned steps.

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 
+from deeplens_lightning.activation_data import callbacks_of
 from deeplens_lightning.sae.schedule import OPEN_ENDED_WARMUP, Optimization, WarmupDecay
 
 UNLIMITED = sys.maxsize
@@ -105,12 +106,12 @@ def _epochs(trainer: Trainer, in_epoch: int) -> Iterator[tuple[int, int, int]]:
 
 
 def _accumulation_schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
-    return [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    return [each for each in callbacks_of(trainer) if isinstance(each, GradientAccumulationScheduler)]
 
 
 def _note(trainer: Trainer, *, endless: bool, uncounted: bool) -> str | None:
     """Say which limits have an unknown number of steps, what follows, and what to give instead."""
-    timers = [each for each in trainer.callbacks if isinstance(each, Timer)]  # type: ignore[attr-defined]
+    timers = [each for each in callbacks_of(trainer) if isinstance(each, Timer)]
     timed = any(timer.time_remaining() is not None for timer in timers)
     limits = ["max_time"] * timed + ["max_epochs with epochs of unknown length"] * uncounted
     if endless:

@@ -9,6 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch.optim.lr_scheduler import LambdaLR
 
+from deeplens_lightning.activation_data import callbacks_of
+
 
 def adopt_learning_rates(trainer: Trainer, lrs: Sequence[float]) -> None:
     """Use the learning rates that a `LearningRateFinder` set for the whole schedule.
@@ -19,7 +21,7 @@ def adopt_learning_rates(trainer: Trainer, lrs: Sequence[float]) -> None:
         trainer: the Trainer.
         lrs: the peak learning rate of each parameter group.
     """
-    if any(isinstance(callback, LearningRateFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if any(isinstance(callback, LearningRateFinder) for callback in callbacks_of(trainer)):
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, LambdaLR):
                 _set_peaks(config.scheduler, lrs)
@@ -45,7 +47,7 @@ def begin_epoch_after_tuner(trainer: Trainer, resumed_step: int | None) -> None:
             "value that it found"
         )
     loop = trainer.fit_loop
-    sized = any(isinstance(callback, BatchSizeFinder) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    sized = any(isinstance(callback, BatchSizeFinder) for callback in callbacks_of(trainer))
     if trainer.global_step != resumed_step or (sized and not loop.restarted_on_epoch_start):
         loop.epoch_loop.restarting = False
 
@@ -62,7 +64,7 @@ def refuse_learning_rate_finder(trainer: Trainer) -> None:
     Raises:
         ValueError: a `LearningRateFinder` would set it; without `update_attr` it only measures.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, LearningRateFinder) and callback._update_attr:
             raise ValueError(
                 "a grid has no lr to find, because each of its SAEs has its own: find it with one SparseAutoencoder and "

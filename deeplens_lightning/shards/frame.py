@@ -9,26 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from deeplens_lightning.disk import torch_files
 from deeplens_lightning.disk.records import Count, Digest
+from deeplens_lightning.disk.torch_files import UNREADABLE, DamagedFileError, starts
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 
 _STORAGE = re.compile(r"[^/]+/data/[0-9]+")
-_HEADER = 30  # bytes of a local header in a zip, before the name
 _PIECE = 2**20
-_DESCRIPTORS = {0, 12, 16, 20, 24}
-"""Bytes that may follow the content of an entry: its CRC and sizes, of 32 or 64 bits, with or without a signature."""
-_UNREADABLE = (
-    zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, ValueError, EOFError, LookupError,
-    OverflowError, MemoryError,
-)  # fmt: skip
-"""All that `zipfile` raises on bytes that are not a zip."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +55,10 @@ def read_frame(path: Path) -> Frame:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [entry for entry in archive.infolist() if _STORAGE.fullmatch(entry.filename)]
-        starts = _starts(path, entries)
-    except _UNREADABLE as error:
+        offsets = starts(path, entries)
+    except UNREADABLE as error:
         raise DamagedShardError(f"{path} is not a file that torch.save wrote: {error}") from error
-    payloads = [(start, entry.file_size) for start, entry in zip(starts, entries, strict=True)]
+    payloads = [(start, entry.file_size) for start, entry in zip(offsets, entries, strict=True)]
     found = tuple(sorted(payloads))
     return Frame(payloads=found, sha256=_outside(path, found))
 
@@ -107,48 +99,12 @@ def check_frame_crcs(path: Path, where: str) -> None:
 
 def _check_zip(path: Path, where: str, wanted: Callable[[str], bool]) -> None:
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            _check_directory(path, entries, archive.start_dir)
-            for entry in entries:
-                if wanted(entry.filename):
-                    with archive.open(entry) as file:
-                        while file.read(_PIECE):
-                            pass
-    except _UNREADABLE as error:
+        torch_files.check_crcs(path, wanted)
+    except DamagedFileError as error:
         raise DamagedShardError(
             f"{where} is altered: {error}. Copy it again; if it was saved under "
             "torch.serialization.set_crc32_options(False), load it and torch.save it again"
         ) from error
-
-
-def _check_directory(path: Path, entries: list[zipfile.ZipInfo], directory: int) -> None:
-    """Check that the entries of a zip are not compressed, differ in name, and fill the file up to its directory."""
-    stored = all(
-        entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
-        for entry in entries
-    )
-    entries = sorted(entries, key=lambda entry: entry.header_offset)
-    starts = _starts(path, entries)
-    following = [*(entry.header_offset for entry in entries[1:]), directory]
-    gaps = {
-        after - start - entry.file_size
-        for start, entry, after in zip(starts, entries, following, strict=True)
-    }
-    names = {entry.filename for entry in entries}
-    if not stored or len(names) < len(entries) or not gaps <= _DESCRIPTORS:
-        raise zipfile.BadZipFile("its directory is not one that torch.save writes")
-
-
-def _starts(path: Path, entries: list[zipfile.ZipInfo]) -> list[int]:
-    """Offset in bytes of the content of each entry, which its local header decides."""
-    starts = []
-    with path.open("rb") as file:
-        for entry in entries:
-            file.seek(entry.header_offset + _HEADER - 4)
-            name, extra = struct.unpack("<HH", file.read(4))
-            starts.append(entry.header_offset + _HEADER + name + extra)
-    return starts
 
 
 def _outside(path: Path, payloads: tuple[tuple[int, int], ...]) -> str:

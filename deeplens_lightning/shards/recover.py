@@ -109,5 +109,6 @@ def folder_lost(folder: Folder, rank: int, shards: int) -> FolderLostError:
     return FolderLostError(
         f"{folder.where} was removed, emptied or replaced while rank {rank} was writing to it, and {shards} finished "
         "shard(s) of this rank are lost: put the folder back, or remove what is in its place, and run the same command "
-        "again, which writes what is missing; a training continues from its last checkpoint without write_shards"
+        "again, which writes what is missing; a training continues from its last checkpoint without write_shards "
+        "(--data.write_shards null)"
     )

@@ -152,9 +152,10 @@ class ShardWriter:
                 self._wait()
             if self._next.row < first_row:
                 raise ShardError(
-                    f"rows {self._next.row} to {first_row - 1} of rank {self._rank} are missing: the cache in "
-                    f"{self._folder.where} cannot be continued from here; write to a new folder, or train on "
-                    "without write_shards"
+                    f"rows {self._next.row} to {first_row - 1} of rank {self._rank} are not in the cache in "
+                    f"{self._folder.where}, and a training that continues after them does not compute them again: "
+                    "continue without write_shards (--data.write_shards null); for a cache of all rows start a "
+                    "training without ckpt_path, or run deeplens-lightning extract"
                 )
             keep = self._wanted(rows, provenance, seen=self._next.row - first_row)
             while len(keep):

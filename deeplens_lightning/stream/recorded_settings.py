@@ -13,11 +13,15 @@ from typing import Any
 
 import datasets
 import torch
+from lightning.fabric.utilities.data import AttributeDict
+from lightning.pytorch import LightningModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.options import values
 from deeplens_lightning.stream.settings import DataSettings
 
+RECORD = "data"
+"""Name of the settings among the hyperparameters."""
 SECRETS = ("token", "use_auth_token", "key", "api_key", "secret", "password")
 """Keyword arguments, for example of `from_pretrained`, whose values are not recorded."""
 
@@ -45,3 +49,19 @@ def _plain(value: Any) -> Any:
     if isinstance(value, PreTrainedModel | PreTrainedTokenizerBase):
         return f"{type(value).__name__} {value.name_or_path}".strip()
     return str(value) if isinstance(value, torch.dtype | torch.device | Path) else type(value).__name__
+
+
+def beside(recorded: AttributeDict, module: LightningModule | None) -> AttributeDict:
+    """The hyperparameters of a data module under names that loggers can show beside those of a LightningModule.
+
+    Args:
+        recorded: hyperparameters, with the settings as "data"; changed in place.
+        module: the LightningModule; None without one.
+
+    Returns:
+        The same, with the settings as "activation_data" if the module has a hyperparameter "data": Lightning refuses a
+        fit in which both have different values under one name.
+    """
+    if module is not None and RECORD in module.hparams_initial:
+        recorded[f"activation_{RECORD}"] = recorded.pop(RECORD)
+    return recorded

@@ -60,6 +60,28 @@ def continue_from(
     )
 
 
+def continue_epochs(trainer: Trainer) -> None:
+    """Count the epochs of a checkpoint so that a fit trains what it would have trained without an interruption.
+
+    In a checkpoint from the end of an epoch, Lightning counts this epoch as trained. With `max_steps` it runs an epoch of
+    one batch after it, or of none; and it also counts an epoch that a stop has cut short.
+
+    Args:
+        trainer: a Trainer whose loops were restored from a checkpoint and have not run yet.
+    """
+    loop: Any = trainer.fit_loop
+    current, total = loop.epoch_progress.current, loop.epoch_progress.total
+    if not 0 < total.started == total.processed:
+        return  # inside an epoch that is not counted
+    if loop.epoch_loop.batch_progress.is_last_batch:
+        current.completed, total.completed = current.processed, total.processed
+        loop.epoch_loop.restarting = False
+    elif total.ready == total.started:
+        for progress in (current, total):
+            progress.processed = progress.completed = progress.processed - 1
+        loop.restarting = True
+
+
 def lost_in_accumulation(trainer: Trainer, known_length: bool) -> str | None:
     """A warning if the checkpoint was taken in the middle of a gradient accumulation, which Lightning cannot restore.
 

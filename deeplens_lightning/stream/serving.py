@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from deeplens_lightning.activation_data import NotSetUpError
+from deeplens_lightning.disk.torch_files import check_checkpoint_file
 from deeplens_lightning.distributed import on_every_rank
 from deeplens_lightning.stream.cached_source import CachedActivations, CachedSettings
 from deeplens_lightning.stream.checkpoint import DataState, check_fingerprint
@@ -23,7 +24,7 @@ from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.live_source import LiveSettings
 from deeplens_lightning.stream.loader import ActivationLoader, finish
 from deeplens_lightning.stream.measured_statistics import Statistics
-from deeplens_lightning.stream.resuming import continue_from, refuse_resume
+from deeplens_lightning.stream.resuming import continue_epochs, continue_from, refuse_resume
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.stream.trained_batches import (
     SeenBatches,
@@ -153,6 +154,8 @@ class Serving:
         opened, given = self.activations, self.settings
         if not given.resume_anyway and self._state is None:
             refuse_resume(trainer, name)
+        if trainer is not None and is_fitting(trainer) and trainer.ckpt_path:
+            continue_epochs(trainer)
         statistics, placement = self.measured(), opened.placement
         position = self._state.position if self._state is not None else None
         same = position is not None and position.batch_size == batch_size
@@ -245,9 +248,11 @@ class Serving:
             batch_size: rows per batch of this run.
 
         Raises:
-            ValueError: the checkpoint was taken on other data (the message lists the differences), or by a release
-                with another version of the state.
+            ValueError: the checkpoint was taken on other data (the message lists the differences), by a release with
+                another version of the state, or its file is damaged.
         """
+        if trainer is not None:  # Lightning has loaded the file, without a look at its CRCs
+            check_checkpoint_file(trainer.ckpt_path)
         state = DataState.from_state(saved)
         self._keep_choices(state)
         fitting = trainer is None or is_fitting(trainer)

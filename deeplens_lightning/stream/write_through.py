@@ -89,7 +89,7 @@ class WriteThroughStream:
         return stream.checked(position, step, anyway=anyway)
 
     def rescaled(self, table: Sequence[RankProgress]) -> tuple[StreamPosition, int]:
-        """Find where to continue with another number of ranks, which is possible only if the cache is complete.
+        """Find where to continue with other ranks or batch sizes, which is possible only if the cache is complete.
 
         Args:
             table: the progress of every rank that was training before.
@@ -101,9 +101,15 @@ class WriteThroughStream:
             ValueError: the cache is not complete.
         """
         if not isinstance(table[0].position, ShardPosition):
+            if len(table) == self.placement.ranks:
+                raise ValueError(
+                    f"{self.folder} is being written, and until it is complete batch_size cannot change to "
+                    f"{self.live.batch_size}: continue with the batch_size that it was begun with, or without write_shards "
+                    "(--data.write_shards null); run a BatchSizeFinder without write_shards, and give the size that it finds"
+                )
             raise ValueError(
                 f"{self.folder} is being written by {len(table)} rank(s), and each rank writes its own shards: continue "
-                f"with {len(table)} rank(s), or without write_shards"
+                f"with {len(table)} rank(s), or without write_shards (--data.write_shards null)"
             )
         return self._read().rescaled(table)
 

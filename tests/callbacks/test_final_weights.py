@@ -25,7 +25,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from deeplens_lightning.callbacks import FitSummary, LossRecovered, Preemption
+from deeplens_lightning.callbacks import FitSummary, LossRecovered, Preemption, final_weights
+from deeplens_lightning.callbacks.final_weights import _checksum
 from deeplens_lightning.cli.newest_checkpoint import newest_checkpoint
 from tests.support.ranks import launch
 from tests.support.recorder import Recorder, assert_same
@@ -426,3 +427,46 @@ def test_the_file_of_an_exception_resumes_bit_for_bit(tiny: Any, tmp_path: Path)
     assert summary["last"]["file"] == str(tmp_path / "first" / "on_exception.ckpt")
     fit(tmp_path / "again", tiny("gpt2"), rest, ckpt_path=summary["last"]["file"])
     assert_same(rest.batches, whole.batches[8:])
+
+
+# ---- checksums of weights
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((6, 8), torch.float32),
+        ((6, 8), torch.bfloat16),
+        ((5, 7), torch.float32),
+        ((2, 3, 4), torch.int64),
+        ((4, 16), torch.uint8),
+        ((16,), torch.float32),
+        ((), torch.int64),
+    ],
+)
+def test_checksums_of_weights_depend_on_every_bit_and_its_place_alone(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    weights = (100 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    expected = _checksum(weights)
+    assert _checksum(weights.clone()) == expected
+    content = weights.reshape(-1).view(torch.uint8)
+    for byte in range(len(content)):
+        for bit in range(8):
+            content[byte] ^= 1 << bit
+            assert _checksum(weights) != expected, (byte, bit)
+            content[byte] ^= 1 << bit
+    for dim in range(weights.ndim):
+        assert _checksum(weights.roll(1, dim)) != expected, dim
+    shifted = torch.cat([weights.new_zeros(1), weights.reshape(-1)])[1:].view(shape)
+    assert _checksum(shifted) == expected
+    if weights.ndim > 1:
+        assert _checksum(weights.mT.contiguous().mT) == expected
+
+
+def test_weights_are_not_copied_to_the_host_for_their_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr(final_weights.zlib, "crc32", lambda content: lengths.append(len(content)) or 0)
+    weights = torch.randn(512, 1024)
+    _checksum(weights)
+    assert sum(lengths) < weights.nbytes / 100

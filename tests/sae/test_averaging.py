@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.sae.grid import SparseAutoencoderGrid
 from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.shards import verify
 from deeplens_lightning.stream.loader import ActivationLoader
 from deeplens_lightning.stream.validation_set import RowsLoader
+from tests.support.texts import texts
 from tests.support.training import data, trainer
 
 SETTINGS: dict[str, Any] = {"d_sae": 64, "k": 4, "lr": 3e-3, "dead_after_tokens": 200}
@@ -218,3 +221,46 @@ def test_the_loss_with_averages_is_measured_wherever_the_callback_stands(
         found.append(fit(tmp_path, one(dm.d_in), dm, *callbacks, max_epochs=2))
     assert found[0] == found[1]
     assert any("ce" in name for name in found[0][20])
+
+
+@pytest.mark.parametrize(("name", "lines"), [("ema", 1), ("ema without buffers", 0)])
+def test_a_setting_to_average_buffers_that_is_not_followed_is_said_once(
+    name: str, lines: int, dm: ActivationDataModule, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        fit(tmp_path, one(dm.d_in), dm, AVERAGING[name](), max_epochs=1)
+    said = [line for line in caplog.messages if "buffers, which are counters, running means and" in line]
+    assert len(said) == lines
+    assert all(line.startswith("EMAWeightAveraging(use_buffers=True)") for line in said)
+
+
+@pytest.mark.filterwarnings("ignore:SWA is currently only supported every epoch:UserWarning")
+@pytest.mark.parametrize("name", ["ema", "swa"])
+@pytest.mark.slow
+def test_averages_of_a_fit_that_writes_a_cache_are_those_of_one_that_does_not_and_resume(
+    name: str, tiny: Any, tmp_path: Path
+) -> None:
+    """The first data epoch ends inside the fit, which goes on with the cache."""
+
+    def run(folder: str, write: bool, **options: Any) -> tuple[Any, ...]:
+        cache = str(tmp_path / folder / "cache") if write else None
+        dm = data(tiny("gpt2"), texts(14), max_tokens=160, normalize="zscore", write_shards=cache)
+        module = one(dm.d_in)
+        keep = ModelCheckpoint(tmp_path / folder, "{step}", every_n_train_steps=9, save_top_k=-1)
+        return module, fit(tmp_path, module, dm, AVERAGING[name](), keep, **options)
+
+    live, figures = run("live", write=False, max_epochs=2)
+    written, of_written = run("written", write=True, max_epochs=2)
+    whole, of_whole = run("whole", write=True)
+    assert of_written == figures
+    assert_same_weights(written, live)
+    resumed, of_resumed = run("whole", write=True, ckpt_path=str(tmp_path / "whole" / "step=27.ckpt"))
+    assert of_resumed == {step: found for step, found in of_whole.items() if step in of_resumed}
+    assert 50 in of_resumed
+    assert_same_weights(resumed, whole)
+    assert verify(tmp_path / "whole" / "cache").problems == []
+
+
+def assert_same_weights(module: torch.nn.Module, expected: torch.nn.Module) -> None:
+    for key, value in expected.state_dict().items():
+        assert torch.equal(value, module.state_dict()[key]), key

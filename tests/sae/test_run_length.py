@@ -93,10 +93,11 @@ class SaveAt(L.Callback):
     """Save a checkpoint after an optimizer step, in the middle of an epoch or at its last batch."""
 
     def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
+        self.step, self.path, self.saved = step, path, False
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step and not self.path.exists():
+        if trainer.global_step == self.step and not self.saved:
+            self.saved = True  # not whether the file exists: another rank may have written it already
             trainer.save_checkpoint(self.path)
 
 
@@ -136,6 +137,34 @@ def test_a_resumed_fit_has_the_schedule_of_an_uninterrupted_one(
     assert again.global_step == run.global_step == 9
     assert rest.rates == {step: rate for step, rate in whole.rates.items() if step >= stop}
     assert resumed.planned_tokens == module.planned_tokens == 15 * BATCH
+    assert torch.equal(resumed.W_enc, module.W_enc)
+
+
+class SaveAfterEpoch(SaveAt):
+    """Save a checkpoint at the end of the epoch in which a step is the last one."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        pass
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        super().on_train_batch_end(trainer)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    "limits", [{"max_epochs": 3}, {"max_epochs": 3, "max_steps": 1000}, {"max_steps": 8}]
+)
+def test_a_fit_resumed_between_epochs_has_the_schedule_of_an_uninterrupted_one(
+    limits: dict[str, Any], every: int, cache: str, tmp_path: Path
+) -> None:
+    options = limits | {"accumulate_grad_batches": every}
+    stop = -(-EPOCH // every)
+    whole, module, run = fit(tmp_path, cached(cache), SaveAfterEpoch(stop, tmp_path / "a.ckpt"), **options)
+    rest, resumed, again = fit(tmp_path, cached(cache), ckpt=tmp_path / "a.ckpt", **options)
+    check(rest, resumed, again)
+    assert again.global_step == run.global_step == min(3 * stop, limits.get("max_steps", 1000))
+    assert rest.rates == {step: rate for step, rate in whole.rates.items() if step >= stop}
+    assert resumed.planned_tokens == module.planned_tokens
     assert torch.equal(resumed.W_enc, module.W_enc)
 
 

@@ -132,5 +132,9 @@ def test_a_training_whose_cache_is_gone_continues_from_its_checkpoint_without_it
     assert torch.load(last, weights_only=True)["global_step"] == 10
     found = fit("lost", write=False, ckpt=last)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(ShardError, match=r"cannot be continued from here.* without write_shards"):
+    sentence = r"a training that continues after them does not compute them again: continue without write_shards \(--data"
+    with pytest.raises(ShardError, match=sentence):
         fit("lost", write=True, ckpt=last)
+    found = fit("anew", write=True)  # the other way that the sentence names, in the folder as it is now
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert verify(cache).problems == []

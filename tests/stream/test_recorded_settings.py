@@ -40,13 +40,13 @@ class OwnModule(L.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def logged(logger: Logger) -> dict[str, Any]:
-    """The hyperparameters that a logger wrote to disk."""
+def logged(logger: Logger, settings: str = "data") -> dict[str, Any]:
+    """The hyperparameters that a logger wrote to disk; those of the data module are under the name `settings`."""
     assert logger.log_dir is not None  # type: ignore[attr-defined]
     folder = Path(logger.log_dir)  # type: ignore[attr-defined]
     if isinstance(logger, CSVLogger):
         found = yaml.safe_load((folder / "hparams.yaml").read_text())
-        return {f"data/{name}": x for name, x in found.pop("data").items()} | found
+        return {f"{settings}/{name}": x for name, x in found.pop(settings).items()} | found
     events = EventAccumulator(str(folder)).Reload()
     content = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     written = HParamsPluginData.FromString(content).session_start_info.hparams
@@ -80,6 +80,33 @@ def test_a_module_may_save_a_batch_size_of_its_own(
     trainer(tmp_path, max_steps=2, logger=logger).fit(OwnModule(7, 5, dm.d_in), dm)
     found = logged(logger)
     assert (found["data/batch_size"], found["batch_size"], found["seed"]) == (16, 7, 5)
+
+
+class OwnData(OwnModule):
+    """A module with a hyperparameter of the name that the settings of the data module have."""
+
+    def __init__(self, data: Any, d_in: int) -> None:
+        super().__init__(7, 5, d_in)
+        self.save_hyperparameters("data")
+
+
+@pytest.mark.parametrize("kind", LOGGERS)
+@pytest.mark.parametrize("value", ["fineweb", {"seed": 9}])
+def test_a_module_may_save_data_of_its_own(
+    value: Any, kind: str, tiny: Callable[[str], str], tmp_path: Path
+) -> None:
+    dm, logger, keep = data(tiny("gpt2")), LOGGERS[kind](tmp_path), ModelCheckpoint(tmp_path / "kept")
+    assert isinstance(dm.d_in, int)
+    trainer(tmp_path, None, [keep], max_steps=2, logger=logger).fit(OwnData(value, dm.d_in), dm)
+    found = logged(logger, "activation_data")
+    assert (found["activation_data/seed"], found["activation_data/batch_size"]) == (0, 16)
+    if isinstance(value, dict) and kind == "tensorboard":
+        assert found["data/seed"] == 9
+    else:
+        assert found["data"] == value
+    checkpoint = torch.load(keep.best_model_path, weights_only=True)
+    assert set(checkpoint["datamodule_hyper_parameters"]) == {"data"}
+    assert checkpoint["hyper_parameters"]["data"] == value
 
 
 def test_checkpoints_hold_names_of_models_and_datasets_and_no_secrets(
