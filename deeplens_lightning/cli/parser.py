@@ -9,6 +9,7 @@ from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any, NoReturn, get_type_hints
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from deeplens_lightning.cli.help import GROUPS, TOP_OPTIONS, option_names
@@ -35,6 +36,20 @@ class CommandParser(LightningArgumentParser):
         # A shortened name would be taken for the option that begins with it, in place of an error.
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Namespace | None = None, **kwargs: Any
+    ) -> Namespace:
+        """Parse options; one for an entry of a dict keeps the other entries, and the name of an architecture."""
+        # The parser of one class's arguments gets each option alone, and the arguments up to now as namespace.
+        before = None if self.exit_on_error else self.get_defaults(skip_validation=True)
+        if before is not None and namespace is not None:
+            before.update(namespace)
+        found: Namespace = super().parse_args(args, namespace, **kwargs)
+        if before is not None:
+            for word in args or ():
+                _keep_entries(found, before, word.removeprefix("--").partition("=")[0])
+        return found
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one sentence on stderr and exit with 2."""
         if (
@@ -42,6 +57,34 @@ class CommandParser(LightningArgumentParser):
         ):  # the parser of one class's arguments: the parser around it prints the error
             super().error(message, ex)
         self.exit(2, f"error: {sentence(message, self.options)}\n")
+
+
+def _keep_entries(found: Namespace, before: Namespace, option: str) -> None:
+    """Complete the dict that an option such as "shared.lr" sets one entry of."""
+    path = option.split(".")
+    for depth in range(1, len(path)):
+        key = ".".join(path[:depth])
+        if isinstance(given := found.get(key), dict):
+            found[key] = _with_entries(before.get(key), given, path[depth - 1 :])
+
+
+def _with_entries(before: Any, given: Any, path: Sequence[str]) -> Any:
+    """Add to a dict, of which the entry at `path[1:]` was given, the entries that it had before.
+
+    Args:
+        before: the earlier value; an architecture may be a name.
+        given: the new value.
+        path: the dict's own name, and the names on the way to the entry.
+    """
+    name, *rest = path
+    if isinstance(before, str) and name == "architecture":
+        before = {"name": before}
+    if not (rest and isinstance(before, dict) and isinstance(given, dict)):
+        return given
+    merged = {**before, **given}
+    if rest[0] in given:
+        merged[rest[0]] = _with_entries(before.get(rest[0]), given[rest[0]], rest)
+    return merged
 
 
 def with_values(words: Sequence[str], function: Callable[..., None]) -> list[str]:

@@ -17,6 +17,7 @@ ACTIVATIONS: dict[str, type[Activation]] = {
     "gated": Gated,
 }
 MATRYOSHKA: dict[str, Any] = {"name": "batch_topk", "prefixes": [1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0]}
+_NAMES = (*ACTIVATIONS, "matryoshka")
 
 
 def architecture_spec(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -26,16 +27,20 @@ def architecture_spec(architecture: str | Mapping[str, Any]) -> dict[str, Any]:
         architecture: a name, or a mapping with `name` and settings.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown or missing.
     """
     spec = {"name": architecture} if isinstance(architecture, str) else dict(architecture)
-    name = str(spec.get("name", "topk")).lower().replace("-", "_").replace("batchtopk", "batch_topk")
+    if "name" not in spec:
+        example = {"name": "topk", **spec}
+        raise ValueError(
+            f"architecture={spec} has no name: give one, as in {example}; the names are {', '.join(_NAMES)}"
+        )
+    name = str(spec["name"]).lower().replace("-", "_").replace("batchtopk", "batch_topk")
     if name == "matryoshka":
         return {**MATRYOSHKA, **spec, "name": "batch_topk"}
     if name not in ACTIVATIONS:
-        known = [*ACTIVATIONS, "matryoshka"]
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}"
+        near = get_close_matches(name, _NAMES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(_NAMES)}"
         raise ValueError(f"architecture {name!r} is unknown; {hint}")
     return {**spec, "name": name}
 

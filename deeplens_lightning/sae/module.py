@@ -18,7 +18,8 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import _restricted_classmethod
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import Self
@@ -27,7 +28,13 @@ from deeplens_lightning.activation_data import activation_data, data_parallel_ra
 from deeplens_lightning.disk.torch_files import check_checkpoint_file
 from deeplens_lightning.preemption import default_preemption
 from deeplens_lightning.sae.averaging import valid_averages
-from deeplens_lightning.sae.checkpoint_compatibility import check_checkpoint, read_trained_on
+from deeplens_lightning.sae.checkpoint_compatibility import (
+    check_checkpoint,
+    continue_learning_rates,
+    describe,
+    one_of_grid,
+    read_trained_on,
+)
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.interrupted_validation import repeat_interrupted_validation
 from deeplens_lightning.sae.metrics import HeldOutMetrics
@@ -36,8 +43,8 @@ from deeplens_lightning.sae.nonfinite import Describe, NonFiniteRows
 from deeplens_lightning.sae.portable import PortableDictionary
 from deeplens_lightning.sae.prediction import SparseLatents, active_latents
 from deeplens_lightning.sae.run_length import RunLength, plan
-from deeplens_lightning.sae.schedule import WarmupDecay, check_eps, default_lr
-from deeplens_lightning.sae.tuning import adopt_learning_rates, begin_epoch_after_tuner, saved_peaks
+from deeplens_lightning.sae.schedule import WarmupDecay, check_eps
+from deeplens_lightning.sae.tuning import adopt_learning_rates, begin_epoch_after_tuner
 from deeplens_lightning.types import Batch, Provenance
 
 REFUSED = {
@@ -84,16 +91,29 @@ class DictionaryTraining(LightningModule):
         """Forget the checkpoint of an earlier fit."""
         self._resumed_step = None
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the settings of each SAE and what it was trained on, by name."""
+        checkpoint.update(describe(self.dictionaries))
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Repeat a validation that the checkpoint interrupted; a resumed fit keeps its learning rates."""
+        """Restore what the SAEs were trained on; a resumed fit also repeats an interrupted validation.
+
+        A resumed fit keeps the learning rates of the checkpoint, and warns if others were given.
+
+        Raises:
+            ValueError: the checkpoint holds SAEs with other names or settings, or is damaged.
+        """
         repeat_interrupted_validation(checkpoint)
-        fitting = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        saes = self.dictionaries
+        stage = None if self._trainer is None else self.trainer.state.fn
+        check_checkpoint({name: sae.settings for name, sae in saes.items()}, checkpoint, stage)
+        for name, trained_on in read_trained_on(checkpoint, saes).items():
+            saes[name].trained_on = trained_on
         if (
-            fitting and self.trainer.train_dataloader is None
+            stage == TrainerFn.FITTING and self.trainer.train_dataloader is None
         ):  # else a tuner restores the state before its trials
             self._resumed_step = checkpoint["global_step"]
-            for sae, lr in zip(self.dictionaries.values(), saved_peaks(checkpoint), strict=False):
-                sae.lr = lr
+            continue_learning_rates(saes, checkpoint)
 
     def on_fit_start(self) -> None:
         """Read the data module's normalisation, which is final by now."""
@@ -302,26 +322,42 @@ class SparseAutoencoder(PortableDictionary, DictionaryTraining):
         # would take this method for the constructor and look for the arguments among its local variables.
         self.save_hyperparameters(self.settings)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the SAE was trained on, for exports."""
-        checkpoint["trained_on"] = dict(self.trained_on)
+    @_restricted_classmethod
+    def load_from_checkpoint(
+        cls,  # noqa: N805
+        checkpoint_path: Any,
+        *args: Any,
+        name: str | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load an SAE from its checkpoint, or one SAE of a grid from the checkpoint of the grid.
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what the SAE was trained on.
+        Args:
+            checkpoint_path: the file.
+            *args: those of `LightningModule.load_from_checkpoint`.
+            name: the name of one SAE of a grid, such as "k=32"; the checkpoint is then a local file, and the SAE is on
+                the CPU.
+            **kwargs: those of `LightningModule.load_from_checkpoint`, and settings that replace those of the checkpoint.
 
         Raises:
-            ValueError: the checkpoint holds another architecture or size, or is damaged.
+            FileNotFoundError: there is no such file.
+            ValueError: the grid has no SAE of this name, or there are several and `name` is not given (the message lists
+                the names); a setting that the weights do not work with.
         """
+        if name is not None:
+            checkpoint_path = one_of_grid(checkpoint_path, name)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As for a grid; the hyperparameters get the learning rate with which a resumed fit continues.
+
+        Raises:
+            ValueError: the checkpoint holds a grid or other settings, or is damaged.
+        """
+        before = self.lr
         super().on_load_checkpoint(checkpoint)
-        check_checkpoint(dict(self.hparams), checkpoint.get("hyper_parameters", {}))
-        self.trained_on = read_trained_on(checkpoint)
-        given = self.hparams["lr"]
-        if self.lr != (default_lr(self.d_sae) if given is None else given):
+        if self.lr != before:
             self.hparams["lr"] = self.lr
-            if given is not None:
-                rank_zero_warn(
-                    f"lr={given} is not used: the fit continues with lr={self.lr} of the checkpoint"
-                )
 
 
 def _log_name(stage: str, metric: str, dictionary: str) -> str:

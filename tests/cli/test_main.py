@@ -41,7 +41,7 @@ def test_quickstart_runs_in_process(small: list[str], capsys: pytest.CaptureFixt
         assert word in shown
 
 
-@pytest.mark.parametrize("name", ["transcoder", "crosscoder"])
+@pytest.mark.parametrize("name", ["transcoder", "crosscoder", "grid"])
 def test_demo_configs_run_in_process(name: str, tmp_path: Path) -> None:
     words = ["fit", "--config", str(ROOT / "configs" / f"{name}.yaml"), "--trainer.fast_dev_run=2"]
     main([*words, "--data.val_rows=2000", f"--trainer.default_root_dir={tmp_path}"])

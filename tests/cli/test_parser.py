@@ -1,12 +1,15 @@
-"""Errors of the command-line parser: one sentence, with the nearest option for an unknown one."""
+"""The command-line parser: errors are one sentence, and an option for one entry of a dict keeps the others."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from deeplens_lightning.cli.main import main
+from deeplens_lightning.cli.main import lightning_cli, main
+from deeplens_lightning.sae import SparseAutoencoder
+from tests.cli.parsing import parsed
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 
@@ -73,3 +76,49 @@ def test_a_wrong_value_says_what_is_expected(
     text = error(["fit", "--config", QUICKSTART, f"--{option}"], capsys)
     assert said in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "architecture"),
+    [
+        (["architecture=batch_topk", "architecture.aux_k=4"], {"name": "batch_topk", "aux_k": 4}),
+        (["init_args.architecture=batch_topk", "architecture.aux_k=4"], {"name": "batch_topk", "aux_k": 4}),
+        (
+            ["architecture={name: relu, l1: 2.0}", "architecture.warmup=0.5"],
+            {"name": "relu", "l1": 2.0, "warmup": 0.5},
+        ),
+        (["architecture.aux_k=4"], {"name": "topk", "aux_k": 4}),
+        (
+            ["architecture.name=jumprelu", "architecture.bandwidth=0.1"],
+            {"name": "jumprelu", "bandwidth": 0.1},
+        ),
+        (["architecture.aux_k=4", "architecture=relu"], "relu"),
+    ],
+)
+def test_one_setting_of_an_architecture_keeps_its_name(options: list[str], architecture: Any) -> None:
+    words = [f"--model.{option}" for option in options]
+    settings = parsed("fit", "--config", QUICKSTART, *words)
+    assert settings["model"]["init_args"]["architecture"] == architecture
+
+
+def test_one_setting_of_the_architecture_of_a_config_keeps_its_name(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: {init_args: {architecture: matryoshka}}")
+    words = ["--config", QUICKSTART, "--config", str(config), "--model.architecture.aux_k=4"]
+    model = lightning_cli(words, run=False).model
+    assert isinstance(model, SparseAutoencoder)
+    assert type(model.activation).__name__ == "BatchTopK"
+    assert (model.activation.aux_k, len(model.activation.widths)) == (4, 5)  # type: ignore[union-attr]
+
+
+def test_one_setting_inside_the_shared_settings_of_a_grid_keeps_the_others() -> None:
+    words = [
+        "--model.shared.architecture.aux_k=4",
+        "--model.shared.optimization={warmup: 0.1, clip_norm: 3.0}",
+    ]
+    grid = str(Path(QUICKSTART).with_name("grid.yaml"))
+    settings = parsed("fit", "--config", grid, *words, "--model.shared.optimization.warmup=0.2")
+    shared = settings["model"]["init_args"]["shared"]
+    assert shared["architecture"] == {"name": "batch_topk", "aux_k": 4}
+    assert shared["optimization"] == {"warmup": 0.2, "clip_norm": 3.0}
+    assert shared["expansion_factor"] == 4

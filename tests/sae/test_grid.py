@@ -65,3 +65,13 @@ def test_one_sae_for_each_hook_point_of_a_stream(tmp_path):
 def test_a_sweep_that_makes_no_sense_is_refused(sweep, message):
     with pytest.raises(ValueError, match=message):
         SparseAutoencoderGrid(D, sweep, SHARED)
+
+
+def test_an_unknown_name_lists_the_names_and_the_nearest():
+    grid = SparseAutoencoderGrid(D, {"k": [8, 16, 32]}, SHARED)
+    with pytest.raises(
+        KeyError, match=r"has no SAE '32': did you mean 'k=32'\? its SAEs are 'k=8', 'k=16', 'k=32'"
+    ):
+        grid["32"]
+    with pytest.raises(KeyError, match="has no SAE 32: did you mean 'k=32'"):
+        grid[32]
