@@ -20,6 +20,7 @@ from deeplens_lightning.activation_data import ActivationData
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.options import takes
+from deeplens_lightning.shards.format import UNNAMED
 from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.loader import ActivationLoader
 from deeplens_lightning.stream.placement import placement
@@ -71,8 +72,8 @@ class ActivationDataModule(ActivationData, LightningDataModule):
 
     @property
     def hook_names(self) -> tuple[str, ...]:
-        """Canonical names of the hook points, in the order given."""
-        return tuple(self.serving.source.widths)
+        """Canonical names of the hook points, in the order given; empty for bare tensors whose hook point is unknown."""
+        return tuple(name for name in self.serving.source.widths if name != UNNAMED)
 
     @property
     def d_in(self) -> int | dict[str, int]:

@@ -22,11 +22,17 @@ from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
 from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_token_ids
 from deeplens_lightning.callbacks.spliced_loss import AblatedLoss, measure
-from deeplens_lightning.callbacks.support import add_written, evaluation_mode, exclusive_model, from_rank_zero
+from deeplens_lightning.callbacks.support import (
+    add_written,
+    check_widths,
+    evaluation_mode,
+    exclusive_model,
+    from_rank_zero,
+)
 from deeplens_lightning.devices import device_of
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
-from deeplens_lightning.model.pretrained import locate
+from deeplens_lightning.model.pretrained import load_config, locate
 from deeplens_lightning.model.single_text import TextActivations
 from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.reporting.loggers import log_scalars
@@ -60,8 +66,8 @@ class LossRecovered(Callback):
         sae: name of one SAE of a module that trains several; default the first.
 
     Raises:
-        ValueError: `rows` or `batch_size` is below 1. At the start of a fit: there is no model, no held-out text, or no
-            language model head.
+        ValueError: `rows` or `batch_size` is below 1. At the start of a fit: there is no model, no held-out text, no
+            language model head, no hook point, or the model has rows of another width.
         TypeError: `texts` is one string. At the start of a fit: the module has no `encode` or no `decode`.
     """
 
@@ -103,9 +109,11 @@ class LossRecovered(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first step that there is an SAE, a model and text; nothing is loaded yet."""
         data = activation_data(trainer)
-        require_sae(pl_module, data.hook_names, "LossRecovered", self.sae)
-        self._source(data)
+        view = require_sae(pl_module, data.hook_names, "LossRecovered", self.sae)
+        source = self._source(data)
         self._blocks(data)
+        if data.model is None or self.hf_model is not None:  # rows that another model may have computed
+            self._check_model(data, source, view)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -198,6 +206,17 @@ class LossRecovered(Callback):
                 "the AutoModelForCausalLM, or its name, as hf_model="
             )
         return source
+
+    def _check_model(self, data: ActivationData, source: str | PreTrainedModel, sae: SaeView) -> None:
+        if "" in sae.hooks:
+            raise ValueError(
+                "LossRecovered needs the hook point of the rows, and the data module does not say it: with bare tensors "
+                "as shards, give layer= and hook= too"
+            )
+        model = (
+            load_config(source, self.model_kwargs or data.model_kwargs) if isinstance(source, str) else source
+        )
+        check_widths(resolve(model, None, sae.hooks), data, "LossRecovered")
 
     def _blocks(self, data: ActivationData) -> Iterable[Blocks]:
         if self.texts:

@@ -28,7 +28,13 @@ from deeplens_lightning.callbacks.single_sample_records import (
     table_rows,
     token_records,
 )
-from deeplens_lightning.callbacks.support import Every, add_written, evaluation_mode, exclusive_model
+from deeplens_lightning.callbacks.support import (
+    Every,
+    add_written,
+    check_widths,
+    evaluation_mode,
+    exclusive_model,
+)
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.single_text import TextActivations, read_batch
 from deeplens_lightning.reporting.figures import save_pixels
@@ -259,6 +265,7 @@ class ExtractSingleSample(Callback):
         named = named_hook(reader, data.hook_names, self.layer, self.hook)
         self._sae = find_sae(module, data.hook_names, named, self.sae)
         self._points = points_to_read(reader, data.hook_names, named, self._sae)
+        check_widths(self._points, data, "ExtractSingleSample")
         return reader
 
     def _release(self) -> None:

@@ -17,9 +17,30 @@ from torch import Tensor, nn
 
 from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.model.frozen import FrozenModel
+from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.normalization import Scaling
 
 T = TypeVar("T")
+
+
+def check_widths(points: Sequence[HookPoint], data: ActivationData, callback: str) -> None:
+    """Check that a model which a callback runs has rows as wide as those of the data module.
+
+    Args:
+        points: hook points of the model.
+        data: the data module.
+        callback: name of the callback, for the error message.
+
+    Raises:
+        ValueError: a width differs.
+    """
+    for point in points:
+        served = data.d_in.get(point.name) if isinstance(data.d_in, Mapping) else data.d_in
+        if served is not None and served != point.d_in:
+            raise ValueError(
+                f"{callback}: the rows of the data module are {served} wide, and those of {point.name} in its model are "
+                f"{point.d_in} wide: give hf_model= the model that the rows were computed with"
+            )
 
 
 @contextmanager

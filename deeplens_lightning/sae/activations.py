@@ -50,11 +50,13 @@ class Activation(nn.Module):
         unit_norm: decoder rows are kept at norm 1.
         aux_k: number of dead latents that reconstruct the residual in AuxK; 0 means no AuxK.
         aux_coefficient: weight of AuxK's loss.
+        in_latent_units: names of the parameters and buffers that are in the units of the latents.
     """
 
     unit_norm: bool = True
     aux_k: int = 0
     aux_coefficient: float = 0.0
+    in_latent_units: tuple[str, ...] = ()
 
     def __init__(self, d_sae: int) -> None:
         super().__init__()
@@ -77,6 +79,13 @@ class Activation(nn.Module):
     def penalty(self, inputs: PenaltyInputs) -> Tensor:
         """The scalar that is added to the reconstruction loss; zero for the top-k family."""
         return inputs.pre.new_zeros(())
+
+    @torch.no_grad()
+    def scale_latents(self, factor: Tensor) -> None:
+        """Rescale `in_latent_units` in place, for pre-activations that are multiplied by a positive scalar."""
+        own = self.state_dict()  # shares memory with the parameters and buffers
+        for name in self.in_latent_units:
+            own[name].mul_(factor)
 
     def project(self) -> None:
         """Restore the constraints of the parameters, in place."""
@@ -162,13 +171,14 @@ class BatchTopK(Float32State, TopK):
         aux_k: number of dead latents that reconstruct the residual; default d_in / 2, rounded to a power of two.
         aux_coefficient: weight of AuxK's loss; 0 switches AuxK off.
         prefixes: ascending lengths of Matryoshka prefixes, as shares of d_sae (floats) or as numbers of latents.
-        threshold_momentum: weight of the previous threshold in the running mean.
+        threshold_momentum: largest weight of the previous threshold in the running mean.
 
     Attributes:
         threshold: float32 scalar in every precision, latents above it are active in inference.
         threshold_batches: int64 scalar, number of batches in the running mean.
     """
 
+    in_latent_units = ("threshold",)
     threshold: Tensor
     threshold_batches: Tensor
 
@@ -201,12 +211,14 @@ class BatchTopK(Float32State, TopK):
     def observe(self, smallest: Tensor) -> None:
         """Update the threshold with a batch's smallest active value, averaged over ranks.
 
-        The first batches have equal weights, so that the initial 0 has no weight. A value that is not finite, from a
-        batch without active latents, does not count.
+        It is a mean over about the latest twentieth of all batches, but no more than `threshold_momentum` remembers: the
+        initial 0 has no weight, and the large values of the first steps are soon forgotten. A value that is not finite,
+        from a batch without active latents, does not count.
         """
         counts = smallest.isfinite()
         self.threshold_batches += counts
-        weight = (1 / self.threshold_batches.to(self.threshold)).clamp(min=1 - self.threshold_momentum)
+        weight = 20 / (self.threshold_batches.to(self.threshold) + 19)
+        weight = weight.clamp(min=1 - self.threshold_momentum)
         mean = self.threshold.lerp(smallest.to(self.threshold), weight)
         self.threshold.copy_(torch.where(counts, mean, self.threshold))
 
@@ -231,6 +243,8 @@ class JumpReLU(Float32State, Activation):
     Raises:
         ValueError: an unknown penalty.
     """
+
+    in_latent_units = ("threshold",)
 
     def __init__(
         self,
@@ -276,6 +290,8 @@ class Gated(Activation):
         l1: coefficient of the L1 term.
         warmup: share of the planned steps over which the coefficient rises linearly from 0.
     """
+
+    in_latent_units = ("magnitude_bias",)
 
     def __init__(self, d_sae: int, l1: float = 0.1, warmup: float = 0.05) -> None:
         super().__init__(d_sae)

@@ -17,6 +17,7 @@ from torch import nn
 
 from deeplens_lightning.activation_data import callbacks_of
 from deeplens_lightning.sae.dictionary import Dictionary
+from deeplens_lightning.sae.forward import adopt_units
 
 
 class ValidAverages(Callback):
@@ -31,6 +32,7 @@ class ValidAverages(Callback):
     def __init__(self) -> None:
         super().__init__()
         self._swapped = False
+        self._in_units = True  # False before an import has units
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Average no buffers, and say so where `use_buffers` asks for it: there is no mean of counters and flags."""
@@ -45,6 +47,7 @@ class ValidAverages(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let SWA install its schedule where a resume starts inside an epoch: Lightning skips the hook that does."""
+        self._in_units = not _has_import(pl_module)
         if trainer.fit_loop.restarted_mid_epoch:
             for callback in callbacks_of(trainer):
                 if isinstance(callback, StochasticWeightAveraging):
@@ -52,7 +55,8 @@ class ValidAverages(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Correct SWA's update."""
-        _correct(trainer, pl_module)
+        if self._in_units:
+            _correct(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -62,7 +66,11 @@ class ValidAverages(Callback):
         **kwargs: Any,  # noqa: ARG002
     ) -> None:
         """Correct the update of this step, before a checkpoint is saved."""
-        _correct(trainer, pl_module)
+        if not self._in_units and not _has_import(pl_module):
+            _follow_units(trainer, pl_module)
+            self._in_units = True
+        if self._in_units:
+            _correct(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Correct an update at the end of an epoch."""
@@ -111,6 +119,30 @@ def _averages(trainer: Trainer) -> Iterator[nn.Module]:
             yield callback._average_model.module
         elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
             yield callback._average_model
+
+
+def _has_import(module: nn.Module) -> bool:
+    """Whether an SAE is an import whose units the first batch will measure. Waits for the device."""
+    return any(
+        bool(part.initialized) and not part.write.is_measured and not part.activity.tokens_seen
+        for part in module.modules()
+        if isinstance(part, Dictionary)
+    )
+
+
+def _follow_units(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Rescale averages that still hold imports, because none is updated yet, to the units that were measured."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = callback._average_model if isinstance(callback, WeightAveraging) else None
+        if average is None or average.n_averaged:
+            continue
+        for source, target in zip(pl_module.modules(), average.module.modules(), strict=True):
+            if not isinstance(source, Dictionary) or not isinstance(target, Dictionary):
+                continue
+            if target.initialized and not target.write.is_measured:
+                target.read.unit.copy_(source.read.unit)
+                target.write.unit.copy_(source.write.unit)
+                adopt_units(target.weights, target.activation, target.read, target.write)
 
 
 def _correct(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -212,40 +212,41 @@ class Dictionary(nn.Module):
         A new dictionary takes this normalisation as its own. One that was trained or imported keeps its own,
         and batches are converted to it.
         """
-        self._ready = bool(self.initialized)
+        # An import has units of 1 until it is trained. Releases that trained it with these left its weights as they were.
+        self._ready = bool(self.initialized) and (self.write.is_measured or bool(self.activity.tokens_seen))
         if self.compile_step:
             self._compiled = self._compiled or torch.compile(self.losses)
         for units in (self.read, self.write):
-            if not self._ready:
+            if not self.initialized:
                 units.adopt(served)
             units.expect(served)
         self._served = served
 
     @torch.no_grad()
     def initialize_from(self, batch: Batch) -> None:
-        """Set units and the decoder's bias from the first batch, the same on all ranks; later calls do nothing.
+        """Set units and, if new, the decoder's bias from the first batch, the same on all ranks; later calls do nothing.
 
         The bias is the geometric median (Bricken et al. 2023; Gao et al. 2024). For architectures in which
         half of all latents are active at first, the encoder is scaled so that reconstructions have the norm
-        of the rows (as in the released code of Gao et al. 2024). A batch does not count if all rows of all ranks hold
-        NaN or infinity.
+        of the rows (as in the released code of Gao et al. 2024). Weights of an import are rescaled to the units, with
+        equal reconstructions. A batch does not count if all rows of all ranks hold NaN or infinity.
         """
-        if self._ready:
+        if self._ready or (self.initialized and self.write.is_measured):
             return
         center, bias = self.read.measure(batch), self.write.measure(batch)
         if not (center.isfinite().all() and bias.isfinite().all()):
             return
-        self.b_dec.copy_(bias)
-        self.initialized.fill_(True)
+        new = not self.initialized
+        if new:
+            self.b_dec.copy_(bias)
+            self.initialized.fill_(True)
+        else:
+            passes.adopt_units(self.weights, self.activation, self.read, self.write)
         self._ready = True
         for units in (self.read, self.write):
             units.expect(self._served)
-        if self.activation.unit_norm and not isinstance(self.activation, TopK):
-            x, _ = self.rows(batch)
-            made = passes.autoencode(x, self.weights, self.activation) - self.b_dec
-            self.W_enc.div_(
-                nonfinite.mean_over_finite_ranks(initialize.rms_norm(made[made.isfinite().all(1)]))
-            )
+        if new and self.activation.unit_norm and not isinstance(self.activation, TopK):
+            passes.scale_encoder(self.rows(batch)[0], self.weights, self.activation)
 
     def rows(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows to read `(batch, d_read)` and to reconstruct `(batch, d_write)` of a served batch, in own units."""

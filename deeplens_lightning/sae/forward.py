@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deeplens_lightning.sae.activations import Activation, BatchTopK, PenaltyInputs, TopK
+from deeplens_lightning.sae.initialize import rms_norm
 from deeplens_lightning.sae.metrics import fvu
+from deeplens_lightning.sae.nonfinite import mean_over_finite_ranks
 from deeplens_lightning.sae.sparse import (
     Code,
     decode_entries,
@@ -25,6 +27,7 @@ from deeplens_lightning.sae.sparse import (
     pre_activations,
     top_k,
 )
+from deeplens_lightning.sae.units import RowUnits
 
 CHUNK_BYTES = 32 * 2**20  # of float32 latents, in passes over many rows
 
@@ -142,6 +145,39 @@ def _chunks(x: Tensor, activation: Activation) -> Iterator[slice]:
 def autoencode(x: Tensor, w: Weights, activation: Activation) -> Tensor:
     """Reconstructions `(..., d_out)` of x `(..., d_in)`, for inference."""
     return reconstruct(x, encode(x, w, activation), w)
+
+
+@torch.no_grad()
+def scale_encoder(x: Tensor, w: Weights, activation: Activation) -> None:
+    """Scale the encoder in place, so that reconstructions of x `(batch, d_in)` have a root mean square norm of 1."""
+    made = autoencode(x, w, activation) - w.decoder_bias
+    w.encoder.div_(mean_over_finite_ranks(rms_norm(made[made.isfinite().all(1)])))
+
+
+@torch.no_grad()
+def adopt_units(w: Weights, activation: Activation, read: RowUnits, write: RowUnits) -> None:
+    """Rescale weights in place from units of 1 to the measured ones, with equal reconstructions of raw rows.
+
+    Latents are multiplied by one factor, with which decoder rows get a root mean square norm of 1: the scale of the
+    weights that learning rates, thresholds and bandwidths are meant for.
+
+    Args:
+        w: the weights.
+        activation: the activation; its thresholds are rescaled.
+        read: units of the rows that are encoded; with `layer_norm` they return to 1, which standardised rows do not need.
+        write: units of the rows that are reconstructed.
+    """
+    if read.layer_norm:
+        read.unit.fill_(1)
+    decoder = w.decoder / write.unit
+    factor = rms_norm(decoder)
+    w.decoder.copy_(decoder / factor)
+    w.decoder_bias.div_(write.unit)
+    w.encoder.mul_(read.unit * factor)
+    w.encoder_bias.mul_(factor)
+    if w.skip is not None:
+        w.skip.mul_(read.unit / write.unit[:, None])
+    activation.scale_latents(factor)
 
 
 def training_pass(

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import Self
@@ -17,7 +18,11 @@ from deeplens_lightning.sae.interop import other_libraries, saelens, safetensors
 
 
 class PortableDictionary(Dictionary):
-    """A `Dictionary` with methods to splice, export and import it."""
+    """A `Dictionary` with methods to splice, export and import it.
+
+    An import has the latents of the other library, and weights for raw rows. The first batch of a fit measures its units
+    and rescales its weights to them: reconstructions stay equal, and all latents are multiplied by one factor.
+    """
 
     def spliced(self, model: PreTrainedModel, hook: str) -> AbstractContextManager[PreTrainedModel]:
         """Run `model` with reconstructions in place of its activations: `with sae.spliced(model, name):`.
@@ -35,6 +40,27 @@ class PortableDictionary(Dictionary):
                 "or crosscoder call deeplens_lightning.model.splicing.spliced with a function of your own"
             )
         return spliced(model, hook, self)
+
+    @torch.no_grad()
+    def direction(self, latent: int) -> Tensor | dict[str, Tensor]:
+        """What one unit of a latent adds to the raw reconstruction: its row of `W_dec` in raw units, not of norm 1.
+
+        Adding a multiple of it to raw activations `(..., d_in)` steers the model along the latent.
+
+        Args:
+            latent: number of the latent, counted from 0.
+
+        Returns:
+            `(d_in,)`, in float32 or a wider dtype of the weights; a dict by hook point if several are written.
+
+        Raises:
+            ValueError: there is no such latent.
+        """
+        if not 0 <= latent < self.d_sae:
+            raise ValueError(
+                f"latent={latent} is not in this SAE of {self.d_sae} latents: give a number from 0 to {self.d_sae - 1}"
+            )
+        return self.write.split(self.W_dec[latent] * (self.write.unit / self.write.scale))
 
     def export_saelens(
         self, folder: str | Path, *, metadata: Mapping[str, Any] | None = None, overwrite: bool = False
@@ -130,6 +156,8 @@ class PortableDictionary(Dictionary):
     @classmethod
     def from_deeplens(cls, weights: str | Path | Mapping[str, Tensor], *, k: int | None = None) -> Self:
         """Read the weights of DeepLens's `SparseAutoencoder`: a file written by `torch.save`, or a state dict.
+
+        Its LayerNorm becomes `layer_norm=True`, with its weight and bias folded into the encoder.
 
         Args:
             weights: a path, a state dict, or a checkpoint with one under "model_state_dict".

@@ -186,15 +186,9 @@ class SAELensModule(Float32State, LightningModule):
     def export_saelens(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Save SAELens's inference model in its format, with the data module's normalisation folded in.
 
-        Args:
-            folder: where to write.
-            overwrite: replace an existing folder.
-
-        Returns:
-            The folder.
+        `folder`, `overwrite`, the result and `FileExistsError` are those of `SparseAutoencoder.export_saelens`.
 
         Raises:
-            FileExistsError: the folder exists and `overwrite` is False.
             ValueError: this normalisation cannot be folded into this architecture.
         """
         from sae_lens.saes.sae import TrainingSAE

@@ -66,6 +66,11 @@ class RowUnits(Float32State):
         wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in chosen]
         return wide[0] if len(wide) == 1 else torch.cat(wide, dim=-1)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether `unit` was measured: it is 1 in a new dictionary and in an imported one. Waits for the device."""
+        return bool((self.unit != 1).any())
+
     def from_raw(self, x: Batch) -> Tensor:
         """Convert raw activations to own units, `(..., width)`."""
         return self._finish((self.join(x) - self.shift) * (self.scale / self.unit))
@@ -83,8 +88,7 @@ class RowUnits(Float32State):
 
     def from_served(self, batch: Batch) -> Tensor:
         """Convert a batch as the data module serves it to own units, `(batch, width)`; call `expect` before."""
-        rows = self.join(batch) * self.factor
-        return self._finish(rows + self.offset if self._has_offset else rows)
+        return self._finish(self._converted(batch))
 
     @torch.no_grad()
     def adopt(self, served: Scalings | None) -> None:
@@ -103,7 +107,7 @@ class RowUnits(Float32State):
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> Tensor:
-        """Set `unit` from a served batch, the same on all ranks.
+        """Set `unit`, which is 1 so far, from a served batch, the same on all ranks; call `expect` before.
 
         Returns:
             The geometric median of the rows `(width,)`, in own units, averaged over the ranks that have rows without NaN
@@ -111,7 +115,7 @@ class RowUnits(Float32State):
         """
         medians, units = [], []
         start = 0
-        joined = self.join(batch)
+        joined = self._converted(batch)
         for width in self.hooks.values():
             rows = joined[:, start : start + width].float()
             rows = rows[rows.isfinite().all(1)]
@@ -124,6 +128,10 @@ class RowUnits(Float32State):
         if measured.isfinite().all():
             self.unit.copy_(measured)
         return torch.cat(medians)
+
+    def _converted(self, batch: Batch) -> Tensor:
+        rows = self.join(batch) * self.factor
+        return rows + self.offset if self._has_offset else rows
 
     def _finish(self, rows: Tensor) -> Tensor:
         return F.layer_norm(rows, (self.width,)) if self.layer_norm else rows

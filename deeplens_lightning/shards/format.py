@@ -36,6 +36,9 @@ VERSION = 2
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STORAGES = ("exact", "int8")
+UNNAMED = "activations"
+"""Name of the rows of bare tensors whose hook point neither the file name nor the user says."""
+
 ADDED_ENTRIES = ("tokenizer", "chat_template", "attention", "compile", "buffer_size")
 """Names that caches and checkpoints of earlier releases do not record: where one is missing it is unknown, not other."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
-from deeplens_lightning.shards.format import DTYPES, Rows
+from deeplens_lightning.shards.format import DTYPES, UNNAMED, Rows
 from deeplens_lightning.types import PROVENANCE
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -93,11 +93,12 @@ def open_bare(path: Path, hook: str | None, expected: tuple[int, int] | None = N
     Args:
         path: a file written by `torch.save(tensor, path)`.
         hook: canonical hook name for its rows; by default read from DeepLens's file names
-            (`features_layer_3_25000.pt` is `layers.3.mlp_act`), else `activations`.
+            (`features_layer_3_25000.pt` is `layers.3.mlp_act`), else `UNNAMED`.
         expected: the shape that it must have; None for any shape.
 
     Raises:
-        ShardError: the file holds something else than one tensor `(n, d_in)` of a known dtype.
+        ShardError: the file holds something else than one tensor `(n, d_in)` of a known dtype, or `hook` is of another
+            layer than its name.
         DamagedShardError: the file is missing, cannot be read, or has another shape than `expected`.
     """
     content = load_mapped(path)
@@ -121,7 +122,17 @@ def open_bare(path: Path, hook: str | None, expected: tuple[int, int] | None = N
             "bytes of it (an expanded or negated view): torch.save(x.clone(memory_format=torch.contiguous_format), path)"
         )
     match = _DEEPLENS.fullmatch(path.name)
-    name = hook or (f"layers.{match[1]}.mlp_act" if match else "activations")
+    if (
+        hook is not None
+        and match
+        and hook.startswith("layers.")
+        and not hook.startswith(f"layers.{match[1]}.")
+    ):
+        raise ShardError(
+            f"{path} has the name of a file of layer {match[1]}, but layer= and hook= call its rows {hook!r}: give "
+            f"layer={match[1]}, leave both out, or rename the file"
+        )
+    name = hook or (f"layers.{match[1]}.mlp_act" if match else UNNAMED)
     if expected is not None and (len(content), content.shape[1]) != expected:
         raise DamagedShardError(
             f"{path} was changed while it was in use: it held a tensor of shape {expected} and holds "

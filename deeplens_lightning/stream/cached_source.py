@@ -7,8 +7,6 @@ statistics and a fingerprint: the same interface as that of `live_source`.
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -16,13 +14,10 @@ from itertools import islice
 import torch
 from transformers import PreTrainedModel
 
-from deeplens_lightning.model.hook_points import TRANSFORMER_LENS
-from deeplens_lightning.model.layer_map import LAYER_KINDS
 from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.normalization import Moments, Scaling
 from deeplens_lightning.options import Shuffle
 from deeplens_lightning.shards.catalog import Catalog, open_catalog
-from deeplens_lightning.shards.errors import ShardError
 from deeplens_lightning.shards.format import DTYPES
 from deeplens_lightning.shards.gather import chosen_hook_points
 from deeplens_lightning.shards.local_copies import LocalCopies
@@ -30,6 +25,7 @@ from deeplens_lightning.shards.rowset import in_split
 from deeplens_lightning.shards.shard_steps import EpochPlan
 from deeplens_lightning.shards.shard_stream import ShardStream, Split
 from deeplens_lightning.stream.automatic_sizes import validation_rows
+from deeplens_lightning.stream.cached_hook_points import bare_hook, check_bare_names, check_model, chosen
 from deeplens_lightning.stream.measured_statistics import ROWS, SAMPLE_EPOCH, Statistics
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.stream.validation_set import HeldOutRows
@@ -55,14 +51,17 @@ class CachedSettings:
         """The list of shards, with their sizes checked.
 
         Raises:
-            ShardError: nothing is there, a shard is damaged, or the shards do not belong together.
+            ShardError: nothing is there, a shard is damaged, the shards do not belong together, or `layer` and
+                `hook` do not name the rows of bare tensors.
         """
         options = self.given.cache_options
         copies = LocalCopies(max_bytes=options.bytes, timeout=options.timeout)
         try:
-            return open_catalog(self._shards, self.bare_hook, copies)
+            catalog = open_catalog(self._shards, bare_hook(self.given), copies)
         finally:
             copies.close()
+        check_bare_names(catalog, self.given)
+        return catalog
 
     @property
     def hf_model(self) -> str | PreTrainedModel | None:
@@ -77,18 +76,6 @@ class CachedSettings:
     def _shards(self) -> str | list[str]:
         assert self.given.shards is not None  # this class is used only with shards=
         return self.given.shards
-
-    @property
-    def bare_hook(self) -> str | None:
-        """The canonical name of the rows in bare tensor files, from `layer` and `hook`; None to use the file names."""
-        names = [self.given.hook] if isinstance(self.given.hook, str) else list(self.given.hook or [])
-        layers = [self.given.layer] if isinstance(self.given.layer, int) else list(self.given.layer or [])
-        if len(names) != 1:
-            return None
-        name = canonical(names[0])
-        if name not in LAYER_KINDS:
-            return name
-        return f"layers.{layers[0]}.{name}" if len(layers) == 1 else None
 
     @cached_property
     def only(self) -> tuple[str, ...] | None:
@@ -120,12 +107,16 @@ class CachedSettings:
         _ = self.widths
 
     def open(self, placement: Placement) -> CachedActivations:
-        """List the shards without reading rows.
+        """List the shards without reading rows, and compare their widths with those of the model that is named.
 
         Args:
             placement: rank and devices of this process.
+
+        Raises:
+            ValueError: as `check`, or the model has other widths or lacks a hook point.
         """
         self.check()
+        check_model(self.widths, self.given)
         return CachedActivations(settings=self, placement=placement)
 
 
@@ -290,7 +281,7 @@ class CachedActivations:
             val_fraction=given.val_fraction,
             test_fraction=given.text_options.test_fraction,
             max_rows=max_rows,
-            hook=self.settings.bare_hook,
+            hook=bare_hook(self.settings.given),
             only=self.settings.only,
             checksums=options.checksums,
             cache_dir=options.dir,
@@ -298,49 +289,3 @@ class CachedActivations:
             timeout=options.timeout,
             pin_memory=placement.batch_device.type == "cuda",
         )
-
-
-def canonical(hook: str) -> str:
-    """Translate TransformerLens's name of a hook point to the canonical one; other names are returned unchanged."""
-    if hook in ("ln_final", "ln_final.hook_out"):
-        return "final_norm"
-    written = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
-    if written and written[2] in TRANSFORMER_LENS:
-        return f"layers.{written[1]}.{TRANSFORMER_LENS[written[2]]}"
-    return hook
-
-
-def chosen(
-    names: Sequence[str], layer: int | Sequence[int] | None, hook: str | Sequence[str] | None
-) -> tuple[str, ...]:
-    """Find the hook points of a cache that match `layer` and `hook`.
-
-    Args:
-        names: canonical names of the hook points in the cache.
-        layer: one layer number or several; None for all layers.
-        hook: one kind or full name or several; None for all kinds.
-
-    Returns:
-        Canonical names, in the order of `layer` and `hook`.
-
-    Raises:
-        ShardError: a layer or hook matches nothing in the cache; the message lists what the cache has.
-    """
-    layers = [layer] if isinstance(layer, int) else list(layer or [])
-    hooks = [hook] if isinstance(hook, str) else list(hook or [])
-    found: list[str] = []
-    places: list[int | None] = [*layers] or [None]
-    for number in places:
-        for each in map(canonical, hooks or [""]):
-            place = r"\d+" if number is None else str(number)
-            kind = re.escape(each) if each else r"\w+"
-            pattern = rf"layers\.{place}\.{kind}" if not each or each in LAYER_KINDS else kind
-            matches = [name for name in names if re.fullmatch(pattern, name)]
-            if not matches:
-                asked = f"layer={layer!r}, hook={hook!r}"
-                raise ShardError(
-                    f"{asked} is not in the shards, which hold {', '.join(names)}; choose layer= and hook= among those, "
-                    "or extract again"
-                )
-            found += [name for name in matches if name not in found]
-    return tuple(found)

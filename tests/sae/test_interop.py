@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deeplens_lightning.normalization import Moments, Scaling
+from deeplens_lightning.normalization import Moments
 from deeplens_lightning.sae import SparseAutoencoder
 
 D_IN, D_SAE, K = 16, 96, 5
@@ -294,14 +294,3 @@ def test_deeplens_weights_reconstruct_as_their_modules(tmp_path, norm, tied, k):
     torch.save({"model_state_dict": state}, tmp_path / "sae.pt")
     with torch.no_grad():
         assert relative_error(SparseAutoencoder.from_deeplens(tmp_path / "sae.pt", k=k)(x), expected) < 1e-5
-
-
-def test_an_imported_dictionary_keeps_its_function_when_a_data_module_normalises(tmp_path):
-    """Batches are converted to the units of the dictionary, which is not initialised again."""
-    sae = SparseAutoencoder.from_saelens(trained("topk", "zscore").export_saelens(tmp_path / "sae"))
-    x, scaling = raw_rows(), Scaling(torch.full((D_IN,), 2.0), torch.full((D_IN,), 0.3))
-    before = sae.encode(x)
-    sae.prepare(scaling)
-    sae.initialize_from(scaling.apply(x))
-    torch.testing.assert_close(sae.encode_served(scaling.apply(x)), before, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sae.encode(x), before)

@@ -83,7 +83,7 @@ def test_layer_and_hook_name_a_bare_tensor(tmp_path: Path) -> None:
     torch.save(torch.randn(100, 8), tmp_path / "rows.pt")
     torch.save(torch.randn(100, 8), tmp_path / "features_layer_2_100.pt")
     bare = str(tmp_path / "rows.pt")
-    assert ActivationDataModule(shards=bare).hook_names == ("activations",)
+    assert ActivationDataModule(shards=bare).hook_names == ()
     assert ActivationDataModule(shards=bare).hf_model is None
     named = ActivationDataModule("gpt2", 5, "mlp_out", shards=bare)
     assert (named.hook_names, named.hf_model) == (("layers.5.mlp_out",), "gpt2")

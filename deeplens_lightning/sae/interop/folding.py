@@ -64,6 +64,9 @@ def fold(sae: Dictionary) -> Plain:
 def unfold(sae: Dictionary, plain: Plain, **extra: Any) -> None:
     """Copy plain weights into a new dictionary, which counts as initialised from then on.
 
+    Its units are 1, and latents are those of the other library. The first batch of a fit sets the units, and then
+    multiplies all latents by one factor (`forward.adopt_units`).
+
     Args:
         sae: a dictionary of the same sizes and architecture.
         plain: the weights.
@@ -81,9 +84,10 @@ def unfold(sae: Dictionary, plain: Plain, **extra: Any) -> None:
     sae.initialized.fill_(True)
 
 
-def has_unit_rows(decoder: Tensor) -> bool:
-    """Whether all rows of a decoder `(d_sae, d_out)` have norm 1, so that training may keep them at norm 1."""
-    return bool(((torch.linalg.vector_norm(decoder.float(), dim=1) - 1).abs() < 1e-3).all())
+def has_equal_norms(decoder: Tensor) -> bool:
+    """Whether all rows of a decoder `(d_sae, d_out)` have one norm, which training may keep at 1 in own units."""
+    norms = torch.linalg.vector_norm(decoder.float(), dim=1)
+    return bool(((norms / norms.mean() - 1).abs() < 1e-3).all())
 
 
 def center_bias(encoder: Tensor, encoder_bias: Tensor, decoder_bias: Tensor) -> Tensor:

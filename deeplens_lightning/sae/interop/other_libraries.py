@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deeplens_lightning.sae.dictionary import Dictionary
-from deeplens_lightning.sae.interop.folding import Plain, center_bias, has_unit_rows, unfold
+from deeplens_lightning.sae.interop.folding import Plain, center_bias, has_equal_norms, unfold
 
 D = TypeVar("D", bound=Dictionary)
 
@@ -33,13 +33,7 @@ _ARCHITECTURES = {  # by `dict_class` of dictionary_learning
 def from_dictionary_learning(kind: type[D], folder: str | Path) -> D:
     """Read a folder of saprmarks/dictionary_learning: `ae.pt` and `config.json`.
 
-    Args:
-        kind: the class to build.
-        folder: the folder.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: an unknown class of dictionary.
+    Arguments and errors are those of `PortableDictionary.from_dictionary_learning`, with the class to build as `kind`.
     """
     config = json.loads(_require(Path(folder) / "config.json").read_text())["trainer"]
     t: dict[str, Tensor] = torch.load(_require(Path(folder) / "ae.pt"), map_location="cpu", weights_only=True)
@@ -75,15 +69,7 @@ def from_sparsify(
 ) -> D:
     """Read a folder of EleutherAI/sparsify: `sae.safetensors` and `cfg.json`.
 
-    Args:
-        kind: the class to build.
-        folder: the folder of one hook point.
-        input_hook: name for the hook point that a transcoder reads.
-        output_hook: name for the hook point that a transcoder writes.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: signed or grouped activations, or an autoencoder with a skip connection.
+    Arguments and errors are those of `PortableDictionary.from_sparsify`, with the class to build as `kind`.
     """
     config = json.loads(_require(Path(folder) / "cfg.json").read_text())
     t = load_file(_require(Path(folder) / "sae.safetensors"))
@@ -119,16 +105,7 @@ def from_sparsify(
 def from_deeplens(kind: type[D], weights: str | Path | Mapping[str, Tensor], *, k: int | None = None) -> D:
     """Read the weights of DeepLens's `SparseAutoencoder`: a file written by `torch.save`, or a state dict.
 
-    Its LayerNorm becomes `layer_norm=True`, with its weight and bias folded into the encoder.
-
-    Args:
-        kind: the class to build.
-        weights: a path, a state dict, or a checkpoint with one under "model_state_dict".
-        k: the `k` that it was trained with; None for ReLU with L1.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not such a state dict.
+    Arguments and errors are those of `PortableDictionary.from_deeplens`, with the class to build as `kind`.
     """
     if isinstance(weights, Mapping):
         t = dict(weights)
@@ -174,7 +151,7 @@ def _build(
         extra: parameters and buffers of the activation by name.
         settings: further arguments of the constructor.
     """
-    spec["unit_norm"] = has_unit_rows(plain.decoder)
+    spec["unit_norm"] = has_equal_norms(plain.decoder)
     chosen = {"d_in": plain.encoder.shape[1], **(settings or {})}
     sae = kind(**chosen, d_sae=len(plain.decoder), k=k, architecture=spec)
     unfold(sae, plain, **extra)

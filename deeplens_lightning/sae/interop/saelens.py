@@ -15,7 +15,7 @@ from deeplens_lightning.disk.files import write_whole
 from deeplens_lightning.sae.activations import BatchTopK, Gated, JumpReLU, ReLU, TopK
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.interop.files import fresh_folder
-from deeplens_lightning.sae.interop.folding import Plain, center_bias, fold, has_unit_rows, unfold
+from deeplens_lightning.sae.interop.folding import Plain, center_bias, fold, has_equal_norms, unfold
 
 D = TypeVar("D", bound=Dictionary)
 
@@ -93,18 +93,7 @@ def export_saelens(
 ) -> Path:
     """Write a folder that `sae_lens.SAE.load_from_disk` reads, with equal latents and reconstructions.
 
-    Args:
-        sae: an autoencoder or transcoder.
-        folder: where to write; normalisation is folded into the weights.
-        metadata: entries for the config's metadata beside `model_name` and `hook_name`.
-        overwrite: replace an existing folder.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileExistsError: the folder exists and `overwrite` is False.
-        ValueError: SAELens has no such architecture.
+    Arguments, result and errors are those of `PortableDictionary.export_saelens`.
     """
     plain, activation = fold(sae), sae.activation
     architecture, tensors, extra = _describe(sae)
@@ -146,14 +135,7 @@ def check_export(sae: Dictionary) -> None:
 def from_saelens(kind: type[D], folder: str | Path, *, ignore_fields: Collection[str] = ()) -> D:
     """Read a folder that SAELens or `export_saelens` wrote.
 
-    Args:
-        kind: the class to build: `Dictionary`, or a subclass with the same constructor.
-        folder: contains `cfg.json` and `sae_weights.safetensors`.
-        ignore_fields: unknown fields of `cfg.json` that may be ignored.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: an architecture or setting that `Dictionary` does not have, or an unknown field.
+    Arguments, result and errors are those of `PortableDictionary.from_saelens`, with the class to build as `kind`.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
@@ -188,7 +170,7 @@ def from_saelens(kind: type[D], folder: str | Path, *, ignore_fields: Collection
             "output_hook": "output",
             "skip": "W_skip" in tensors,
         }
-    architecture["unit_norm"] = has_unit_rows(decoder)
+    architecture["unit_norm"] = has_equal_norms(decoder)
     sae = kind(**{"d_in": encoder.shape[1], **settings}, d_sae=len(decoder), architecture=architecture)
     plain = Plain(
         encoder=encoder,

@@ -21,16 +21,7 @@ FORMAT = 1
 def export_safetensors(sae: Dictionary, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a folder that `from_safetensors` reads: the constructor's arguments and the whole state.
 
-    Args:
-        sae: a dictionary of any architecture.
-        folder: where to write.
-        overwrite: replace an existing folder.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileExistsError: the folder exists and `overwrite` is False.
+    Arguments, result and errors are those of `PortableDictionary.export_safetensors`.
     """
     config = {"format": FORMAT, "settings": sae.settings, "trained_on": sae.trained_on}
     state = {name: value.detach().cpu().contiguous() for name, value in sae.state_dict().items()}
@@ -43,13 +34,7 @@ def export_safetensors(sae: Dictionary, folder: str | Path, *, overwrite: bool =
 def from_safetensors(kind: type[D], folder: str | Path) -> D:
     """Read a folder that `export_safetensors` wrote.
 
-    Args:
-        kind: the class to build: `Dictionary`, or a subclass with the same constructor.
-        folder: contains `config.json` and `sae.safetensors`.
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: the folder has another version.
+    Arguments, result and errors are those of `PortableDictionary.from_safetensors`, with the class to build as `kind`.
     """
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
