@@ -7,13 +7,15 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.types import Batch, Provenance
+
+T = TypeVar("T")
 
 
 class NotSetUpError(RuntimeError):
@@ -117,3 +119,8 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks in their order: its own list, so that a callback can be added to it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def one_or_all(values: Mapping[str, T]) -> T | dict[str, T]:
+    """The value of the only hook point; with several hook points a dict of them by canonical name."""
+    return next(iter(values.values())) if len(values) == 1 else dict(values)

@@ -6,8 +6,8 @@ In: the settings of `stream.settings.DataSettings`. Out: Lightning's hooks and d
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deeplens_lightning.activation_data import ActivationData
+from deeplens_lightning.activation_data import ActivationData, one_or_all
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.options import takes
@@ -25,14 +25,13 @@ from deeplens_lightning.stream.live_activations import LiveActivations
 from deeplens_lightning.stream.loader import ActivationLoader
 from deeplens_lightning.stream.placement import placement
 from deeplens_lightning.stream.recorded_settings import RECORD, beside, recorded_settings
+from deeplens_lightning.stream.resuming import refuse_loading
 from deeplens_lightning.stream.serving import Serving
 from deeplens_lightning.stream.settings import DataSettings
 from deeplens_lightning.stream.validation_set import RowsLoader
 from deeplens_lightning.text.packing import Blocks, Packing
 from deeplens_lightning.text.sources import IndexedSource
 from deeplens_lightning.types import Batch, Provenance
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +46,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
 
     @takes(DataSettings)
     def __init__(self, settings: DataSettings) -> None:
-        # `super()` would put a `__class__` among the local variables: `save_hyperparameters` takes such a frame for a
-        # constructor, and looks for its arguments among them.
+        # `super()` would make `save_hyperparameters` look for the arguments among the local variables of this frame.
         LightningDataModule.__init__(self)
         self.settings = settings
         self.batch_size: int = settings.batch_size  # Lightning's tuner changes it
@@ -62,6 +60,11 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         """The model and the batch size; Lightning's own version would create every loader."""
         name = self.hf_model if isinstance(self.hf_model, str) else type(self.hf_model).__name__
         return f"{type(self).__name__}(hf_model={name!r}, batch_size={self.batch_size})"
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *_: Any, **__: Any) -> NoReturn:
+        """Raise NotImplementedError: a checkpoint holds the position in the data, not the data module."""
+        refuse_loading(cls.__name__, checkpoint_path)
 
     # ---- description of the batches
 
@@ -78,7 +81,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
     @property
     def d_in(self) -> int | dict[str, int]:
         """Width of the rows; a dict by hook point if there are several. Known before any weight is loaded."""
-        return _one(self.serving.source.widths)
+        return one_or_all(self.serving.source.widths)
 
     @property
     def scaling(self) -> Scaling | dict[str, Scaling]:
@@ -89,7 +92,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         Raises:
             NotSetUpError: `setup` was not called.
         """
-        return _one(self.serving.measured().scalings)
+        return one_or_all(self.serving.measured().scalings)
 
     @property
     def live(self) -> LiveActivations | None:
@@ -152,9 +155,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
     @property
     def hparams_initial(self) -> AttributeDict:
         """What loggers show: the settings as "data", or "activation_data" beside a module with its own "data"."""
-        return beside(
-            super().hparams_initial, self.trainer.lightning_module if self.trainer is not None else None
-        )
+        return beside(super().hparams_initial, self.trainer)
 
     def prepare_data(self) -> None:
         """Check the settings, and download a hub model that is not on this node yet."""
@@ -166,9 +167,8 @@ class ActivationDataModule(ActivationData, LightningDataModule):
 
     def train_dataloader(self) -> ActivationLoader:
         """The training batches. Iterating again continues after the last batch that was trained on."""
-        name = type(self).__qualname__
         self.hparams[RECORD]["batch_size"] = self.batch_size
-        return self.serving.training(self.trainer, self.batch_size, self.max_tokens, name)
+        return self.serving.training(self.trainer, self.batch_size, self.max_tokens, type(self).__qualname__)
 
     def val_dataloader(self) -> RowsLoader | list[Any]:
         """The validation set; an empty list if `val_fraction` or `val_rows` is 0."""
@@ -248,7 +248,3 @@ class ActivationDataModule(ActivationData, LightningDataModule):
         """The LightningModule if it has this hook, which Lightning does not call where the data module has it too."""
         module = self.trainer.lightning_module if self.trainer is not None else None
         return module if module is not None and is_overridden(hook, module) else None
-
-
-def _one(values: Mapping[str, T]) -> T | dict[str, T]:
-    return next(iter(values.values())) if len(values) == 1 else dict(values)

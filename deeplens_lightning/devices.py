@@ -17,13 +17,44 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def device_of(name: str | torch.device) -> torch.device:
-    """Turn a name into a device: "auto" is CUDA, else MPS, else the CPU; "cuda" is the current CUDA device."""
+    """Turn a name into a device: "auto" is CUDA, else MPS, else the CPU; "cuda" is the current CUDA device.
+
+    Raises:
+        ValueError: the device is not there, as in `check_device`.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
+    device = name if isinstance(name, torch.device) else check_device(name)
     if device.type == "cuda" and device.index is None and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def check_device(name: str, setting: str = "device") -> torch.device:
+    """Check that the device of a name is there; CUDA is not initialised. "auto" is returned as the CPU.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:1`, `mps`, `auto`, or another kind of device that torch knows.
+        setting: the setting that has this value, for the message.
+
+    Raises:
+        ValueError: torch does not know the name, or finds no such CUDA or MPS device.
+    """
+    if name in ("auto", "cpu"):
+        return torch.device("cpu")
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is not None and (device.type not in counts or (device.index or 0) < counts[device.type]):
+        return device
+    there = ["cpu", *(f"cuda:{index}" for index in range(counts["cuda"])), *["mps"] * counts["mps"]]
+    without = device is not None and device.type == "cuda" and torch.version.cuda is None
+    reason = f"; torch {torch.__version__} was built without CUDA" if without else ""
+    raise ValueError(
+        f"{setting}={name!r}: there is no such device here; give one of {', '.join(there)}, auto{reason}"
+    )
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ from deeplens_lightning.callbacks.support import (
     exclusive_model,
     from_rank_zero,
 )
-from deeplens_lightning.devices import device_of
+from deeplens_lightning.devices import check_device, device_of
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import load_config, locate
@@ -86,6 +86,7 @@ class LossRecovered(Callback):
             raise ValueError(f"rows={rows} and batch_size={batch_size} must be at least 1")
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of texts, got one string: write texts=[{texts[:20]!r}]")
+        check_device(device)
         self.rows = rows
         self.batch_size = batch_size
         self.texts = tuple(texts)

@@ -35,6 +35,7 @@ from deeplens_lightning.callbacks.support import (
     evaluation_mode,
     exclusive_model,
 )
+from deeplens_lightning.devices import check_device
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.model.single_text import TextActivations, read_batch
 from deeplens_lightning.reporting.figures import save_pixels
@@ -111,6 +112,7 @@ class ExtractSingleSample(Callback):
             raise ValueError(f"max_length={max_length} keeps no token; it must be at least 1")
         if n_latents < 1:
             raise ValueError(f"n_latents={n_latents} must be at least 1")
+        check_device(device)
         self.hf_model = hf_model
         self.layer = layer
         self.max_length = max_length

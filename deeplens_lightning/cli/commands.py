@@ -71,6 +71,7 @@ def extract(
     devices: int | str = 1,
     num_nodes: int = 1,
     strategy: str = "auto",
+    yes: bool = False,
 ) -> None:
     """Write activations to shards; the same command, run again, continues where it was stopped.
 
@@ -86,6 +87,7 @@ def extract(
         devices: devices of the Trainer.
         num_nodes: number of nodes of the Trainer.
         strategy: strategy of the Trainer; every rank writes its own shards.
+        yes: write more than 5 GB from a terminal; otherwise the command stops and says the size.
     """
     from deeplens_lightning.extraction.predict import estimate, run
 
@@ -103,6 +105,7 @@ def extract(
         devices=devices,
         num_nodes=num_nodes,
         strategy=strategy,
+        yes=yes,
     )
 
 
@@ -123,7 +126,9 @@ def verify(shards: str, upgrade: bool = False) -> None:
         raise ValueError("\n  ".join([f"{len(found.problems)} problem(s) in {shards}:", *found.problems]))
     print(f"{shards}: {found.shards} shard(s), {found.rows:,} rows, {found.nbytes:,} bytes, all intact")
     if not found.finished:
-        print("It is not finished: run its extract command again to continue it.")
+        print(
+            "It is not finished: run the command that wrote it again (extract, or fit with write_shards) to continue it."
+        )
     for folder in found.upgraded:
         print(f"{folder} has the present format version now.")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import datasets
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.devices import device_of
-from deeplens_lightning.disk.files import write_whole
+from deeplens_lightning.extraction.saved_features import Room, gigabytes, save, save_pieces
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
@@ -46,7 +46,9 @@ class FromHuggingFace:
         hf_model: str | PreTrainedModel = "gpt2",
         layer: int = 6,
         dataset_name: str
+        | PathLike[str]
         | Sequence[str]
+        | Sequence[PathLike[str]]
         | datasets.Dataset
         | datasets.IterableDataset = "HuggingFaceFW/fineweb",
         num_samples: int = 25_000,
@@ -66,20 +68,23 @@ class FromHuggingFace:
             hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model.
             layer: the layer to read, from 0; negative layers count from the end.
             dataset_name: hub id (`wikitext/wikitext-103-v1` includes a configuration), path or glob of txt, jsonl or
-                parquet files, a `datasets` object, a list of texts, or `demo:docs`. Hub datasets are streamed.
+                parquet files or a list of them, a `datasets` object, a list of texts, or `demo:docs`. Hub datasets are
+                streamed.
             num_samples: number of texts to read. Empty texts count, and give no rows.
             seq_length: maximum number of tokens of a text; longer texts are cut.
             inference_batch_size: number of sequences in a model batch.
             device: `cpu`, `cuda`, `mps`, or `auto` for the first of CUDA, MPS and the CPU that is there.
-            save_features: whether `extract_features` saves its result in `saved_features/`.
+            save_features: whether `extract_features` saves its result in `saved_features/`, as
+                `features_layer_<layer>_<rows>.pt`; for another hook point than `mlp_act` the name has that of the
+                hook point. A file with other content is kept, and the new name then ends in a number.
             hook: kind of hook point; `mlp_act`, the output of the MLP's activation function, is what DeepLens reads.
             text_column: name of the dataset's column of texts.
             tokenizer: name of a tokenizer, or a tokenizer; default the model's own.
             model_kwargs: arguments of `from_pretrained`.
 
         Raises:
-            ValueError: `layer`, `hook` or `text_column` is not there; `seq_length` exceeds the model's positions;
-                `num_samples` or `inference_batch_size` is below 1.
+            ValueError: `layer`, `hook`, `text_column` or `device` is not there; several hook points are named;
+                `seq_length` exceeds the model's positions; `num_samples` or `inference_batch_size` is below 1.
             FileNotFoundError: there is no such model or dataset.
         """
         if num_samples < 1 or inference_batch_size < 1:
@@ -93,6 +98,11 @@ class FromHuggingFace:
             points = resolve(config, layer, hook)
         else:
             config, points = unwrapped(hf_model).config, resolve(hf_model, layer, hook)
+        if len(points) > 1:
+            raise ValueError(
+                f"FromHuggingFace reads one hook point, but {', '.join(point.name for point in points)} were named; make "
+                "one object for each, or write all of them with `deeplens-lightning extract`"
+            )
         [self.hook_point] = points
         limit = max_positions(config)
         if limit is not None and seq_length > limit:
@@ -126,27 +136,31 @@ class FromHuggingFace:
         """Extract all activations as one tensor; with `save_features`, save it and print the path.
 
         Returns:
-            `(total_tokens, hidden_dim)` on the CPU in the model's dtype: the tokens of the texts in order.
+            `(total_tokens, hidden_dim)` on the CPU in the model's dtype: the tokens of the texts in order. With
+            `save_features`, a tensor larger than half of this machine's memory is mapped from its file.
 
         Raises:
-            ValueError: all samples are empty.
+            ValueError: all samples are empty, or the tensor would be too large for the memory, or with `save_features`
+                for the disk; before the model reads a text.
         """
-        documents = list(self._documents())
-        total = sum(len(document.tokens) for document in documents)
-        extra = sum(map(len, special_affixes(self.tokenizer, None)))
-        total += extra * len(documents)
-        if not total:
-            raise ValueError(
-                f"the first {self.num_samples} samples hold no text; raise num_samples or choose another dataset_name"
+        point, room = self.hook_point, Room(self.save_features)
+        row_bytes = point.d_in * self.model.dtypes[point.name].itemsize
+        documents, total = self._fitting(room, row_bytes)
+        if total * row_bytes > room.memory:
+            print(
+                f"The features take {gigabytes(total * row_bytes)}, more than half of this machine's memory: they are "
+                "written to a file and mapped from it"
             )
-        name = self.hook_point.name
-        features = torch.empty(total, self.hook_point.d_in, dtype=self.model.dtypes[name])
-        filled = 0
-        for rows in self._batches(documents, total):
-            features[filled : filled + len(rows)] = rows
-            filled += len(rows)
-        if self.save_features:
-            print(f"Features saved to {self._save(features)}")
+            path, features = save_pieces(self._batches(documents, total), total, point)
+        else:
+            features, filled = torch.empty(total, point.d_in, dtype=self.model.dtypes[point.name]), 0
+            for rows in self._batches(documents, total):
+                features[filled : filled + len(rows)] = rows
+                filled += len(rows)
+            if not self.save_features:
+                return features
+            path = save(features, point)
+        print(f"Features saved to {path}")
         return features
 
     def extract_features_batched(self) -> Iterator[Tensor]:
@@ -157,6 +171,28 @@ class FromHuggingFace:
             that `extract_features` returns.
         """
         yield from self._batches(self._documents(), None)
+
+    def _fitting(self, room: Room, row_bytes: int) -> tuple[list[TokenizedDocument], int]:
+        """All documents and the number of their rows.
+
+        Raises:
+            ValueError: there are none, or their rows take more room than there is; raised as soon as that is certain.
+        """
+        extra = sum(map(len, special_affixes(self.tokenizer, None)))
+        documents, total = [], 0
+        for document in self._documents():
+            documents.append(document)
+            total += len(document.tokens) + extra
+            if total * row_bytes > room.largest:
+                samples = self.num_samples
+                if isinstance(self._source, IndexedSource):
+                    samples = min(samples, len(self._source))
+                raise room.too_large(total * row_bytes * samples / (document.index + 1), samples)
+        if not total:
+            raise ValueError(
+                f"the first {self.num_samples} samples hold no text; raise num_samples or choose another dataset_name"
+            )
+        return documents, total
 
     def _documents(self) -> Iterator[TokenizedDocument]:
         """Tokenise the samples that hold text, in the dataset's order; each is cut to one segment."""
@@ -198,12 +234,6 @@ class FromHuggingFace:
                     places.append(place[in_order])
                     bar.update(len(batch.kept))
                 yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)[torch.cat(places).argsort()]
-
-    def _save(self, features: Tensor) -> Path:
-        """Save under the file name that DeepLens uses."""
-        path = Path("saved_features") / f"features_layer_{self.layer}_{len(features)}.pt"
-        write_whole(path, lambda file: torch.save(features, file))
-        return path
 
 
 def _texts(source: Source) -> Iterator[Row]:

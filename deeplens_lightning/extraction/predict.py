@@ -6,9 +6,14 @@ bytes and time.
 
 from __future__ import annotations
 
-import lightning as L
+import sys
 
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from deeplens_lightning.callbacks.support import from_rank_zero
 from deeplens_lightning.datamodule import ActivationDataModule
+from deeplens_lightning.extraction.saved_features import gigabytes
 from deeplens_lightning.extraction.shard_prediction_writer import (
     ExtractionData,
     PassThrough,
@@ -16,6 +21,9 @@ from deeplens_lightning.extraction.shard_prediction_writer import (
 )
 from deeplens_lightning.shards.writer import SHARD_BYTES, NonFinite
 from deeplens_lightning.stream.document_order import Extraction, Plan
+
+LARGE = 5 * 10**9
+"""Bytes of a cache above which a person at a terminal must have agreed to its size."""
 
 
 class ExtractionDataModule(ExtractionData):
@@ -70,6 +78,41 @@ class ExtractionDataModule(ExtractionData):
         self.data.trainer = None
 
 
+class AnnouncedSize(Callback):
+    """Print the estimated size of a cache before it is written; on a terminal, refuse an unexpectedly large one.
+
+    Args:
+        out: folder of the cache.
+        storage: `exact` or `int8`.
+        agreed: whether the user has agreed to any size.
+    """
+
+    def __init__(self, out: str, storage: str, agreed: bool) -> None:
+        self.out, self.storage, self.agreed = out, storage, agreed
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Print the size on rank 0. A collective: every rank calls it.
+
+        Raises:
+            ValueError: it is above `LARGE` or not known, there is a terminal, and the user has not agreed.
+        """
+        extraction = trainer.datamodule.predict_dataloader()  # type: ignore[attr-defined]
+        from_rank_zero(trainer, lambda: self._announce(extraction))
+
+    def _announce(self, extraction: Extraction) -> None:
+        rows, row_bytes = extraction.expected_rows(), extraction.manifest(self.storage).row_bytes
+        size = f"all rows of a dataset of unknown length, {row_bytes:,} bytes each"
+        if rows is not None:
+            size = f"about {rows:,} rows of {row_bytes:,} bytes, {gigabytes(rows * row_bytes)}"
+        large = rows is None or rows * row_bytes > LARGE
+        if large and not self.agreed and sys.stdin is not None and sys.stdin.isatty():
+            raise ValueError(
+                f"{self.out} would hold {size}: add --yes to write them, or --max_rows {LARGE // row_bytes} for "
+                f"{gigabytes(LARGE)}"
+            )
+        print(f"{self.out}: {size}")
+
+
 def estimate(
     data: ActivationDataModule,
     *,
@@ -104,6 +147,7 @@ def run(
     devices: int | str = 1,
     num_nodes: int = 1,
     strategy: str = "auto",
+    yes: bool = False,
 ) -> None:
     """Write a cache, or continue one that an earlier call left incomplete.
 
@@ -118,8 +162,10 @@ def run(
         devices: devices of the Trainer.
         num_nodes: number of nodes of the Trainer.
         strategy: strategy of the Trainer; every rank writes its own shards.
+        yes: write a cache of any size, also if there is a terminal.
 
     Raises:
+        ValueError: there is a terminal, the cache would be larger than `LARGE`, and `yes` is not given.
         OtherConfigError: the folder holds a cache of other settings.
         NonFiniteError: rows hold NaN or infinity, with `nonfinite="refuse"`.
         DiskFullError: the shards do not fit on the disk.
@@ -127,7 +173,7 @@ def run(
     module = ExtractionDataModule(data, max_rows)
     writer = ShardPredictionWriter(out, shard_bytes=shard_bytes, storage=storage, nonfinite=nonfinite)
     L.Trainer(
-        callbacks=[writer],
+        callbacks=[AnnouncedSize(out, storage, yes), writer],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -20,6 +20,7 @@ from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hf_config import setting
 from deeplens_lightning.model.hook_points import HookPoint, resolve
 from deeplens_lightning.model.pretrained import load_config, load_tokenizer, max_positions
+from deeplens_lightning.model.tracing import trace
 from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.text.tokens import special_affixes
 
@@ -85,12 +86,16 @@ class TextActivations:
         Raises:
             ValueError: it does not exist, or several were named.
         """
-        source = self.hf_model if isinstance(self.hf_model, PreTrainedModel) else self.config
-        points = resolve(source, layer, hook)
+        points = resolve(self._structure, layer, hook)
         if len(points) != 1:
             names = ", ".join(point.name for point in points)
             raise ValueError(f"a single sample reads one hook point, but {names} were named; choose one")
         return points[0]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers of the model; no weights are loaded."""
+        return trace(self._structure).depth
 
     def token_ids(self, text: str) -> list[int]:
         """Token ids of a text with its special tokens, cut to the allowed length.
@@ -155,6 +160,10 @@ class TextActivations:
         if self._frozen is not None and not self._borrowed:
             self._frozen.close()
         self._frozen, self._borrowed = None, False
+
+    @property
+    def _structure(self) -> PretrainedConfig | PreTrainedModel:
+        return self.hf_model if isinstance(self.hf_model, PreTrainedModel) else self.config
 
     def _model_for(self, points: Sequence[HookPoint]) -> FrozenModel:
         """A loaded model that reads these hook points."""
@@ -226,7 +235,7 @@ def read_batch(reader: TextActivations, text: str | Sequence[str], layer_idx: in
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:
         raise ValueError("an empty list of texts has no activations; give at least one text")
-    point = reader.point(None, "final_norm") if layer_idx == -1 else reader.point(layer_idx, "resid_post")
+    point = _output_of(reader, layer_idx)
     ids = [reader.token_ids(item) for item in texts]
     length = max(map(len, ids))
     pad = reader.tokenizer.pad_token_id
@@ -242,3 +251,17 @@ def read_batch(reader: TextActivations, text: str | Sequence[str], layer_idx: in
         "attention_mask": mask,
         "layer_idx": layer_idx,
     }
+
+
+def _output_of(reader: TextActivations, layer_idx: int) -> HookPoint:
+    """The output of a layer, for -1 that of the final norm, as in DeepLens's notebook."""
+    if layer_idx == -1:
+        return reader.point(None, "final_norm")
+    depth = reader.depth
+    if not -depth <= layer_idx < depth:
+        negative = f", -2 to -{depth} to count them from the end" if depth > 1 else ""
+        raise ValueError(
+            f"layer_idx={layer_idx} is out of range: give 0 to {depth - 1} for the output of a layer{negative}, or -1 "
+            "for that of the final norm"
+        )
+    return reader.point(layer_idx, "resid_post")

@@ -39,9 +39,9 @@ _FALLBACK_FONTS = (
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of that size in inches."""
-    from matplotlib.figure import Figure
+    from deeplens_lightning.reporting.notebook_figure import NotebookFigure
 
-    return Figure(figsize=(width, height), layout="constrained")
+    return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
 def token_figure(n_tokens: int, width: float) -> tuple[Figure, Axes]:

@@ -1,7 +1,7 @@
 """Plot activations, latents and firing frequencies as matplotlib figures.
 
-In: matrices and tokens. Out: `Figure` objects, which a notebook shows when a cell returns them. pyplot is never imported,
-so no display is needed and no global state is changed.
+In: matrices and tokens. Out: `Figure` objects, which a notebook shows as pictures when a cell returns them. pyplot is
+never imported, so no display is needed and no global state is changed.
 """
 
 from __future__ import annotations

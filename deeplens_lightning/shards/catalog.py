@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from deeplens_lightning.options import TIMEOUT
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
@@ -38,11 +39,12 @@ class Shard:
         file: its name.
         rows: number of rows in it.
         nbytes: its size in bytes.
-        sha256: its checksum; None for a bare tensor.
+        sha256: its checksum; None for a bare tensor in a file.
         frame: checksum of its bytes outside its numbers; None for a bare tensor and in format version 1.
         storage: `exact`, `int8` or `bare`.
         document_hashes: int64 `(runs,)`, text hash of each run of consecutive rows of one document.
         document_rows: int64 `(runs,)`, rows in each run.
+        tensor: rows `(n, d_in)` that are in memory; None if they are in the file.
     """
 
     folder: Folder
@@ -54,11 +56,12 @@ class Shard:
     storage: str
     document_hashes: NDArray[np.int64]
     document_rows: NDArray[np.int64]
+    tensor: Tensor | None = None
 
     @property
     def where(self) -> str:
         """Path or URL of the file."""
-        return f"{self.folder.where}/{self.file}"
+        return f"{self.folder.where}/{self.file}" if self.tensor is None else self.file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,14 +144,14 @@ def list_shards(
     _check_alike(parts, refuse)
     catalog = Catalog(
         hook_points=parts[0].hook_points,
-        shards=_divide_bare_tensors([shard for part in parts for shard in part.shards]),
+        shards=divide_bare_tensors([shard for part in parts for shard in part.shards]),
         manifests={where: manifest for part in parts for where, manifest in part.manifests.items()},
         finished=all(part.finished for part in parts),
     )
     if not catalog.rows:
         raise ShardError(
-            f"{', '.join(groups)}: there are no rows, because the extraction has not finished a shard yet; run its "
-            "extract command again to continue"
+            f"{', '.join(groups)}: there are no rows, because no shard is finished yet; run the command that wrote "
+            "it again (extract, or fit with write_shards) to continue"
         )
     return catalog
 
@@ -288,7 +291,7 @@ def _name_rows(hook_points: Mapping[str, Rows]) -> str:
     return ", ".join(f"{name} ({rows.d_in} wide, {rows.dtype})" for name, rows in hook_points.items())
 
 
-def _divide_bare_tensors(shards: Sequence[Shard]) -> list[Shard]:
+def divide_bare_tensors(shards: Sequence[Shard]) -> list[Shard]:
     """Divide bare tensors into stretches of neighbouring rows that stand in for documents in the held-out split.
 
     The stretches' hashes are multiples of the golden ratio modulo 1 (as 64-bit integers), which fill the unit interval

@@ -246,7 +246,7 @@ def read_small(folder: Folder, sizes: Mapping[str, int], names: Sequence[str]) -
         if sizes.get(name, 0) > LIMIT:
             raise DamagedShardError(
                 f"{folder.where}/{name} has {sizes[name]:,} bytes, more than any JSON file of a cache: copy it again "
-                "from where the cache was written, or delete it and run the extract command again"
+                "from where the cache was written, or delete it and run the command that wrote it again"
             )
     return folder.read_many(names)
 

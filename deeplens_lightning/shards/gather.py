@@ -21,6 +21,7 @@ from deeplens_lightning.shards.changes import OpenFiles
 from deeplens_lightning.shards.errors import DamagedShardError, ShardError
 from deeplens_lightning.shards.folder import LocalFolder
 from deeplens_lightning.shards.format import DTYPES, Rows
+from deeplens_lightning.shards.in_memory import open_in_memory
 from deeplens_lightning.shards.joined import JoinedShards
 from deeplens_lightning.shards.local_copies import LocalCopies, local_path
 from deeplens_lightning.shards.opening import check_finite_bare, check_sum, open_listed
@@ -166,6 +167,9 @@ class Gatherer:
 
     def _mapped(self, number: int) -> OpenShard:
         shard = self._catalog.shards[number]
+        if shard.tensor is not None:
+            [hook] = self._catalog.hook_points
+            return open_in_memory(shard.tensor, hook)
         with local_path(shard.folder, shard.file, shard.nbytes, shard.sha256, self._copies) as path:
             self._files.note(number, path, shard.where, replaceable=not isinstance(shard.folder, LocalFolder))
             if self._checksums and number not in self._checked:
@@ -174,6 +178,8 @@ class Gatherer:
             return open_listed(shard, path, self._catalog.hook_points, self._bare_hook)
 
     def _read_ahead(self, shard: Shard) -> None:
+        if shard.tensor is not None:
+            return
         if not isinstance(shard.folder, LocalFolder):
             self._copies.fetch(shard.folder, shard.file, shard.nbytes, shard.sha256)
         elif sys.platform == "linux":
@@ -219,6 +225,6 @@ def chosen_hook_points(catalog: Catalog, only: Sequence[str] | None) -> dict[str
     if missing:
         raise ShardError(
             f"the shards hold {', '.join(catalog.hook_points)}, not {', '.join(missing)}: choose among "
-            "those, or run the extract command with the others into another folder"
+            "those, or write the others into another folder"
         )
     return {name: catalog.hook_points[name] for name in only or catalog.hook_points}

@@ -21,7 +21,7 @@ from deeplens_lightning.shards.names import (
 )
 from deeplens_lightning.shards.sidecar import Sidecar, Written, check_next, read_sidecars
 
-FIX = "Delete it and run the extract command again"
+FIX = "Delete it and run the command that wrote it again"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +130,7 @@ def write_index(folder: Folder) -> bool:
     missing = [name for name in names if name not in sizes or sidecar_name(name) not in sizes]
     if missing:
         raise DamagedShardError(
-            f"{folder.where}/{missing[0]} or its sidecar is missing: run the extract command again, which writes it"
+            f"{folder.where}/{missing[0]} or its sidecar is missing: run the command that wrote the cache again"
         )
     written = read_sidecars(folder, sizes, names, manifest)
     check_next(folder.where, [each.sidecar for each in written])
@@ -192,7 +192,7 @@ def check_mark(folder: Folder, rank: int, mark: DoneMark, sidecars: Iterable[Sid
         raise DamagedShardError(
             f"{folder.where}/{done_name(rank)} counts {mark.shards} shards with {mark.rows:,} rows and {mark.dropped} "
             f"left out, and there are {len(own)} shards with {rows:,} rows: copy the missing files again, or run the "
-            "extract command again"
+            "command that wrote it again"
         )
 
 

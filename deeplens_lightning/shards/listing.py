@@ -81,7 +81,8 @@ def list_cache(
     names = found if index is None else [entry.file for entry in index.shards]
     if index is None:
         log.warning(
-            "%s is not finished: reading its %d finished shards; run its extract command again to continue",
+            "%s is not finished: reading its %d finished shards; run the command that wrote it again (extract, or fit "
+            "with write_shards) to continue",
             folder.where,
             len(names),
         )
@@ -115,7 +116,7 @@ def _read(
         refuse(
             DamagedShardError(
                 f"{folder.where}/{missing[0]} is missing: copy it again from where the cache came from, or run "
-                "its extract command again, which writes the missing shards"
+                "the command that wrote the cache again, which writes the missing shards"
             )
         )
     entries = {entry.file: entry for entry in index.shards} if index is not None else {}
@@ -128,7 +129,7 @@ def _read(
             if index is not None and entries[name] != IndexEntry.of(each.sidecar):
                 raise DamagedShardError(
                     f"{folder.where}/{INDEX} and {sidecar_name(name)} say different things of {name}: copy all three "
-                    "again from where the cache came from, or delete the index and run the extract command again"
+                    "again from where the cache came from, or delete the index and run the command that wrote it again"
                 )
             written.append(each)
         except ShardError as error:
@@ -176,7 +177,7 @@ def _check_extra(
             refuse(
                 DamagedShardError(
                     f"{folder.where}/{INDEX} does not list {name}: delete that file if it came from elsewhere; else "
-                    f"delete {INDEX} and run the extract command again"
+                    f"delete {INDEX} and run the command that wrote it again"
                 )
             )
 
@@ -196,8 +197,8 @@ def _check_gapless(folder: Folder, names: Sequence[str], manifest: Manifest, ref
         if before not in names:
             refuse(
                 DamagedShardError(
-                    f"{folder.where}/{before} is missing and {name} is there: copy it again, or run the extract "
-                    "command again, which writes the missing shards"
+                    f"{folder.where}/{before} is missing and {name} is there: copy it again, or run the "
+                    "command that wrote the cache again, which writes the missing shards"
                 )
             )
 

@@ -239,8 +239,8 @@ class LocalCopies:
                     else f"arrived with {size:,} of its {wanted.size:,} bytes, twice"
                 )
                 raise DamagedShardError(
-                    f"{wanted.where} {wrong}. Copy it again from where it was written, or delete it and run the extract "
-                    "command again"
+                    f"{wanted.where} {wrong}. Copy it again from where it was written, or delete it and run the "
+                    "command that wrote it again"
                 )
 
 

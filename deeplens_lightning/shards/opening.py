@@ -76,7 +76,7 @@ def check_sum(shard: Shard, path: Path) -> None:
         elif (found := sha256_of(path)) != shard.sha256:
             raise DamagedShardError(
                 f"{shard.where} is altered: its checksum is {found}, its sidecar says {shard.sha256}. Copy it "
-                "again, or delete it and run the extract command again"
+                "again, or delete it and run the command that wrote it again"
             )
     except OSError as error:
         raise _unreadable(shard, error) from error
@@ -128,5 +128,7 @@ def check_finite_bare(
 
 def _unreadable(shard: Shard, error: OSError) -> DamagedShardError:
     if isinstance(error, FileNotFoundError):
-        return DamagedShardError(f"{shard.where} is missing: copy it again, or run the extract command again")
+        return DamagedShardError(
+            f"{shard.where} is missing: copy it again, or run the command that wrote it again"
+        )
     return DamagedShardError(f"{shard.where} cannot be read: {error.strerror or error}. {FIX}")

@@ -40,9 +40,15 @@ def group_paths(
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise ShardError("shards= is empty: give a folder, a glob, a .pt file, or a list of them")
+    if wrong := [path for path in given if not isinstance(path, (str, os.PathLike))]:
+        raise ShardError(
+            f"shards= holds a value of type {type(wrong[0]).__name__}, which is not a path: give a folder, a glob, a .pt "
+            "file, a list of them, or one tensor (rows, d_in)"
+        )
     groups: dict[str, list[str] | None] = {}
     for where in [found for path in given for found in _expand(str(path), timeout)]:
         if not where.endswith(".pt"):
+            _check_folder(where)
             groups[where] = None
             continue
         folder, name = _split(where)
@@ -79,6 +85,15 @@ def _expand(where: str, timeout: float) -> list[str]:
             f"{where} matches nothing: give a folder that `extract` wrote, a glob, or a .pt file"
         )
     return found
+
+
+def _check_folder(where: str) -> None:
+    """Check that a path without the ending `.pt` is not a file."""
+    if not is_remote(where) and Path(where).is_file():
+        raise ShardError(
+            f"{where} is a file that does not end in .pt: give a folder that `extract` wrote or a .pt file. To train on "
+            "rows of another format, load them as a tensor (rows, d_in) and give the tensor as shards="
+        )
 
 
 def _split(where: str) -> tuple[str, str]:

@@ -283,7 +283,7 @@ class ShardStream(Stream):
 
     def _choose(self, shuffle: Shuffle, window_bytes: int | None) -> tuple[ShuffleKind, int]:
         """The kind of shuffle and the size of its windows in bytes."""
-        memory = _machine_memory()
+        memory = machine_memory()
         remote = sum(
             shard.nbytes for shard in self.catalog.shards if not isinstance(shard.folder, LocalFolder)
         )
@@ -326,7 +326,7 @@ def _in_shards(position: StreamPosition) -> ShardPosition:
     return position
 
 
-def _machine_memory() -> int:
+def machine_memory() -> int:
     """This machine's memory in bytes; on Windows, where Python cannot read it, 8 GiB."""
     if sys.platform == "win32":
         return 2**33

@@ -19,7 +19,7 @@ from deeplens_lightning.shards.format import Manifest, Resume, dump_json, read_j
 from deeplens_lightning.shards.frame import Frame
 from deeplens_lightning.shards.names import MANIFEST, ShardName, rank_of, sidecar_name
 
-FIX = "Copy it again, or delete it and run the extract command again"
+FIX = "Copy it again, or delete it and run the command that wrote it again"
 _OVERHEAD = 2**16  # bytes of a shard file beside its rows, at most (the zip directory)
 
 
@@ -148,12 +148,12 @@ def read_sidecar(
     if sidecar.file != name:
         raise DamagedShardError(
             f"{side} is the sidecar of {sidecar.file}, not of {name}: copy both files again from where the cache came "
-            "from, or delete them and run the extract command again"
+            "from, or delete them and run the command that wrote it again"
         )
     if manifest.version > 1 and sidecar.manifest != manifest.identity:
         raise DamagedShardError(
             f"{side} belongs to another cache: it was not written for the {MANIFEST} beside it. Copy it and its shard "
-            "again from where the cache came from, or delete them and run the extract command again"
+            "again from where the cache came from, or delete them and run the command that wrote it again"
         )
     size = sizes[name]
     if size != sidecar.nbytes:

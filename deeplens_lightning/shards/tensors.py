@@ -66,7 +66,7 @@ def open_shard(path: Path, hook_points: Mapping[str, Rows], storage: str, rows: 
     if parts is None or not {"rows", "provenance"} <= parts or not isinstance(content["rows"], dict):
         raise DamagedShardError(
             f"{path} holds {describe(content)}, not a shard of activations: copy it again, or delete it "
-            "and run the extract command again"
+            "and run the command that wrote it again"
         )
     known = {"rows", "provenance", "scales"} if storage == "int8" else {"rows", "provenance"}
     if not parts <= known or set(content["rows"]) != set(hook_points):
@@ -138,8 +138,12 @@ def open_bare(path: Path, hook: str | None, expected: tuple[int, int] | None = N
             f"{path} was changed while it was in use: it held a tensor of shape {expected} and holds "
             f"{describe(content)} now; start again"
         )
-    unknown = torch.full((1, len(PROVENANCE)), UNKNOWN).expand(len(content), -1)
-    return OpenShard(rows={name: content.detach()}, scales={}, provenance=unknown)
+    return OpenShard(rows={name: content.detach()}, scales={}, provenance=unknown_provenance(len(content)))
+
+
+def unknown_provenance(rows: int) -> Tensor:
+    """The provenance of rows without one: int64 `(rows, 4)`, all `UNKNOWN`, in the memory of one row."""
+    return torch.full((1, len(PROVENANCE)), UNKNOWN).expand(rows, -1)
 
 
 def load_mapped(path: Path) -> Any:
@@ -186,7 +190,7 @@ def _check_tensor(path: Path, name: str, value: Any, shape: tuple[int, ...], dty
     if tuple(value.shape) != shape or value.dtype != dtype:
         raise DamagedShardError(
             f"{path}: {name} is {value.dtype} {tuple(value.shape)}, its manifest says {dtype} {shape}: copy it again, or "
-            "delete it and run the extract command again"
+            "delete it and run the command that wrote it again"
         )
 
 

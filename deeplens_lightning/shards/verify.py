@@ -120,7 +120,8 @@ def _missing_marks(catalog: Catalog, where: str) -> list[str]:
     sizes = open_folder(where).sizes()
     ranks = range(catalog.manifests[where].world_size) if INDEX in sizes else ()
     return [
-        f"{where}/{done_name(rank)} is missing: copy it again, or delete {INDEX} and run the extract command again"
+        f"{where}/{done_name(rank)} is missing: copy it again, or delete {INDEX} and run the command that wrote the "
+        "cache again"
         for rank in ranks
         if done_name(rank) not in sizes
     ]

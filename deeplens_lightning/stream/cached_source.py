@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import islice
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deeplens_lightning.model.wrappers import unwrapped
@@ -20,6 +21,7 @@ from deeplens_lightning.options import Shuffle
 from deeplens_lightning.shards.catalog import Catalog, open_catalog
 from deeplens_lightning.shards.format import DTYPES
 from deeplens_lightning.shards.gather import chosen_hook_points
+from deeplens_lightning.shards.in_memory import catalog_of
 from deeplens_lightning.shards.local_copies import LocalCopies
 from deeplens_lightning.shards.rowset import in_split
 from deeplens_lightning.shards.shard_steps import EpochPlan
@@ -54,12 +56,16 @@ class CachedSettings:
             ShardError: nothing is there, a shard is damaged, the shards do not belong together, or `layer` and
                 `hook` do not name the rows of bare tensors.
         """
-        options = self.given.cache_options
-        copies = LocalCopies(max_bytes=options.bytes, timeout=options.timeout)
-        try:
-            catalog = open_catalog(self._shards, bare_hook(self.given), copies)
-        finally:
-            copies.close()
+        shards, options = self.given.shards, self.given.cache_options
+        assert shards is not None  # this class is used only with shards=
+        if isinstance(shards, Tensor):
+            catalog = catalog_of(shards, bare_hook(self.given))
+        else:
+            copies = LocalCopies(max_bytes=options.bytes, timeout=options.timeout)
+            try:
+                catalog = open_catalog(shards, bare_hook(self.given), copies)
+            finally:
+                copies.close()
         check_bare_names(catalog, self.given)
         return catalog
 
@@ -71,11 +77,6 @@ class CachedSettings:
             return given if isinstance(given, str) else unwrapped(given)
         models = [manifest.config.get("model", {}) for manifest in self.catalog.manifests.values()]
         return models[0].get("name") if models else None
-
-    @property
-    def _shards(self) -> str | list[str]:
-        assert self.given.shards is not None  # this class is used only with shards=
-        return self.given.shards
 
     @cached_property
     def only(self) -> tuple[str, ...] | None:

@@ -189,18 +189,7 @@ class Extraction:
             batches: number of model batches that are timed.
         """
         manifest = self.manifest(storage)
-        documents = self.text.documents
-        full = (document for document in self.text.tokenized(0) if len(document.tokens))
-        sample = list(islice(full, _SAMPLED_DOCUMENTS))
-        chunks: list[Chunk] = list(self.text.packing.chunks(sample))
-        kept = sum(int(chunk.blocks.keep.sum()) for chunk in chunks)
-        source = documents.source
-        rows = None
-        if isinstance(source, IndexedSource) and sample:
-            rows = round(kept / len(sample) * len(source))
-        if self.max_rows is not None:
-            budget = self.max_rows * documents.ranks
-            rows = budget if rows is None else min(rows, budget)
+        rows, chunks = self._sampled()
         done, seconds, widest = 0, 0.0, 0
         work = [
             chunk.blocks.select(index)
@@ -220,8 +209,26 @@ class Extraction:
             row_bytes=manifest.row_bytes,
             rows_per_second=done / seconds if seconds else float("nan"),
             memory=2 * shard_bytes + widest,
-            ranks=documents.ranks,
+            ranks=self.ranks,
         )
+
+    def expected_rows(self) -> int | None:
+        """Estimate the number of rows over all ranks from a few hundred documents; None if nothing limits it."""
+        return self._sampled()[0]
+
+    def _sampled(self) -> tuple[int | None, list[Chunk]]:
+        """The estimated number of rows over all ranks, and chunks of a few hundred documents."""
+        full = (document for document in self.text.tokenized(0) if len(document.tokens))
+        sample = list(islice(full, _SAMPLED_DOCUMENTS))
+        chunks: list[Chunk] = list(self.text.packing.chunks(sample))
+        source, rows = self.text.documents.source, None
+        if isinstance(source, IndexedSource) and sample:
+            kept = sum(int(chunk.blocks.keep.sum()) for chunk in chunks)
+            rows = round(kept / len(sample) * len(source))
+        if self.max_rows is not None:
+            budget = self.max_rows * self.ranks
+            rows = budget if rows is None else min(rows, budget)
+        return rows, chunks
 
 
 def _read_source(source: Any) -> _Source:

@@ -14,11 +14,12 @@ from typing import Any
 import datasets
 import torch
 from lightning.fabric.utilities.data import AttributeDict
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Trainer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deeplens_lightning.options import values
 from deeplens_lightning.stream.settings import DataSettings
+from deeplens_lightning.text.local_files import paths_in
 
 RECORD = "data"
 """Name of the settings among the hyperparameters."""
@@ -30,7 +31,7 @@ def recorded_settings(settings: DataSettings) -> dict[str, Any]:
     """The settings by name, as values that YAML, JSON and `torch.load(weights_only=True)` read."""
     record: dict[str, Any] = _plain(values(settings))
     texts = settings.dataset_name
-    if isinstance(texts, list):
+    if isinstance(texts, list) and not paths_in(texts):
         record["dataset_name"] = f"list of {len(texts)} texts"
     return record
 
@@ -44,6 +45,8 @@ def _plain(value: Any) -> Any:
         return [_plain(x) for x in value]
     if is_dataclass(value):
         return _plain(values(value))
+    if isinstance(value, torch.Tensor):
+        return f"tensor of shape {tuple(value.shape)}"
     if isinstance(value, datasets.Dataset):
         return f"Dataset of {len(value)} rows"
     if isinstance(value, PreTrainedModel | PreTrainedTokenizerBase):
@@ -51,17 +54,18 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, torch.dtype | torch.device | Path) else type(value).__name__
 
 
-def beside(recorded: AttributeDict, module: LightningModule | None) -> AttributeDict:
+def beside(recorded: AttributeDict, trainer: Trainer | None) -> AttributeDict:
     """The hyperparameters of a data module under names that loggers can show beside those of a LightningModule.
 
     Args:
         recorded: hyperparameters, with the settings as "data"; changed in place.
-        module: the LightningModule; None without one.
+        trainer: the Trainer, which knows the LightningModule; None without one.
 
     Returns:
         The same, with the settings as "activation_data" if the module has a hyperparameter "data": Lightning refuses a
         fit in which both have different values under one name.
     """
+    module = trainer.lightning_module if trainer is not None else None
     if module is not None and RECORD in module.hparams_initial:
         recorded[f"activation_{RECORD}"] = recorded.pop(RECORD)
     return recorded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -120,6 +120,20 @@ def refuse_resume(trainer: Trainer | None, name: str) -> None:
             "module renamed or subclassed? To continue training with the data from the beginning give "
             "resume_anyway=True; to load only the model use load_from_checkpoint"
         )
+
+
+def refuse_loading(name: str, checkpoint_path: Any) -> NoReturn:
+    """Raise a NotImplementedError for `load_from_checkpoint` of a data module, and say what to call instead.
+
+    Args:
+        name: name of the data module's class.
+        checkpoint_path: path of the checkpoint, for the message.
+    """
+    raise NotImplementedError(
+        f"a checkpoint holds a position in the data, but neither the model nor the text of a data module: make "
+        f"{name}(...) with the settings of the run, and continue with trainer.fit(module, datamodule, "
+        f"ckpt_path={str(checkpoint_path)!r}); to load only the SAE use SparseAutoencoder.load_from_checkpoint"
+    )
 
 
 def _refuse_lost_position(trainer: Trainer) -> None:

@@ -5,12 +5,16 @@ In: the arguments that a user gave. Out: one frozen object, which the live and t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from os import PathLike
 from typing import Literal
 
 import datasets
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deeplens_lightning.devices import check_device
 from deeplens_lightning.normalization import Normalize, check_normalize
 from deeplens_lightning.options import BufferOptions, CacheOptions, ModelOptions, TextOptions, changed
 
@@ -35,11 +39,11 @@ class DataSettings:
         layer: one layer or several, counted from 0, negative ones from the end; default 3, with `shards` all layers in
             the cache.
         hook: one hook point or several: kind, canonical name, TransformerLens name or module path; default `mlp_act`,
-            with `shards` all in the cache. For bare tensor files, `layer` and `hook` give the name of their rows.
-        dataset_name: the text: hub id, path or glob of txt, jsonl or parquet files, a `datasets` object, a list of
-            texts, or `demo:docs` (embedded).
+            with `shards` all in the cache. For bare tensors, `layer` and `hook` give the name of their rows.
+        dataset_name: the text: hub id, path or glob of txt, jsonl or parquet files or a list of them, a `datasets`
+            object, a list of texts, or `demo:docs` (embedded).
         shards: read rows from here instead of running a model on text: folders written by `extract`, bare `.pt` tensors
-            as saved by DeepLens, globs, or fsspec URLs.
+            as saved by DeepLens, globs, or fsspec URLs; or a tensor `(rows, d_in)` in memory, which is not copied.
         write_shards: folder or fsspec URL of a cache. The first epoch writes it while training; later epochs, and later
             runs with the same settings, read it.
         text_column: column of the dataset with texts or token ids.
@@ -78,7 +82,7 @@ class DataSettings:
     hook: str | list[str] | None = None
     dataset_name: str | list[str] | datasets.Dataset | datasets.IterableDataset = "demo:docs"
     _: KW_ONLY
-    shards: str | list[str] | None = None
+    shards: str | list[str] | Tensor | None = None
     write_shards: str | None = None
     text_column: str = "text"
     dataset_split: str = "train"
@@ -108,7 +112,15 @@ class DataSettings:
         return {"test_fraction": fraction} if fraction else {}
 
     def __post_init__(self) -> None:
+        if not isinstance(self.shards, str | PathLike | Sequence | Tensor | None):
+            raise ValueError(
+                f"shards= is of type {type(self.shards).__name__}: give a path, a list of paths or a tensor "
+                "(rows, d_in), such as torch.from_numpy(x)"
+            )
         check_normalize(self.normalize)
+        check_device(self.device)
+        if self.buffer_options.device is not None:
+            check_device(self.buffer_options.device, "buffer_options.device")
         _check_sizes(self)
         if unused := _unused(self):
             reason = (
@@ -129,11 +141,13 @@ def _unused(settings: DataSettings) -> list[str]:
     model = changed(settings.model_options, ModelOptions()).keys() - {"kwargs"}
     buffer = changed(settings.buffer_options, BufferOptions()).keys() - {"device", "dtype", "val_bytes"}
     own = changed(settings, DataSettings).keys()
+    files = cache.keys() - {"shuffle"} if isinstance(settings.shards, Tensor) else set()
     return [
         *(name for name in _ONLY_LIVE if name in own),
         *(f"text_options.{name}" for name in sorted(text)),
         *(f"model_options.{name}" for name in sorted(model)),
         *(f"buffer_options.{name}" for name in sorted(buffer)),
+        *(f"cache_options.{name}" for name in sorted(files)),
     ]
 
 

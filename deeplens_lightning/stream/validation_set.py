@@ -160,22 +160,26 @@ class RowsLoader:
         seen: Callable[[Batch, Origins], None],
     ) -> None:
         self._rows, self._batch_size, self._finish, self._seen = rows, batch_size, finish, seen
-        self._length: int | None = None
+        self._length: int | None = None  # kept after the rows are freed
         self._recent: deque[tuple[Batch, Origins]] = deque(maxlen=2)
 
     def __len__(self) -> int:
         """Number of batches, the same on all ranks: some strategies communicate at every batch.
 
+        Lightning takes a TypeError or NotImplementedError of this method for a loader without a length. After an
+        exception it calls the method again, when the rows are freed, and would raise any other error in its place.
+
         Raises:
             TypeError: the rows are not computed yet and the data module is closed.
+            RuntimeError: computing the rows failed with a TypeError or NotImplementedError.
         """
-        if (
-            self._length is None
-        ):  # stored, because Lightning reads it after an exception, when the rows are freed
+        if self._length is None:
             try:
                 self._length = -(-self._rows().longest // self._batch_size)
             except NotSetUpError as error:
                 raise TypeError(f"the number of validation batches is not known: {error}") from error
+            except (TypeError, NotImplementedError) as error:
+                raise RuntimeError(f"computing the held-out rows failed: {error!r}") from error
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:

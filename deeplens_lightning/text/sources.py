@@ -7,10 +7,11 @@ a seeded permutation. A streamed dataset has several parts, which are read in a 
 
 from __future__ import annotations
 
-import glob
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,19 +19,20 @@ import datasets
 import numpy as np
 
 from deeplens_lightning.permutation import Permutation
+from deeplens_lightning.text.local_files import (
+    files_at,
+    files_at_each,
+    format_of,
+    looks_local,
+    no_files,
+    paths_in,
+)
 
 Row = str | Sequence[int]
 """A document of a source: text, or token ids."""
 
-FORMATS = {
-    ".txt": "text",
-    ".md": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-}
-_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+){1,2}")
+"""A dataset on the hub, which may be followed by a configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,12 @@ class _Column(Sequence[Row]):
 
 
 def open_source(
-    dataset_name: str | Sequence[str] | datasets.Dataset | datasets.IterableDataset,
+    dataset_name: str
+    | PathLike[str]
+    | Sequence[str]
+    | Sequence[PathLike[str]]
+    | datasets.Dataset
+    | datasets.IterableDataset,
     *,
     text_column: str = "text",
     split: str = "train",
@@ -185,16 +192,17 @@ def open_source(
 
     Args:
         dataset_name: `demo:docs`; a list of texts; a `datasets` object; a file, folder or glob of txt, md, json, jsonl,
-            ndjson or parquet files (optionally compressed), where a document is a whole txt or md file, a JSON line or a
-            parquet row; or a hub id, which is streamed, optionally followed by a configuration
-            (`wikitext/wikitext-103-v1`).
+            ndjson or parquet files (optionally compressed), or a list of them, where a document is a whole txt or md
+            file, a JSON line or a parquet row; or a hub id, which is streamed, optionally followed by a configuration
+            (`wikitext/wikitext-103-v1`). A list whose items are all names of such files is a list of paths.
         text_column: name of the column of texts or token ids.
         split: split of a dataset on the hub.
         dataset_kwargs: keyword arguments for `datasets.load_dataset` (`name=`, `revision=`, `streaming=`, …).
 
     Raises:
         FileNotFoundError: a path matches no file, or the hub has no such dataset.
-        ValueError: there is no such column or no document, or the files have several formats.
+        ValueError: there is no such column or no document, the files have several formats, or a list mixes paths and
+            texts.
     """
     kwargs = dict(dataset_kwargs or {})
     if isinstance(dataset_name, datasets.Dataset | datasets.IterableDataset):
@@ -204,7 +212,12 @@ def open_source(
             f"dataset_name is a dict of the splits {', '.join(dataset_name)}; give one of them, for example "
             f"dataset_name=dataset[{next(iter(dataset_name))!r}]"
         )
+    if isinstance(dataset_name, PathLike):
+        dataset_name = str(dataset_name)
     if not isinstance(dataset_name, str):
+        if paths := paths_in(dataset_name):
+            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+            return _of_files(f"{paths[0]}{more}", files_at_each(paths), text_column, kwargs)
         return _of_texts(dataset_name)
     if dataset_name == "demo:docs":
         from deeplens_lightning.demo.docs import demo_documents, source_versions
@@ -213,17 +226,14 @@ def open_source(
         return IndexedSource(demo_documents(), {"dataset": dataset_name, "dataset versions": versions})
     if dataset_name.startswith("demo:"):
         raise ValueError(f"{dataset_name!r} is not an embedded dataset; the only one is 'demo:docs'")
-    if files := _local_files(dataset_name):
+    if files := files_at(dataset_name):
         return _of_files(dataset_name, files, text_column, kwargs)
-    if _looks_local(dataset_name):
-        raise FileNotFoundError(
-            f"dataset_name={dataset_name!r} matches no {', '.join(sorted(FORMATS))} file; "
-            "give a file, a folder or a glob that exists, or a dataset id on the hub such as 'HuggingFaceFW/fineweb'"
-        )
+    if looks_local(dataset_name):
+        raise no_files(dataset_name)
     return _of_hub(dataset_name, text_column, split, kwargs)
 
 
-def _of_texts(texts: Sequence[str]) -> IndexedSource:
+def _of_texts(texts: Sequence[Any]) -> IndexedSource:
     wrong = next((text for text in texts if not isinstance(text, str)), None)
     if wrong is not None:
         raise ValueError(
@@ -232,12 +242,17 @@ def _of_texts(texts: Sequence[str]) -> IndexedSource:
         )
     if not texts:
         raise ValueError("dataset_name is an empty list; give at least one text")
+    if all(_NAME.fullmatch(text) for text in texts):
+        raise ValueError(
+            f"dataset_name is a list of names such as {texts[0]!r}, which would be read as texts: give the name of one "
+            "dataset, or several datasets as datasets.interleave_datasets([...])"
+        )
     digest = sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return IndexedSource(texts, {"dataset": f"{len(texts)} texts, sha256 {digest}"})
 
 
 def _of_files(name: str, files: list[str], text_column: str, kwargs: dict[str, Any]) -> Source:
-    formats = {_format(file) for file in files}
+    formats = {format_of(file) for file in files}
     if len(formats) > 1:
         raise ValueError(
             f"{name!r} mixes {' and '.join(sorted(map(str, formats)))} files; give a glob that matches one format, "
@@ -306,35 +321,3 @@ def _dataset_name(dataset: Any) -> str:
     fingerprint = dataset._fingerprint if isinstance(dataset, datasets.Dataset) else None
     name = dataset.info.dataset_name or type(dataset).__name__
     return f"{name} {fingerprint}" if fingerprint else str(name)
-
-
-def _local_files(name: str) -> list[str]:
-    path = Path(name).expanduser()
-    if path.is_file():
-        if _format(name) is None:
-            raise ValueError(
-                f"{name!r} is not a {', '.join(sorted(FORMATS))} file; convert it, or load it yourself and give the "
-                "list of texts as dataset_name"
-            )
-        return [str(path)]
-    found = (
-        path.rglob("*") if path.is_dir() else (Path(match) for match in glob.glob(str(path), recursive=True))
-    )
-    return sorted(str(match) for match in found if match.is_file() and _format(str(match)) is not None)
-
-
-def _looks_local(name: str) -> bool:
-    path = Path(name)
-    return (
-        any(c in name for c in "*?[")
-        or name.startswith((".", "/", "~"))
-        or path.exists()
-        or _format(name) is not None
-        or name.count("/") > 2
-    )
-
-
-def _format(file: str) -> str | None:
-    path = Path(file)
-    suffix = Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
-    return FORMATS.get(suffix.lower())

@@ -32,3 +32,14 @@ def test_an_unknown_name_of_the_package_is_an_attribute_error():
 
 def test_notebooks_complete_the_public_names():
     assert set(deeplens_lightning.__all__) <= set(dir(deeplens_lightning))
+
+
+def test_a_layer_out_of_range_is_named_with_what_minus_one_means():
+    extractor = deeplens_lightning.ActivationExtractor("demo:lm")
+    for layer_idx in (6, -7):
+        with pytest.raises(
+            ValueError,
+            match=rf"layer_idx={layer_idx} is out of range: give 0 to 5 for the output of a layer, -2 to -6 .* or -1 "
+            "for that of the final norm",
+        ):
+            extractor.get_activations("a text", layer_idx=layer_idx)

@@ -162,3 +162,127 @@ def test_mistakes_are_named_before_any_weight_is_loaded(model, tmp_path, monkeyp
 def test_samples_without_any_text_are_an_error(model):
     with pytest.raises(ValueError, match="the first 2 samples hold no text"):
         FromHuggingFace(model, 1, ["", " ", "a"], num_samples=2).extract_features()
+
+
+def files():
+    return sorted(file.name for file in Path("saved_features").iterdir())
+
+
+def test_the_file_is_named_for_its_hook_point_unless_it_is_the_tutorials(model, capsys):
+    hooks = ["mlp_act", "mlp_out", "blocks.1.hook_resid_post", "h.1.mlp.act:in", "final_norm"]
+    extracted = {hook: FromHuggingFace(model, 1, TEXTS[:9], hook=hook).extract_features() for hook in hooks}
+    n = len(extracted["mlp_act"])
+    named = {
+        "mlp_act": f"features_layer_1_{n}.pt",
+        "mlp_out": f"features_layers.1.mlp_out_{n}.pt",
+        "blocks.1.hook_resid_post": f"features_layers.1.resid_post_{n}.pt",
+        "h.1.mlp.act:in": f"features_h.1.mlp.act_in_{n}.pt",
+        "final_norm": f"features_final_norm_{n}.pt",
+    }
+    assert files() == sorted(named.values())
+    printed = capsys.readouterr().out
+    for hook, name in named.items():
+        path = Path("saved_features") / name
+        assert torch.equal(torch.load(path, weights_only=True), extracted[hook])
+        assert f"Features saved to {path}" in printed
+
+
+def test_no_file_with_other_features_is_replaced(model, capsys):
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.transformer.h[0].mlp.c_fc.weight.mul_(1.1)
+    first = FromHuggingFace(model, 1, TEXTS[:9]).extract_features()
+    name = f"features_layer_1_{len(first)}"
+    folder = Path("saved_features")
+    (folder / f"{name}-2.pt").write_bytes(b"damaged")
+    stamps = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    FromHuggingFace(model, 1, TEXTS[:9]).extract_features()  # the same features: they are there
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == stamps
+    other = FromHuggingFace(changed, 1, TEXTS[:9]).extract_features()
+    assert f"Features saved to saved_features/{name}-3.pt" in capsys.readouterr().out
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps
+    assert torch.equal(torch.load(folder / f"{name}.pt", weights_only=True), first)
+    assert torch.equal(torch.load(folder / f"{name}-3.pt", weights_only=True), other)
+
+
+def test_several_hook_points_are_refused_with_what_to_do(model):
+    with pytest.raises(
+        ValueError, match=r"one hook point, but layers.0.mlp_act, layers.1.mlp_act were named"
+    ):
+        FromHuggingFace(model, [0, 1], ["a text"])
+
+
+def with_memory(monkeypatch, nbytes):
+    monkeypatch.setattr("deeplens_lightning.extraction.saved_features.machine_memory", lambda: nbytes)
+
+
+def mapped_from(tensor):
+    """Path of the file that the memory of a tensor is mapped from; empty if it is in memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        begin, end = (int(address, 16) for address in line.split()[0].split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return " ".join(line.split()[5:])
+    raise AssertionError("the tensor is nowhere")
+
+
+def test_features_larger_than_half_of_the_memory_are_mapped_from_their_file(
+    model, dataset, monkeypatch, capsys
+):
+    extractor = FromHuggingFace(model, 1, dataset, num_samples=60, seq_length=64)
+    features = torch.cat(list(extractor.extract_features_batched()))
+    with_memory(monkeypatch, 2 * features.nbytes - 1)
+    mapped = extractor.extract_features()
+    [name] = files()
+    path = Path("saved_features").resolve() / name
+    assert (name, mapped_from(mapped)) == (f"features_layer_1_{len(features)}.pt", str(path))
+    assert torch.equal(mapped, features)
+    mapped += 1
+    assert torch.equal(torch.load(path, weights_only=True), features)
+    assert "more than half of this machine's memory: they are written to a file" in capsys.readouterr().out
+    with_memory(monkeypatch, 2 * features.nbytes)
+    assert mapped_from(extractor.extract_features()) in ("", "[heap]")
+
+
+def no_model(monkeypatch):
+    monkeypatch.setattr("deeplens_lightning.extraction.from_huggingface.run_model", None)
+
+
+def test_features_that_fit_nowhere_are_refused_before_the_model_runs(model, dataset, monkeypatch):
+    no_model(monkeypatch)
+    with_memory(monkeypatch, 200_000)
+    with pytest.raises(
+        ValueError, match=r"the features of 150 samples take about 0\.0\d+ GB.*half of this machine"
+    ) as big:
+        FromHuggingFace(model, 1, dataset, seq_length=64, save_features=False).extract_features()
+    for word in (
+        "extract_features_batched()",
+        "`deeplens-lightning extract`",
+        "give save_features=True",
+        "num_samples",
+    ):
+        assert word in str(big.value)
+    monkeypatch.setattr(
+        "deeplens_lightning.extraction.saved_features.LocalFolder.free_bytes", lambda folder: 300_000
+    )
+    with pytest.raises(
+        ValueError, match=r"twice its size in saved_features, where 0\.0003 GB are free"
+    ) as full:
+        FromHuggingFace(model, 1, dataset, seq_length=64).extract_features()
+    assert "give save_features=True" not in str(full.value)
+    assert not Path("saved_features").exists()
+
+
+def test_a_stream_is_refused_without_reading_all_of_it(model, monkeypatch):
+    no_model(monkeypatch)
+    with_memory(monkeypatch, 2_000_000)
+    read = []
+
+    def endless():
+        for number in range(10**9):
+            read.append(number)
+            yield {"text": TEXTS[number % 100]}
+
+    stream = datasets.IterableDataset.from_generator(endless)
+    with pytest.raises(ValueError, match=r"the features of 25,000 samples take about 2.1 GB"):
+        FromHuggingFace(model, 1, stream, save_features=False).extract_features()
+    assert len(read) < 2000

@@ -143,3 +143,18 @@ def test_plotting_needs_no_display_and_never_imports_pyplot(tmp_path: Path) -> N
     environment = {"PATH": "/usr/bin:/bin", "MPLBACKEND": "TkAgg", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=600)
     assert _is_png(tmp_path / "a.png")
+
+
+def test_a_notebook_shows_a_figure_as_a_picture_without_pyplot() -> None:
+    script = (
+        "import sys, torch\n"
+        "from deeplens_lightning.reporting.figures import plot_activation_heatmap, plot_firing_histogram\n"
+        "figures = plot_activation_heatmap(torch.randn(2, 4), ['a', 'b']), plot_firing_histogram(torch.rand(9))\n"
+        "for figure in figures:\n"
+        "    png = figure._repr_png_()\n"  # what IPython calls on the value of a cell
+        "    width, height = (int.from_bytes(png[at : at + 4], 'big') for at in (16, 20))\n"
+        "    assert png.startswith(b'\\x89PNG')\n"
+        "    assert [width, height] == [round(100 * inches) for inches in figure.get_size_inches()]\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=600)

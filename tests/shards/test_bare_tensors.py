@@ -40,6 +40,19 @@ def test_large_finite_rows_of_a_bare_tensor_are_served(tmp_path):
     assert len(list(one_epoch(ShardStream(path, batch_size=10)))) == 1
 
 
+@pytest.mark.parametrize("name", ["train.py", "rows.safetensors", "rows.npy", "rows.pth", "rows"])
+@pytest.mark.parametrize(
+    "given", [str, lambda path: path, lambda path: [str(path)]], ids=["str", "Path", "list"]
+)
+def test_a_file_that_is_no_pt_file_is_named(tmp_path, name, given):
+    path = tmp_path / name
+    path.write_bytes(b"import this")
+    with pytest.raises(
+        ShardError, match=rf"{name} is a file that does not end in \.pt: give a folder .* tensor"
+    ):
+        ShardStream(given(path), batch_size=1)
+
+
 UNUSUAL = {
     "expanded": (torch.zeros(1, 3).expand(10**13, 3), "only 12 bytes of it"),
     "expanded columns": (torch.zeros(30, 1).expand(30, 10**12), "only 120 bytes of it"),

@@ -84,7 +84,9 @@ def test_an_unfinished_cache_is_read_up_to_its_last_shard_with_a_warning(cache, 
     for name in (INDEX, done_name(0), sidecar_name(shard_name(0, 2))):
         (cache / name).unlink()
     assert sum(len(batch.provenance) for batch in read_all(cache)) == 400
-    assert "is not finished: reading its 2 finished shards" in caplog.text
+    assert (
+        "is not finished: reading its 2 finished shards; run the command that wrote it again" in caplog.text
+    )
 
 
 def test_shards_swapped_between_caches_are_noticed(tmp_path):

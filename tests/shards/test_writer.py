@@ -227,7 +227,7 @@ def test_damage_in_a_finished_cache_is_repaired_by_running_again(tmp_path):
     shard = tmp_path / "other" / shard_name(0, 1)
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(
-        DamagedShardError, match=r"000001.pt has .* delete it and run the extract command again"
+        DamagedShardError, match=r"000001.pt has .* delete it and run the command that wrote it again"
     ):
         ShardWriter(tmp_path / "other", manifest())
     shard.unlink()

@@ -90,3 +90,18 @@ def test_layer_and_hook_name_a_bare_tensor(tmp_path: Path) -> None:
     assert ActivationDataModule(shards=bare, hook="blocks.5.hook_mlp_out").hook_names == ("layers.5.mlp_out",)
     theirs = str(tmp_path / "features_layer_2_100.pt")
     assert ActivationDataModule(shards=theirs).hook_names == ("layers.2.mlp_act",)
+
+
+def test_a_list_of_paths_is_recorded_as_paths_and_one_of_texts_as_texts() -> None:
+    paths = ActivationDataModule(dataset_name=["a.jsonl", "b.jsonl"])
+    assert paths.hparams["data"]["dataset_name"] == ["a.jsonl", "b.jsonl"]
+    assert ActivationDataModule(dataset_name=["a", "b"]).hparams["data"]["dataset_name"] == "list of 2 texts"
+    with pytest.raises(ValueError, match="is a path, and 'a text' is not"):
+        ActivationDataModule(dataset_name=["a.jsonl", "a text"])
+
+
+def test_a_data_module_is_not_loaded_from_a_checkpoint_but_continued_by_the_trainer() -> None:
+    with pytest.raises(
+        NotImplementedError, match=r"ActivationDataModule\(\.\.\.\) .* ckpt_path='runs/last.ckpt'\)"
+    ):
+        ActivationDataModule.load_from_checkpoint("runs/last.ckpt", batch_size=64)

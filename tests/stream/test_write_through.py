@@ -99,6 +99,21 @@ def test_stopping_in_the_first_epoch_writes_no_row_twice(
     assert sorted(cached(tmp_path / "cache")) == sorted(keys)
 
 
+def test_reading_an_unfinished_cache_says_that_the_fit_can_be_run_again(
+    tiny: Callable[[str], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = small_stream(tiny("llama"), write_shards=str(tmp_path / "cache"))
+    data.setup("fit")
+    epoch(data, limit=5)
+    data.teardown("fit")
+    reading = ActivationDataModule(shards=str(tmp_path / "cache"), batch_size=16)
+    assert reading.d_in
+    assert (
+        "run the command that wrote it again (extract, or fit with write_shards) to continue" in caplog.text
+    )
+    assert "extract command" not in caplog.text
+
+
 def test_a_run_that_reads_the_written_cache_resumes_bit_for_bit(
     tiny: Callable[[str], str], tmp_path: Path
 ) -> None:

@@ -95,7 +95,7 @@ def write_states(folder: Path) -> None:
         alone.load_state_dict(state)
         torch.save({"state": state, "next": next_rows(alone)}, folder / "two_ranks.pt")
         window = WINDOW_ROWS * manifest().row_bytes
-        with patch("deeplens_lightning.shards.shard_stream._machine_memory", lambda: 8 * window):
+        with patch("deeplens_lightning.shards.shard_stream.machine_memory", lambda: 8 * window):
             for name in CACHES:
                 datamodule = cached_data(Path(work) / name, name)
                 after = len(opened(datamodule).train_dataloader()) if name == "epoch_end" else 5

@@ -43,6 +43,44 @@ def test_local_files_one_document_a_txt_file(files: Path) -> None:
     assert sorted(rows(open_source(str(files / "txt")))) == sorted(TEXTS)
 
 
+PARTS = ["part-0.jsonl", "part-1.jsonl"]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [(PARTS, 20), ([*PARTS, PARTS[0]], 20), (["part-*.jsonl"], 30), (["txt"], 30)],
+    ids=str,
+)
+def test_a_list_of_paths_is_read_as_the_files(files: Path, names: list[str], count: int, kind: type) -> None:
+    found = rows(open_source([kind(str(files / name)) for name in names]))
+    assert sorted(found) == sorted(TEXTS[:count])
+
+
+def test_one_path_object_is_read_as_its_file(files: Path) -> None:
+    assert rows(open_source(files / "part-0.jsonl")) == rows(open_source(str(files / "part-0.jsonl")))
+
+
+def test_relative_paths_and_names_with_spaces_are_paths(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my texts.jsonl").write_text((files / "part-1.jsonl").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert sorted(rows(open_source(["my texts.jsonl"]))) == sorted(TEXTS[10:20])
+
+
+@pytest.mark.parametrize(
+    "texts_", [["See README.md", "b"], ["read a.jsonl\nnow"], ["a b", "a.txt"], ["cat", "dog"], ["x" * 5000]]
+)
+def test_texts_that_mention_files_are_texts(texts_: list[str]) -> None:
+    assert sorted(rows(open_source(texts_))) == sorted(texts_)
+
+
+def test_identity_of_a_list_of_paths_is_that_of_the_files(files: Path, tmp_path: Path) -> None:
+    one, other = (open_source([str(files / name) for name in names]) for names in (PARTS, [PARTS[0]]))
+    assert one.identity["dataset files"] != other.identity["dataset files"]
+
+
 @pytest.mark.parametrize("sharded", [True, False])
 def test_reading_a_stream_can_start_at_any_document(files: Path, sharded: bool) -> None:
     name = [str(files / f"part-{i}.jsonl") for i in range(3)] if sharded else str(files / "all.parquet")
@@ -99,6 +137,9 @@ def test_identity_changes_with_the_texts() -> None:
         ("demo:novels", {}, ValueError, "'demo:docs'"),
         ([], {}, ValueError, "empty list"),
         (["a", 3], {}, ValueError, "must hold only texts"),
+        (["/no/such/a.jsonl", "b.jsonl"], {}, FileNotFoundError, "'/no/such/a.jsonl' matches no"),
+        ([Path("a.jsonl"), "a text"], {}, ValueError, "'a.jsonl', is a path, and 'a text' is not"),
+        (["HuggingFaceFW/fineweb", "wikitext/wikitext-103-v1"], {}, ValueError, "interleave_datasets"),
         (datasets.Dataset.from_dict({"body": ["x"]}), {}, ValueError, "its columns are body"),
         (datasets.Dataset.from_dict({"text": []}), {}, ValueError, "is empty"),
         (

@@ -88,7 +88,7 @@ def doctor(
         ValueError: there is no such device, or the model has no such hook point.
         FileNotFoundError: there is no such model, or no folder for `out`.
     """
-    chosen = _device(device)
+    chosen = device_of(device)
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise FileNotFoundError(
             f"out={out!r}: there is no folder {str(Path(out).absolute().parent)!r}; make it first"
@@ -129,21 +129,6 @@ def _table(results: Sequence[Check], strict: bool, title: str) -> Table:
         advice = "" if result.passed is not False else result.advice
         table.add_row(result.name, word, *map(escape, (result.figure, result.target, advice)))
     return table
-
-
-def _device(name: str) -> torch.device:
-    """The device of a name, checked to be there."""
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    try:
-        device = device_of(name)
-    except RuntimeError:
-        device = None
-    if device is None or str(device) not in (*there, "mps:0"):
-        raise ValueError(
-            f"device={name!r}: there is no such device here; give one of {', '.join(there)}, or auto"
-        )
-    return device
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
