@@ -126,7 +126,8 @@ class Moments:
         """Compute the normalisation from the rows that were added.
 
         Args:
-            normalize: the kind of normalisation, one of `Normalize`.
+            normalize: `none`, `mean_norm` (mean row norm sqrt(d_in)), `center` (mean removed), `standardize` (mean
+                removed, mean squared norm d_in) or `zscore` (each dimension to mean 0 and variance 1).
 
         Raises:
             ValueError: `normalize` is unknown, no row was added, or the rows are all zero or all equal.
@@ -158,7 +159,7 @@ def check_normalize(normalize: str) -> None:
     """Check the name of a normalisation.
 
     Raises:
-        ValueError: `normalize` is not one of `Normalize`.
+        ValueError: it is none of `none`, `mean_norm`, `center`, `standardize` and `zscore`.
     """
     if normalize not in get_args(Normalize):
         raise ValueError(

@@ -7,7 +7,8 @@ Plain data, with no imports from the package. On the command line and in YAML th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from inspect import Parameter, Signature, signature
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_type_hints
 
@@ -79,9 +80,10 @@ class BufferOptions:
     """Where rows are shuffled and kept, which rows are dropped, and the dtype of batches.
 
     Args:
-        device: device of the buffer and the batches; default the device of the LightningModule.
+        device: device of the buffer and the batches, `cpu`, `cuda`, `cuda:1` or `mps`; default the device of the
+            LightningModule.
         shuffle_blocks: also shuffle the blocks of tokens before the model runs on them.
-        dtype: dtype of batches; `auto` keeps the dtype of the activations.
+        dtype: dtype of batches: `float32`, `bfloat16`, `float16`, or `auto` for the dtype of the activations.
         max_norm_ratio: drop rows whose norm is above this multiple of the median norm (attention sinks); None keeps
             all rows.
         val_bytes: largest size of the validation set in memory, in bytes over all ranks; it has fewer than `val_rows`
@@ -144,6 +146,8 @@ def values(settings: Any) -> dict[str, Any]:
 def takes(kind: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callable[Concatenate[S, P], None]]:
     """Decorate an `__init__(self, settings)` so that it takes the fields of a settings dataclass as arguments.
 
+    A wrong name of an argument is a TypeError with the nearest one, also of those in groups.
+
     The decorated `__init__` has the signature, annotations and docstring of `kind`, which help(), type checkers and
     LightningCLI read. Each setting is therefore defined in one place.
 
@@ -152,17 +156,33 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[S, T], None]], Callable[C
     """
     hints = get_type_hints(kind.__init__)
     given = [p.replace(annotation=hints[p.name]) for p in signature(kind).parameters.values()]
+    arguments = {p.name: p.annotation for p in given}
 
     def decorate(init: Callable[[S, T], None]) -> Callable[Concatenate[S, P], None]:
         def constructor(self: S, /, *args: P.args, **kwargs: P.kwargs) -> None:
+            if unknown := kwargs.keys() - arguments.keys():
+                raise TypeError(_no_argument(type(self).__name__, min(unknown), arguments))
             init(self, kind(*args, **kwargs))
 
         me = Parameter("self", Parameter.POSITIONAL_ONLY)
         constructor.__signature__ = Signature([me, *given])  # type: ignore[attr-defined]
-        constructor.__annotations__ = {p.name: p.annotation for p in given} | {"return": None}
+        constructor.__annotations__ = arguments | {"return": None}
         constructor.__doc__ = kind.__doc__
         constructor.__name__, constructor.__qualname__ = init.__name__, init.__qualname__
         constructor.__module__ = init.__module__
         return constructor
 
     return decorate
+
+
+def _no_argument(owner: str, name: str, arguments: dict[str, Any]) -> str:
+    """Say that a constructor has no such argument, and how to write the nearest one, in a group of settings too."""
+    known = {
+        field.name: f"{group}={kind.__name__}({field.name}=...)"
+        for group, kind in arguments.items()
+        if is_dataclass(kind) and isinstance(kind, type)
+        for field in fields(kind)
+    } | {argument: f"{argument}=..." for argument in arguments}
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {known[near[0]]}?" if near else f"help({owner}.__init__) lists them"
+    return f"{owner} has no argument {name!r}; {hint}"

@@ -41,12 +41,12 @@ class ExportSAE(Callback):
 
     Args:
         format: "saelens" is read by `sae_lens.SAE.load_from_disk`; "safetensors" by
-            `SparseAutoencoder.from_safetensors`, with all architectures and the normalisation.
+            `SparseAutoencoder.from_safetensors`, with all architectures and the normalisation; "hub" is not there yet.
         folder: where to write; a relative path is inside the folder of the run. Several SAEs get a folder each in it.
         overwrite: replace the folder of an earlier fit.
 
     Raises:
-        ValueError: an unknown format, or "hub", which is not available yet.
+        ValueError: an unknown format, or "hub".
 
     Attributes:
         written: the folders.

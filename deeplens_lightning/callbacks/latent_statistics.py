@@ -38,7 +38,7 @@ class LatentStatistics(Callback):
         max_rows: held-out rows to encode in each validation, on each rank; the last batch is taken whole. With 0 only
             training rows are counted.
         dense_above: share of rows, above 0 and at most 1, above which a latent counts as dense.
-        sae: name of one SAE of a module that trains several; default the first.
+        sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
         ValueError: a value outside its range.

@@ -59,11 +59,12 @@ class LossRecovered(Callback):
         batch_size: segments in a model batch, at least 1.
         texts: texts to measure on instead of the data module's held-out text; needed with cached shards, which hold no
             text.
-        hf_model: the model, which may be wrapped by `torch.compile` or PEFT, or its name; default the data module's.
-        device: device of the whole model; "auto" is the device of the data module's model where it has one, else the
-            SAE's.
+        hf_model: hub id, folder, GGUF file, `demo:lm` or a loaded model, which may be wrapped by `torch.compile` or PEFT;
+            default the data module's.
+        device: device of the whole model: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the device of the data module's
+            model where it has one, else the SAE's.
         model_kwargs: arguments for `from_pretrained`; default the data module's.
-        sae: name of one SAE of a module that trains several; default the first.
+        sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
         ValueError: `rows` or `batch_size` is below 1. At the start of a fit: there is no model, no held-out text, no

@@ -131,7 +131,7 @@ def require_sae(
         module: the LightningModule that trains.
         names: canonical names of the hook points that batches hold; empty where unknown.
         callback: name of the callback that needs the SAE, for the error message.
-        sae: name of one SAE of a module that trains several; default the first.
+        sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
         TypeError: the module has no `encode` or no `decode`.

@@ -68,19 +68,22 @@ class ExtractSingleSample(Callback):
             data module's own model in a Trainer.
         layer: layer of the hook point. Default: 3 without a Trainer, the data module's in a Trainer.
         max_length: longer texts are cut to this number of tokens; the first cut gives a warning.
-        device: "auto", "cuda", "mps" or "cpu": device of a model that this object loads.
-        hook: kind, canonical name, TransformerLens name or module path. Default: `mlp_act` without a Trainer, the data
-            module's in a Trainer (required if it has several).
+        device: device of a model that this object loads: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first of
+            CUDA, MPS and the CPU that is there.
+        hook: a kind (`mlp_in`, `mlp_act`, `mlp_post`, `mlp_out`, `attn_out`, `attn_z`, `resid_pre`, `resid_mid`,
+            `resid_post`, `final_norm`), a canonical name (`layers.3.mlp_out`), a TransformerLens name
+            (`blocks.3.hook_mlp_out`) or a module path (`transformer.h.3.mlp`). Default: `mlp_act` without a Trainer, the
+            data module's in a Trainer (required if it has several).
         texts: texts to record in a Trainer.
         every_n_steps: optimizer steps between two records.
         image_every_n_steps: optimizer steps between two pictures, which take much longer than a record; default ten
             times `every_n_steps`. A picture is also drawn after each validation and at the end.
         n_latents: number of latents to record for each token, those with the largest activations.
         load_own: in a Trainer whose data module has no model (cached shards), load the model that its rows came from.
-        tokenizer: default the model's own.
+        tokenizer: hub id, folder or a loaded tokenizer; default the model's own.
         model_kwargs: arguments for `from_pretrained`.
         name: name of the folder for the files; two of these callbacks in one Trainer need different names.
-        sae: name of one SAE of a module that trains several; default the first.
+        sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
         TypeError: `texts` is one string.

@@ -1,4 +1,4 @@
-"""`TopActivatingTokens`: collect the text on which each latent fires most strongly during training."""
+"""`TopActivatingTokens`: collect the text on which latents fire most strongly, in training or in a validation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -28,24 +29,24 @@ _REFRESH_EVERY = 16  # encoded batches between two times that the kept rows are 
 class TopActivatingTokens(Callback):
     """Keeps the rows on which chosen latents fire most strongly, and writes them with their text at the end.
 
-    One training batch every `every_n_steps` optimizer steps is encoded. At the end of the fit, the text around each
-    kept row is found through the data module's provenance. Where the data module has a model, every token of that text
-    gets its own activation. Only rank 0 works, on the rows that it served. Written in the run's folder:
-    `top_tokens/latents.json`; a table goes to loggers that show tables.
+    In a fit one training batch every `every_n_steps` optimizer steps is encoded, in `trainer.validate` every batch of
+    held-out rows. At the end, the text around each kept row is found through the data module's provenance. Where the
+    data module has a model, every token of that text gets its own activation. Only rank 0 works, on the rows that it
+    served. Written in the run's folder: `top_tokens/latents.json`; a table goes to loggers that show tables.
 
     Args:
         latents: numbers of the latents to watch, or how many to choose at random.
         keep: number of rows to keep for each latent, at least 1.
-        every_n_steps: optimizer steps between two batches that are encoded; each costs one `encode`.
+        every_n_steps: optimizer steps between two training batches that are encoded; each costs one `encode`.
         before: number of tokens to show before the row's own, at least 0.
         after: number of tokens to show after it, at least 0.
         seed: seed of the random choice of latents.
-        sae: name of one SAE of a module that trains several; default the first.
+        sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
-        ValueError: a value outside its range, or a latent that the SAE does not have. At the start of a fit: a data
-            module without provenance.
-        TypeError: at the start of a fit: the module has no `encode` or no `decode`.
+        ValueError: a value outside its range, or a latent that the SAE does not have. At the start: a data module
+            without provenance.
+        TypeError: at the start: the module has no `encode` or no `decode`.
     """
 
     def __init__(
@@ -81,13 +82,13 @@ class TopActivatingTokens(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage in ("fit", "validate"):
             self._path = run_folder(trainer) / "top_tokens" / "latents.json"
             self._raw, self._top, self._encoded, self._unknown = RawRows(), None, 0, False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before the first step that there is an SAE, and a data module with provenance."""
+        """Check before the first batch that there is an SAE, and a data module with provenance."""
         self._find_sae(trainer, pl_module)
         if not isinstance(trainer.datamodule, ActivationData):  # type: ignore[attr-defined]
             raise ValueError(
@@ -99,7 +100,40 @@ class TopActivatingTokens(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._every.due(trainer.global_step) or not trainer.is_global_zero:
+        if self._every.due(trainer.global_step):
+            self._watch(trainer, pl_module, batch)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        short = f"the fit ended at step {trainer.global_step}, before every_n_steps={self._every.n}"
+        self._finish(trainer, pl_module, short)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self.on_fit_start(trainer, pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._watch(trainer, pl_module, batch)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._finish(trainer, pl_module, "there are no held-out rows")
+
+    def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Encode a batch on rank 0, and keep its rows on which the latents fire most strongly."""
+        if not trainer.is_global_zero:
             return
         provenance = self._provenance(trainer, batch)
         if provenance is None:
@@ -115,12 +149,11 @@ class TopActivatingTokens(Callback):
             if self._encoded % _REFRESH_EVERY == 0:
                 self._top.refresh(sae.encode_parts)
 
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, short: str) -> None:
+        """Write what was kept on rank 0, or say why there is nothing: `short` where no batch was encoded."""
         if not trainer.is_global_zero or self._path is None:
             return
         if self._top is None:
-            short = f"the fit ended at step {trainer.global_step}, before every_n_steps={self._every.n}"
             self._say_empty("their provenance is unknown" if self._unknown else short)
             return
         sae = self._find_sae(trainer, pl_module)

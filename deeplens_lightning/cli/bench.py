@@ -97,11 +97,11 @@ def compare(data: ActivationDataModule, pairs: int, model_batches: int) -> Compa
 
 def bench(
     data: ActivationDataModule, pairs: int = 10, model_batches: int = 64, out: str | None = None
-) -> Comparison:
-    """Print a comparison as a table, and write it as JSON.
+) -> None:
+    """Measure the speed of the stream and of the bare model stopped at the hook point, in turns; print a table.
 
     Args:
-        data: a data module that computes activations, without a Trainer.
+        data: the data module, which computes activations, without a Trainer.
         pairs: number of measurements of each.
         model_batches: number of model batches in a measurement, a multiple of 32.
         out: JSON file to write the figures to; default none.
@@ -121,7 +121,6 @@ def bench(
         threads = {"threads": torch.get_num_threads(), "torch": torch.__version__}
         figures = asdict(result) | {"ratio": median(result.ratios)} | threads
         write_whole(Path(out), json.dumps(figures, indent=2).encode())
-    return result
 
 
 @contextmanager

@@ -1,9 +1,7 @@
-"""The commands of this package, one function each; the parser takes options and help from their signatures."""
+"""Functions of commands, and a list of all; the parser takes options and help from the signature of each."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any, Literal
 
 from rich.console import Console
@@ -23,28 +21,14 @@ def inspect(
     Args:
         hf_model: hub id, folder, GGUF file, or demo:lm.
         layer: one layer or several; prints which weights this choice loads and skips.
-        hook: kinds of hook point, canonical names, TransformerLens names or module paths; one or several.
+        hook: one hook point or several: kinds (`mlp_in`, `mlp_act`, `mlp_post`, `mlp_out`, `attn_out`, `attn_z`,
+            `resid_pre`, `resid_mid`, `resid_post`, `final_norm`), canonical names (`layers.3.mlp_out`), TransformerLens
+            names (`blocks.3.hook_mlp_out`) or module paths (`transformer.h.3.mlp`).
         model_kwargs: arguments of `from_pretrained`.
     """
     from deeplens_lightning.model.inspection import inspect_model, render
 
     Console().print(render(inspect_model(hf_model, layer, hook, model_kwargs)))
-
-
-def bench(
-    data: ActivationDataModule, pairs: int = 10, model_batches: int = 64, out: str | None = None
-) -> None:
-    """Measure the speed of the stream and of the bare model stopped at the hook point, in turns.
-
-    Args:
-        data: the data module, whose batches are measured.
-        pairs: number of measurements of each.
-        model_batches: number of model batches in a measurement.
-        out: JSON file to write the figures to.
-    """
-    from deeplens_lightning.cli.bench import bench as run
-
-    run(data, pairs, model_batches, out)
 
 
 def report(run_dir: str, out: str | None = None) -> None:
@@ -133,36 +117,12 @@ def verify(shards: str, upgrade: bool = False) -> None:
         print(f"{folder} has the present format version now.")
 
 
-def doctor(
-    device: str = "auto",
-    hf_model: str = "demo:lm",
-    layer: int | None = None,
-    hook: str | None = None,
-    out: str | None = None,
-    strict: bool = False,
-) -> None:
-    """Check rows, resuming, kernels, ranks, waits, memory and speed on this machine; exit with 1 if one fails.
-
-    Args:
-        device: cpu, cuda, cuda:1, mps, or auto.
-        hf_model: hub id, folder, GGUF file, or demo:lm.
-        layer: layer of the hook point.
-        hook: kind of hook point, canonical name, TransformerLens name or module path.
-        out: JSON file to write the figures to.
-        strict: speeds below their targets fail too.
-    """
-    from deeplens_lightning.cli.doctor.command import doctor as run
-
-    if not run(device, hf_model, layer, hook, out, strict):
-        sys.exit(1)
-
-
-FUNCTIONS: dict[str, Callable[..., None]] = {
-    "inspect": inspect,
-    "bench": bench,
-    "extract": extract,
-    "verify": verify,
-    "report": report,
-    "doctor": doctor,
+FUNCTIONS = {
+    "inspect": "deeplens_lightning.cli.commands:inspect",
+    "bench": "deeplens_lightning.cli.bench:bench",
+    "extract": "deeplens_lightning.cli.commands:extract",
+    "verify": "deeplens_lightning.cli.commands:verify",
+    "report": "deeplens_lightning.cli.commands:report",
+    "doctor": "deeplens_lightning.cli.doctor.command:doctor",
 }
-"""The function of every command in `cli.help.OWN_COMMANDS`."""
+"""The function of every command in `cli.help.OWN_COMMANDS`, as `module:function`: only the one that runs is imported."""

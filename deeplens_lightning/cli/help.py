@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import getdoc
+from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any
 
@@ -61,7 +62,7 @@ GROUPS = {
 TOP_OPTIONS = {
     "config": "FILE: YAML with any options; a later file or option overrides an earlier one",
     "print_config": "print all settings as YAML and stop",
-    "ckpt_path": "FILE: continue from a checkpoint; last, or newest:FOLDER for the newest intact one",
+    "ckpt_path": "FILE to continue from, or newest:FOLDER for the newest intact one below a folder",
     "weights_only": "true or false: accept only tensors and plain values in a checkpoint",
     "seed_everything": "N: seed of the weights' initialisation",
 }
@@ -79,7 +80,8 @@ def overview() -> str:
             "Models, caches and reports",
             *_table(OWN_COMMANDS),
             "",
-            "deeplens-lightning COMMAND --help shows the options of a command; --traceback shows where an error arose.",
+            "deeplens-lightning COMMAND --help shows the options of a command; --version prints the version.",
+            "deeplens-lightning --traceback COMMAND shows where an error arose.",
             "Exit codes: 0 done; 1 or 2 an error; 130 stopped by Ctrl-C; 143 stopped by SIGTERM, after saving.",
         ]
     )
@@ -89,7 +91,8 @@ def contents(command: str) -> str:
     """The text of `deeplens-lightning fit --help`: the groups of options, and how to list each group."""
     groups = {f"--{name}.*": group.line or _first_line(group.class_path) for name, group in GROUPS.items()}
     groups["--optimizer.*"] = "for a module without configure_optimizers; also --lr_scheduler.*"
-    options = TOP_OPTIONS if command == "fit" else {**TOP_OPTIONS, "ckpt_path": "FILE: checkpoint to load"}
+    load = "FILE to load, or newest:FOLDER for the newest intact one below a folder"
+    options = TOP_OPTIONS if command == "fit" else {**TOP_OPTIONS, "ckpt_path": load}
     run = f"deeplens-lightning {command}"
     return "\n".join(
         [
@@ -116,9 +119,11 @@ def contents(command: str) -> str:
     )
 
 
-def asked_group(words: Sequence[str]) -> str | None:
-    """The group whose options the last word lists: `data` for `--data.help`; None where it lists none."""
-    return next((name for name in GROUPS if words[-1:] == [f"--{name}.help"]), None)
+def asked_group(command: str, words: Sequence[str]) -> str | None:
+    """The group whose options a word lists, without the name of a class: `data` for `--data.help`; None for none."""
+    groups = GROUPS if command in TRAINER_COMMANDS else [name for name in GROUPS if name.startswith("data")]
+    asked = [word for word, following in pairwise([*words, "--"]) if following.startswith("--")]
+    return next((name for name in groups if f"--{name}.help" in asked), None)
 
 
 def group_help(command: str, name: str) -> str:

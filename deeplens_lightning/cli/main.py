@@ -12,8 +12,10 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deeplens_lightning.cli.help import (
@@ -25,8 +27,7 @@ from deeplens_lightning.cli.help import (
     group_help,
     overview,
 )
-from deeplens_lightning.disk.mistakes import mistakes, naming, sentence
-from deeplens_lightning.disk.torch_files import check_checkpoint_file
+from deeplens_lightning.disk.mistakes import mistakes, sentence
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningCLI
@@ -81,17 +82,23 @@ def _imported_sigterm() -> type[SystemExit] | tuple[()]:
 
 def _run(words: list[str]) -> None:
     command, *rest = words or ["--help"]
-    if command in OWN_COMMANDS:
-        _run_own(command, rest)
-    elif command in ("-h", "--help"):
+    if command in ("-h", "--help"):
         print(overview())
-    elif command not in TRAINER_COMMANDS:
+    elif command == "--version":
+        print(f"deeplens-lightning {version('deeplens-lightning')}")
+    elif command not in (*TRAINER_COMMANDS, *OWN_COMMANDS):
         known = ", ".join((*TRAINER_COMMANDS, *OWN_COMMANDS))
         raise ValueError(f"there is no command {command!r}; the commands are {known}")
+    elif name := asked_group(command, rest):
+        kind = _class_of(name, rest)
+        if kind is None or kind == GROUPS[name].class_path:
+            print(group_help(command, name))
+        else:
+            _run([command, f"--{name}.help", kind])
+    elif command in OWN_COMMANDS:
+        _run_own(command, rest)
     elif "-h" in rest or "--help" in rest:
         print(contents(command))
-    elif name := asked_group(rest):
-        print(group_help(command, name))
     else:
         lightning_cli(words)
 
@@ -115,26 +122,13 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
     from deeplens_lightning.activation_data import callbacks_of
     from deeplens_lightning.callbacks.summary import FitSummary
     from deeplens_lightning.callbacks.throughput import Throughput
-    from deeplens_lightning.cli.newest_checkpoint import with_newest
-    from deeplens_lightning.cli.parser import CommandParser
+    from deeplens_lightning.cli.checkpoint_files import CheckpointFiles
+    from deeplens_lightning.cli.newest_checkpoint import checkpoint_path
+    from deeplens_lightning.cli.parser import CommandParser, trainer_option_types, with_values
     from deeplens_lightning.preemption import Preemption
 
-    words = with_newest(sys.argv[1:] if words is None else words)
+    words = with_values(sys.argv[1:] if words is None else words, trainer_option_types())
     _refuse_d_in(words)
-
-    class Checkpoints(TorchCheckpointIO):
-        """Lightning's, with damaged files refused, and the file's name in the error of a full disk."""
-
-        def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            check_checkpoint_file(path)
-            loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-            return loaded
-
-        def save_checkpoint(
-            self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-        ) -> None:
-            with naming(path):
-                super().save_checkpoint(checkpoint, path, storage_options)
 
     class Command(LightningCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -143,13 +137,24 @@ def lightning_cli(words: list[str] | None = None, run: bool = True) -> Lightning
             parser.link_arguments("data.d_in", "model.init_args.d_in", apply_on="instantiate")
 
         def _parse_ckpt_path(self) -> None:
-            """Leave the settings in the checkpoint of `--ckpt_path` unused; the SAE refuses one with other settings."""
+            """Find the checkpoint of `--ckpt_path`. The settings in it stay unused; the SAE refuses one with others."""
+            if run:
+                command = self.config.subcommand
+                settings = self.config[command]
+                folders = ("trainer.logger.init_args.save_dir", "trainer.default_root_dir")
+                runs = next(filter(None, map(settings.get, folders)), "lightning_logs")
+                found = checkpoint_path(settings.ckpt_path, command, runs)
+                if found != settings.ckpt_path:
+                    settings.ckpt_path = found
+                    sys.argv.append(
+                        f"--ckpt_path={found or 'null'}"
+                    )  # DDP starts the other ranks with these words
 
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             """Refuse damaged checkpoints; name the file where one cannot be saved."""
             trainer = super().instantiate_trainer(**kwargs)
             if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-                trainer.strategy.checkpoint_io = Checkpoints()
+                trainer.strategy.checkpoint_io = CheckpointFiles(trainer.checkpoint_callbacks)
             return trainer
 
         def before_fit(self) -> None:
@@ -190,38 +195,57 @@ def _refuse_d_in(words: Sequence[str]) -> None:
     from omegaconf import OmegaConf
 
     given = [word for word in words if re.match(r"--model(\.init_args)?\.d_in\b", word)]
-    for flag, value in pairwise([*words, ""]):
-        path = (
-            value
-            if flag in ("--config", "-c")
-            else flag.removeprefix("--config=")
-            if "--config=" in flag
-            else ""
-        )
-        if path and Path(path).is_file():
-            settings = OmegaConf.load(path)
-            keys = ("model.init_args.d_in", "model.d_in")
-            given.extend(f"{key} in {path}" for key in keys if OmegaConf.select(settings, key) is not None)
+    for path, settings in _configs(words):
+        keys = ("model.init_args.d_in", "model.d_in")
+        given.extend(f"{key} in {path}" for key in keys if OmegaConf.select(settings, key) is not None)
     if given:
         raise ValueError(f"{given[0]}: d_in is taken from the data; remove it from the model's settings")
+
+
+def _class_of(group: str, words: Sequence[str]) -> str | None:
+    """The class that the words or their configs choose for `model` or `data`; None for the default class."""
+    from omegaconf import OmegaConf
+
+    chosen = [OmegaConf.select(settings, f"{group}.class_path") for _, settings in _configs(words)]
+    chosen += _values(words, f"--{group}", f"--{group}.class_path")
+    return next(filter(None, reversed(chosen)), None)
+
+
+def _configs(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """The path and the content of every config in the words."""
+    from omegaconf import OmegaConf
+
+    for path in _values(words, "--config", "-c"):
+        if Path(path).is_file():
+            yield path, OmegaConf.load(path)
+
+
+def _values(words: Sequence[str], *options: str) -> list[str]:
+    """The values of some options, in the order of the words."""
+    parts = [(*word.partition("="), following) for word, following in pairwise([*words, ""])]
+    values = [
+        value if equals else following for option, equals, value, following in parts if option in options
+    ]
+    return list(filter(None, values))
 
 
 def _run_own(command: str, words: list[str]) -> None:
     """Parse and run one of `OWN_COMMANDS`; the imports are slow, so that they wait until here."""
     from deeplens_lightning.cli.commands import FUNCTIONS
-    from deeplens_lightning.cli.parser import CommandParser, with_values
+    from deeplens_lightning.cli.parser import CommandParser, option_types, with_values
 
     parser = CommandParser(
         prog=f"deeplens-lightning {command}", description=OWN_COMMANDS[command], parser_mode="omegaconf+"
     )
+    function = resolve_name(FUNCTIONS[command])
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     positional = command in ("inspect", "report", "verify")
-    parser.options = parser.add_function_arguments(FUNCTIONS[command], as_positional=positional)
+    parser.options = parser.add_function_arguments(function, as_positional=positional)
     if "data" in parser.options:
         parser.set_defaults({"data": GROUPS["data"].class_path})
-    given = parser.instantiate(parser.parse_args(with_values(words, FUNCTIONS[command])))
+    given = parser.instantiate(parser.parse_args(with_values(words, option_types(function))))
     given.pop("config", None)
-    FUNCTIONS[command](**given.as_dict())
+    function(**given.as_dict())
 
 
 def _sentence(error: Exception) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
 from itertools import pairwise
 from pkgutil import resolve_name
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
 from deeplens_lightning.cli.help import GROUPS, TOP_OPTIONS, option_names
@@ -87,18 +89,49 @@ def _with_entries(before: Any, given: Any, path: Sequence[str]) -> Any:
     return merged
 
 
-def with_values(words: Sequence[str], function: Callable[..., None]) -> list[str]:
-    """Complete yes-or-no options that stand without a value: `--strict` becomes `--strict=true`.
+def option_types(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's arguments by name; of an argument that is a group of options, by dotted names."""
+    types: dict[str, Any] = {}
+    for name, kind in get_type_hints(function).items():
+        if isinstance(kind, type) and (is_dataclass(kind) or issubclass(kind, LightningDataModule)):
+            types |= {f"{name}.{key}": own for key, own in option_types(kind.__init__).items()}
+        else:
+            types[name] = kind
+    return types
+
+
+def trainer_option_types() -> dict[str, Any]:
+    """The types of the options of Lightning's commands, for the default classes of the groups."""
+    types: dict[str, Any] = {"seed_everything": bool | int, "weights_only": bool | None}
+    for group in ("trainer", "model", "data"):
+        own = option_types(resolve_name(GROUPS[group].class_path).__init__)
+        types |= {f"{group}.{name}": kind for name, kind in own.items()}
+    return types
+
+
+def with_values(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """Complete yes-or-no options that stand without a value: `--plan` becomes `--plan=true`.
 
     Args:
         words: options of the command line.
-        function: the function whose arguments the options are.
+        types: the types of the options by name.
+
+    Raises:
+        ValueError: an option of another type stands without a value.
     """
-    flags = {f"--{name}" for name, kind in get_type_hints(function).items() if kind is bool}
-    return [
-        f"{word}=true" if word in flags and following.startswith("--") else word
-        for word, following in pairwise([*words, "--"])
-    ]
+    return [_with_value(word, following, types) for word, following in pairwise([*words, "--"])]
+
+
+def _with_value(word: str, following: str, types: Mapping[str, Any]) -> str:
+    kind = types.get(word.removeprefix("--")) if word.startswith("--") else None
+    last = following.startswith("--")
+    if kind is bool and (last or following.lower() not in ("true", "false", "yes", "no")):
+        return f"{word}=true"
+    if kind is None or not last:
+        return word
+    if bool not in get_args(kind):
+        raise ValueError(f"{word} needs a value: {word}=VALUE")
+    return f"{word}=true"
 
 
 def sentence(message: str, options: Sequence[str]) -> str:
@@ -116,9 +149,12 @@ def sentence(message: str, options: Sequence[str]) -> str:
         if match := re.search(pattern, message):
             name = ".".join(filter(None, [*keys, *match.groups()]))
             near = _nearest(name, keys, message, options)
-            return f"there is no option {name!r}; " + (
-                f"did you mean {near!r}?" if near else "--help lists the options"
-            )
+            group = name.partition(".")[0]
+            listing = f"--{group}.help" if group in GROUPS and "." in name else "--help"
+            hint = f"did you mean {near!r}?" if near else f"{listing} lists the options"
+            return f"there is no option {name!r}; {hint}"
+    if match := re.search(r"argument (--[\w.]+\.help): expected one argument", message):
+        return f"{match[1]} needs the name of a class: {match[1]}=CLASS"
     values = re.findall(r"(?:Given|Got) value: (.+)", message)
     kinds = [_kind(text) for text in _EXPECTED.findall(message)]
     if keys and values and any(kinds):
@@ -131,14 +167,29 @@ def _nearest(name: str, keys: Sequence[str], message: str, options: Sequence[str
     """The known option whose name is nearest to an unknown one; None where none is near."""
     classes = re.findall(r"given class_path '([\w.]+)'", message)
     group, dot, option = name.partition(".")
-    if classes:
-        known = [".".join([*keys, key]) for key in option_names(resolve_name(classes[-1]))]
-    elif dot and group in GROUPS:
-        known = [f"{group}.{key}" for key in option_names(resolve_name(GROUPS[group].class_path))]
-    else:
-        near = get_close_matches(group, options, n=1, cutoff=0.5)
-        return f"{near[0]}{dot}{option}" if near else None
-    return next(iter(get_close_matches(name, known, n=1, cutoff=0.5)), None)
+    in_groups = _in_groups(options)
+    elsewhere = in_groups.get(option or group)
+    if elsewhere not in (None, name):  # its group is missing, or is another one
+        return elsewhere
+    if not classes and group not in GROUPS:
+        known = {key: key for key in options} if dot else in_groups | {key: key for key in options}
+        near = get_close_matches(group, known, n=1, cutoff=0.6)
+        return f"{known[near[0]]}{dot}{option}" if near else None
+    prefix = ".".join(keys) if classes else group
+    names = option_names(resolve_name(classes[-1] if classes else GROUPS[group].class_path))
+    near = get_close_matches(name.removeprefix(f"{prefix}."), names, n=1, cutoff=0.6)
+    return f"{prefix}.{near[0]}" if near else None
+
+
+def _in_groups(options: Sequence[str]) -> dict[str, str]:
+    """The options of the groups of a command, by the last part of their names: `layer` is `data.layer`."""
+    names = [
+        f"{group}.{name}"
+        for group in ("trainer", "model", "data")
+        if group in options
+        for name in option_names(resolve_name(GROUPS[group].class_path))
+    ]
+    return {name.rpartition(".")[2]: name for name in sorted(names, key=lambda name: -name.count("."))}
 
 
 def _kind(expected: str) -> str | None:

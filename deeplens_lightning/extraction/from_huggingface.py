@@ -73,13 +73,16 @@ class FromHuggingFace:
             num_samples: number of texts to read. Empty texts count, and give no rows.
             seq_length: maximum number of tokens of a text; longer texts are cut.
             inference_batch_size: number of sequences in a model batch.
-            device: `cpu`, `cuda`, `mps`, or `auto` for the first of CUDA, MPS and the CPU that is there.
+            device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first of CUDA, MPS and the CPU that is there.
             save_features: whether `extract_features` saves its result in `saved_features/`, as
                 `features_layer_<layer>_<rows>.pt`; for another hook point than `mlp_act` the name has that of the
                 hook point. A file with other content is kept, and the new name then ends in a number.
-            hook: kind of hook point; `mlp_act`, the output of the MLP's activation function, is what DeepLens reads.
+            hook: a kind of hook point (`mlp_in`, `mlp_act`, `mlp_post`, `mlp_out`, `attn_out`, `attn_z`, `resid_pre`,
+                `resid_mid`, `resid_post`, `final_norm`), a canonical name (`layers.3.mlp_out`), a TransformerLens name
+                (`blocks.3.hook_mlp_out`) or a module path (`transformer.h.3.mlp`). `mlp_act`, the output of the MLP's
+                activation function, is what DeepLens reads.
             text_column: name of the dataset's column of texts.
-            tokenizer: name of a tokenizer, or a tokenizer; default the model's own.
+            tokenizer: hub id, folder or a loaded tokenizer; default the model's own.
             model_kwargs: arguments of `from_pretrained`.
 
         Raises:

@@ -31,7 +31,7 @@ class ActivationExtractor:
 
         Args:
             model_name: hub id, local folder, GGUF file, `demo:lm` or a loaded model.
-            device: `cpu`, `cuda`, `mps`, or `auto` for the first of CUDA, MPS and the CPU that is there.
+            device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first of CUDA, MPS and the CPU that is there.
             max_length: maximum number of tokens; longer texts are cut, with a warning the first time.
             model_kwargs: arguments of `from_pretrained`, such as a dtype.
         """

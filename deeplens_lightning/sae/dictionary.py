@@ -81,20 +81,22 @@ class Dictionary(nn.Module):
             d_sae: number of latents; default `expansion_factor` times the width that is read.
             expansion_factor: number of latents per dimension of the rows; used if `d_sae` is not given.
             k: number of active latents per row, for the top-k family.
-            architecture: "topk", "batch_topk", "matryoshka", "relu", "jumprelu" or "gated", or a dict with
-                that `name` and settings of the class in `activations.py`.
-            input_hook: hook point(s) to read; default all of them.
-            output_hook: hook point(s) to reconstruct; default those that are read. Other ones make it a
-                transcoder (Dunefsky et al. 2024, arXiv 2406.11944). Several hook points share latents, as
-                in a crosscoder (Lindsey et al., Anthropic, October 2024).
-            skip: add a linear map from input to output beside the latents of a transcoder (Paulo et al.
-                2025, arXiv 2501.18823).
-            layer_norm: standardise every row before it is encoded, as DeepLens does; the row itself is
-                still what is reconstructed.
+            architecture: "topk", "batch_topk", "matryoshka", "relu", "jumprelu" or "gated", or a dict with that `name`
+                and settings: `{"name": "topk", "aux_k": 256}`. topk, batch_topk and matryoshka have `aux_k`,
+                `aux_coefficient` and `prefixes`, the last two also `threshold_momentum`; relu and gated have `l1` and
+                `warmup`; jumprelu has `coefficient`, `penalty` ("l0" or "tanh"), `bandwidth`, `init_threshold`, `warmup`
+                and `tanh_scale`. The classes in `sae/activations.py` describe them.
+            input_hook: canonical name(s) of the hook point(s) to read, such as `layers.3.mlp_in`; default all of them.
+            output_hook: canonical name(s) of those to reconstruct; default those that are read. Other ones make it a
+                transcoder (Dunefsky et al. 2024, arXiv 2406.11944). Several hook points share latents, as in a crosscoder
+                (Lindsey et al., Anthropic, October 2024).
+            skip: add a linear map from input to output beside the latents of a transcoder (Paulo et al. 2025, arXiv
+                2501.18823).
+            layer_norm: standardise every row before it is encoded, as DeepLens does; the row itself is reconstructed.
             lr: peak learning rate; the default is proportional to 1 / sqrt(d_sae).
             optimization: Adam's other settings and the learning rate schedule.
-            dead_after_tokens: a latent is dead if it was inactive for this number of rows; default the
-                smaller of 10 million and a tenth of the planned rows.
+            dead_after_tokens: a latent is dead if it was inactive for this number of rows; default 10 million or a
+                tenth of the planned rows, whichever is less.
             seed: seed of the initial weights.
             kernel: "sparse" computes with active latents only, "dense" with all of them; "auto" chooses.
             compile_step: run the loss through `torch.compile`.

@@ -38,8 +38,11 @@ class DataSettings:
             that the cache records.
         layer: one layer or several, counted from 0, negative ones from the end; default 3, with `shards` all layers in
             the cache.
-        hook: one hook point or several: kind, canonical name, TransformerLens name or module path; default `mlp_act`,
-            with `shards` all in the cache. For bare tensors, `layer` and `hook` give the name of their rows.
+        hook: one hook point or several; default `mlp_act`, with `shards` all in the cache. A kind (`mlp_in`, `mlp_act`,
+            `mlp_post`, `mlp_out`, `attn_out`, `attn_z`, `resid_pre`, `resid_mid`, `resid_post`, `final_norm`), a
+            canonical name (`layers.3.mlp_out`), a TransformerLens name (`blocks.3.hook_mlp_out`), or a module path
+            (`transformer.h.3.mlp`, with `:in` at its end for the module's input). For bare tensor files, `layer` and
+            `hook` give the name of their rows.
         dataset_name: the text: hub id, path or glob of txt, jsonl or parquet files or a list of them, a `datasets`
             object, a list of texts, or `demo:docs` (embedded).
         shards: read rows from here instead of running a model on text: folders written by `extract`, bare `.pt` tensors
@@ -47,7 +50,7 @@ class DataSettings:
         write_shards: folder or fsspec URL of a cache. The first epoch writes it while training; later epochs, and later
             runs with the same settings, read it.
         text_column: column of the dataset with texts or token ids.
-        dataset_split: split of a dataset on the hub.
+        dataset_split: split of a dataset on the hub, such as `train` or `validation`.
         tokenizer: hub id, folder or a loaded tokenizer; default the model's own.
         seq_length: length of a block, and the largest length of a segment, in tokens.
         inference_batch_size: blocks per forward pass of the model; `auto` takes as many as hold 16 384 tokens on an
@@ -65,7 +68,8 @@ class DataSettings:
             `standardize` (mean removed, mean squared norm d_in) or `zscore` (each dimension to mean 0 and variance 1).
         exclude_special_tokens: leave special tokens out of the rows; the model still reads them.
         seed: seed of the order of documents and of all shuffles.
-        device: device of the model if there is no Trainer; `auto` is CUDA, else MPS, else the CPU.
+        device: device of the model if there is no Trainer: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first of
+            CUDA, MPS and the CPU that is there.
         text_options: how the dataset is opened, and which tokens become rows.
         model_options: how the language model is loaded and run.
         buffer_options: where rows are shuffled, which rows are dropped, and the dtype of batches.

@@ -104,8 +104,9 @@ class WriteThroughStream:
             if len(table) == self.placement.ranks:
                 raise ValueError(
                     f"{self.folder} is being written, and until it is complete batch_size cannot change to "
-                    f"{self.live.batch_size}: continue with the batch_size that it was begun with, or without write_shards "
-                    "(--data.write_shards null); run a BatchSizeFinder without write_shards, and give the size that it finds"
+                    f"{self.live.batch_size}: continue with the batch_size that it was begun with, or without "
+                    "write_shards (--data.write_shards null); run a BatchSizeFinder without write_shards, and give the "
+                    "size that it finds"
                 )
             raise ValueError(
                 f"{self.folder} is being written by {len(table)} rank(s), and each rank writes its own shards: continue "

@@ -19,6 +19,7 @@ from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.reporting.readable_tokens import token_strings
 from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.types import Provenance
+from tests.support.training import trainer
 
 
 def _read(tmp_path: Path) -> dict[str, Any]:
@@ -64,6 +65,39 @@ def test_random_latents_are_seeded_and_chosen_ones_are_kept(fit: Callable[..., A
     assert [entry["latent"] for entry in _read(tmp_path)["latents"]] == [7, 3]
     with pytest.raises(ValueError, match=r"latents=\[256\] do not exist: this SAE has latents 0 to 255"):
         fit([TopActivatingTokens(latents=[1, 256], every_n_steps=4)])
+
+
+def test_validate_finds_the_strongest_held_out_rows_of_a_checkpoint(
+    fit: Callable[..., Any], live: Callable[..., Any], tmp_path: Path, lm_folder: str, texts: list[str]
+) -> None:
+    trained = fit([], max_epochs=1)
+    path = tmp_path / "one.ckpt"
+    trained.trainer.save_checkpoint(path)
+    data, callback = live(), TopActivatingTokens(latents=range(256), keep=3)
+    fresh = trainer(tmp_path / "run", callbacks=[callback])
+    fresh.validate(
+        SparseAutoencoder(d_in=data.d_in, d_sae=256, k=8), data, ckpt_path=str(path), verbose=False
+    )
+    found = _read(tmp_path)
+    data.setup("validate")
+    rows, places = [], []
+    for batch in data.val_dataloader():
+        known = data.provenance(batch)
+        assert known is not None
+        rows.append(batch)
+        places += zip(known.document_index.tolist(), known.position.tolist(), strict=True)
+    with torch.no_grad():
+        z = trained.sae.eval().encode(torch.cat(rows))
+    assert found["rows"] == len(places) == 128
+    for entry in found["latents"]:
+        own = z[:, entry["latent"]]
+        assert entry["frequency"] == pytest.approx(float((own > 0).float().mean()))
+        values = [context["value"] for context in entry["contexts"]]
+        assert values == pytest.approx(sorted(own[own > 0].tolist(), reverse=True)[:3], rel=1e-3)
+        for context in entry["contexts"]:
+            at = places.index((context["document"], context["position"]))
+            assert context["value"] == pytest.approx(float(own[at]), rel=1e-3)
+    assert callback.written == [tmp_path / "run" / "top_tokens" / "latents.json"]
 
 
 def test_without_a_model_only_the_token_itself_has_a_value(

@@ -369,9 +369,7 @@ def test_torchs_warnings_about_waits_are_listed_and_others_shown(monkeypatch: py
 
 
 def run(subject: Subject, checks: Any, **options: Any) -> bool:
-    return command.doctor(
-        "cpu", subject.hf_model, subject.layer, subject.hook, sizes=SMALL, checks=checks, **options
-    )
+    return command.run_checks(subject, checks, **options)
 
 
 def test_the_figures_are_printed_and_written(
@@ -413,23 +411,21 @@ def test_a_check_that_raises_fails_with_its_message_and_the_others_run(
     assert "speed" in shown
 
 
-def test_the_exit_code_is_1_if_a_check_fails(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_exit_code_is_1_if_a_check_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def done(*options: Any) -> bool:
-        asked.append(options)
+    def done(subject: Subject, *options: Any) -> bool:
+        asked.append((str(subject.device), subject.hf_model, subject.layer, subject.hook, *options))
         return len(asked) == 1
 
-    monkeypatch.setattr(command, "doctor", done)
+    monkeypatch.setattr(command, "run_checks", done)
     main(["doctor", "--device", "cpu", "--strict"])
     with pytest.raises(SystemExit) as ended:
-        main(["doctor", "--strict", "--layer", "2", "--out=x.json"])
+        main(["doctor", "--device=cpu", "--strict", "--layer", "2", f"--out={tmp_path / 'x.json'}"])
     assert ended.value.code == 1
     assert asked == [
-        ("cpu", "demo:lm", None, None, None, True),
-        ("auto", "demo:lm", 2, None, "x.json", True),
+        ("cpu", "demo:lm", None, None, command.CHECKS, None, True),
+        ("cpu", "demo:lm", 2, None, command.CHECKS, str(tmp_path / "x.json"), True),
     ]
 
 

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import is_dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -79,7 +81,9 @@ def test_a_group_lists_the_options_of_another_class(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["fit", "--help"], ["fit", "--data.text_options.help"]], ids=" ".join
+    "words",
+    [["--help"], ["--version"], ["fit", "--help"], ["fit", "--data.text_options.help"]],
+    ids=" ".join,
 )
 def test_help_imports_no_torch(words: list[str]) -> None:
     code = f"import sys; from deeplens_lightning.cli.main import main; main({words}); sys.exit('torch' in sys.modules)"
@@ -92,3 +96,43 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         main([command, "--help"])
     assert exit_.value.code in (0, None)
     assert OWN_COMMANDS[command].split()[0] in capsys.readouterr().out
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(["--version"], capsys) == f"deeplens-lightning {version('deeplens-lightning')}\n"
+
+
+@pytest.mark.parametrize("command", ["fit", "predict", "extract", "bench"])
+def test_the_options_of_the_data_are_listed_with_any_other_words(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words in (["--data.help"], ["--data.help", "--data.layer=2"], ["--data.layer=2", "--data.help"]):
+        main([command, *words])
+        said = capsys.readouterr()
+        assert "--data.buffer_size" in said.out
+        assert "--data.buffer_options.dtype" in said.out
+        assert said.err == ""
+
+
+def test_a_group_without_a_default_class_asks_for_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--trainer.callbacks.help"])
+    said = capsys.readouterr().err
+    assert (
+        said == "error: --trainer.callbacks.help needs the name of a class: --trainer.callbacks.help=CLASS\n"
+    )
+
+
+@pytest.mark.parametrize("source", ["the command line", "a config"])
+def test_the_options_of_the_chosen_class_are_listed(
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "grid.yaml").write_text("model: {class_path: deeplens_lightning.SparseAutoencoderGrid}\n")
+    words = ["--config", str(tmp_path / "grid.yaml")]
+    words = words if source == "a config" else ["--model", "SparseAutoencoderGrid"]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *words, "--model.help"])
+    assert exit_.value.code in (0, None)
+    shown = capsys.readouterr().out
+    assert "sweep" in shown
+    assert "expansion_factor" not in shown.replace("SparseAutoencoder", "")

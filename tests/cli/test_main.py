@@ -113,7 +113,7 @@ def test_extract_plan_writes_nothing(
     small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = [word for word in small if word.startswith("--data") and "max_tokens" not in word]
-    main(["extract", *data, f"--out={tmp_path / 'acts'}", "--plan=true"])
+    main(["extract", *data, f"--out={tmp_path / 'acts'}", "--plan"])
     assert "bytes on disk" in capsys.readouterr().out
     assert not (tmp_path / "acts").exists()
 

@@ -29,6 +29,11 @@ def error(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("model.expansion_factr", "model.expansion_factor"),
         ("daat.layer", "data.layer"),
         ("chkpt_path", "ckpt_path"),
+        ("layer", "data.layer"),
+        ("batchsize", "data.batch_size"),
+        ("k", "model.k"),
+        ("text_options.drop_first_n", "data.text_options.drop_first_n"),
+        ("data.k", "model.k"),
     ],
 )
 def test_an_unknown_option_names_the_nearest_one(
@@ -56,6 +61,7 @@ def test_an_unknown_key_of_a_config_names_the_nearest_one(
 
 def test_the_commands_of_the_package_name_the_nearest_option_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'data.layer'?" in error(["extract", "--out=acts", "--data.layr=3"], capsys)
+    assert "did you mean 'data.layer'?" in error(["extract", "--out=acts", "--layer=3"], capsys)
     assert "did you mean 'pairs'?" in error(["bench", "--pair=3"], capsys)
     assert "'xyz'; --help lists the options" in error(["verify", "acts", "--xyz=3"], capsys)
 
@@ -122,3 +128,63 @@ def test_one_setting_inside_the_shared_settings_of_a_grid_keeps_the_others() -> 
     assert shared["architecture"] == {"name": "batch_topk", "aux_k": 4}
     assert shared["optimization"] == {"warmup": 0.2, "clip_norm": 3.0}
     assert shared["expansion_factor"] == 4
+
+
+@pytest.mark.parametrize("name", ["data.zz", "zz"])
+def test_a_name_like_no_other_is_not_given_a_suggestion(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = error(["fit", "--config", QUICKSTART, f"--{name}=3"], capsys)
+    group = name.rpartition(".")[0]
+    assert (
+        said
+        == f"error: there is no option '{name}'; --{group + '.' if group else ''}help lists the options\n"
+    )
+
+
+def test_yes_or_no_options_need_no_value() -> None:
+    options = {
+        "data.model_options.compile": ("data", "init_args", "model_options", "compile"),
+        "data.text_options.prepend_bos": ("data", "init_args", "text_options", "prepend_bos"),
+        "data.resume_anyway": ("data", "init_args", "resume_anyway"),
+        "model.skip": ("model", "init_args", "skip"),
+        "trainer.fast_dev_run": ("trainer", "fast_dev_run"),
+        "trainer.deterministic": ("trainer", "deterministic"),
+        "weights_only": ("weights_only",),
+    }
+    settings = parsed("fit", "--config", QUICKSTART, *(f"--{option}" for option in options))
+    for keys in options.values():
+        found: Any = settings
+        for key in keys:
+            found = found[key]
+        assert found is True, keys
+
+
+def test_a_value_of_a_yes_or_no_option_may_stand_apart() -> None:
+    words = ["--trainer.fast_dev_run", "2", "--data.model_options.compile", "no", "--trainer.logger", "false"]
+    settings = parsed("fit", "--config", QUICKSTART, *words)
+    assert settings["trainer"]["fast_dev_run"] == 2
+    assert settings["trainer"]["logger"] is False
+    assert settings["data"]["init_args"]["model_options"]["compile"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["fit", "--config", QUICKSTART, "--data.layer"], "--data.layer"),
+        (["extract", "--out", "--plan"], "--out"),
+    ],
+)
+def test_an_option_that_needs_a_value_is_named(words: list[str], option: str) -> None:
+    with pytest.raises(SystemExit, match=f"{option} needs a value: {option}=VALUE"):
+        main(words)
+
+
+def test_a_value_with_the_name_of_a_yes_or_no_option_stays() -> None:
+    with pytest.raises(SystemExit, match="upgrade"):
+        main(["verify", "upgrade"])
+
+
+def test_a_positional_argument_may_follow_a_yes_or_no_option(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="matches nothing"):
+        main(["verify", "--upgrade", str(tmp_path / "nowhere")])

@@ -58,7 +58,7 @@ def test_the_command_of_a_script_parses(
         if "dirpath" in each.get("init_args", {})
     } == {run / "checkpoints"}
     assert f"newest:{run}" in words
-    assert settings["ckpt_path"] is None, "a first start has no checkpoint"
+    assert settings["ckpt_path"] == f"newest:{run}"
     devices = {"one_node": (4, 1, "ddp"), "several_nodes": (4, 3, "ddp"), "sweep": (1, 1, "auto")}
     assert (int(trainer["devices"]), trainer["num_nodes"], trainer["strategy"]) == devices[script.stem]
 

@@ -105,3 +105,18 @@ def test_a_data_module_is_not_loaded_from_a_checkpoint_but_continued_by_the_trai
         NotImplementedError, match=r"ActivationDataModule\(\.\.\.\) .* ckpt_path='runs/last.ckpt'\)"
     ):
         ActivationDataModule.load_from_checkpoint("runs/last.ckpt", batch_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("batchsize", "did you mean batch_size=...?"),
+        ("drop_first_n", "did you mean text_options=TextOptions(drop_first_n=...)?"),
+        ("max_norm_ration", "did you mean buffer_options=BufferOptions(max_norm_ratio=...)?"),
+        ("zzz", "help(ActivationDataModule.__init__) lists them"),
+    ],
+)
+def test_an_unknown_argument_names_the_nearest_one_and_its_group(name: str, hint: str) -> None:
+    with pytest.raises(TypeError) as error:
+        ActivationDataModule(**{name: 3})  # type: ignore[arg-type]
+    assert str(error.value) == f"ActivationDataModule has no argument {name!r}; {hint}"

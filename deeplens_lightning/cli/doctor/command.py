@@ -1,7 +1,7 @@
 """Run all checks on a device and a model, print them as a table, and write them as JSON.
 
-In: a device and a model. Out: whether everything that must hold does. Correctness, waits and memory pass or fail; a
-speed below its target fails only with `strict`.
+In: a device and a model. Out: the exit code, 1 if something that must hold does not. Correctness, waits and memory
+pass or fail; a speed below its target fails only with `strict`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -66,25 +67,21 @@ def doctor(
     hook: str | None = None,
     out: str | None = None,
     strict: bool = False,
-    sizes: Sizes | None = None,
-    checks: Sequence[Callable[[Subject], Check]] = CHECKS,
-) -> bool:
-    """Run the checks, print a table, and write the JSON file.
+) -> None:
+    """Check rows, resuming, kernels, ranks, waits, memory and speed on this machine; exit with 1 if one fails.
 
     Args:
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto`.
-        hf_model: hub id, folder, `.gguf` file or `demo:lm`.
-        layer: layer of the hook point; None for the data module's default.
-        hook: the hook point; None for the data module's default.
-        out: JSON file to write the figures to; None for none.
-        strict: a speed below its target is a failure too.
-        sizes: how much each check computes; None for the sizes that fit the device.
-        checks: the checks to run.
-
-    Returns:
-        Whether everything that must hold does.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, or `auto` for the first of CUDA, MPS and the CPU that is there.
+        hf_model: hub id, folder, GGUF file, or `demo:lm`.
+        layer: layer of the hook point; default the data module's.
+        hook: a kind of hook point (`mlp_in`, `mlp_act`, `mlp_post`, `mlp_out`, `attn_out`, `attn_z`, `resid_pre`,
+            `resid_mid`, `resid_post`, `final_norm`), a canonical name (`layers.3.mlp_out`), a TransformerLens name
+            (`blocks.3.hook_mlp_out`) or a module path (`transformer.h.3.mlp`); default the data module's.
+        out: JSON file to write the figures to.
+        strict: speeds below their targets fail too.
 
     Raises:
+        SystemExit: with 1, a check failed.
         ValueError: there is no such device, or the model has no such hook point.
         FileNotFoundError: there is no such model, or no folder for `out`.
     """
@@ -93,19 +90,40 @@ def doctor(
         raise FileNotFoundError(
             f"out={out!r}: there is no folder {str(Path(out).absolute().parent)!r}; make it first"
         )
-    sizes = sizes or (Sizes() if chosen.type == "cpu" else ACCELERATOR)
+    sizes = Sizes() if chosen.type == "cpu" else ACCELERATOR
     subject = Subject(device=chosen, hf_model=hf_model, layer=layer, hook=hook, sizes=sizes)
     subject.data().prepare_data()
+    if not run_checks(subject, CHECKS, out, strict):
+        sys.exit(1)
+
+
+def run_checks(
+    subject: Subject,
+    checks: Sequence[Callable[[Subject], Check]],
+    out: str | None = None,
+    strict: bool = False,
+) -> bool:
+    """Run checks, print a table, and write the JSON file.
+
+    Args:
+        subject: the device and the model.
+        checks: the checks to run.
+        out: JSON file to write the figures to; None for none.
+        strict: a speed below its target is a failure too.
+
+    Returns:
+        Whether everything that must hold does.
+    """
     results = []
     with _only_warnings(), Console(stderr=True).status("checking") as status:
         for check in checks:
             status.update((check.__doc__ or "checking").partition("\n")[0])
             results.append(check(subject))
-    machine = _machine(chosen)
+    machine = _machine(subject.device)
     passed = not any(failed(result, strict) for result in results)
-    Console().print(_table(results, strict, f"{hf_model} on {machine['device']}"))
+    Console().print(_table(results, strict, f"{subject.hf_model} on {machine['device']}"))
     if out is not None:
-        report = {"passed": passed, "strict": strict, "model": hf_model, "machine": machine}
+        report = {"passed": passed, "strict": strict, "model": subject.hf_model, "machine": machine}
         report["checks"] = [asdict(result) for result in results]
         write_whole(Path(out), json.dumps(report, indent=2).encode())
     return passed
