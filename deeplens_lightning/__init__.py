@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
     from deeplens_lightning.datamodule import ActivationDataModule
     from deeplens_lightning.extraction.from_huggingface import FromHuggingFace
+    from deeplens_lightning.extraction.latent_contexts import top_contexts
     from deeplens_lightning.extraction.notebook import ActivationExtractor
     from deeplens_lightning.reporting.figures import plot_activation_heatmap
     from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
@@ -21,6 +22,7 @@ _HOMES = {
     "SparseAutoencoder": "sae",
     "SparseAutoencoderGrid": "sae",
     "plot_activation_heatmap": "reporting.figures",
+    "top_contexts": "extraction.latent_contexts",
 }
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "SparseAutoencoder",
     "SparseAutoencoderGrid",
     "plot_activation_heatmap",
+    "top_contexts",
 ]
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from pyarrow.parquet import ParquetWriter
 from typing_extensions import override
 
+from deeplens_lightning.callbacks.support import folder_name
 from deeplens_lightning.disk.files import create, remove
 from deeplens_lightning.sae.module import DictionaryTraining
 from deeplens_lightning.sae.prediction import SparseLatents
@@ -73,13 +74,7 @@ class LatentPredictionWriter(Callback):
 
     @override
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
     ) -> None:
         found = outputs if isinstance(outputs, Mapping) else {"": outputs}
         for name, latents in found.items():
@@ -106,7 +101,7 @@ class LatentPredictionWriter(Callback):
         self._discard()
 
     def _where(self, name: str) -> str:
-        return f"{self.folder}/{name.replace('/', '_')}" if name else self.folder
+        return f"{self.folder}/{folder_name(name)}" if name else self.folder
 
     def _discard(self) -> None:
         for file in self._files.values():

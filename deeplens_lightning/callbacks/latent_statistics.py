@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.callbacks.support import Every, RawRows, add_written, evaluation_mode
+from deeplens_lightning.callbacks.support import Every, RawRows, SaeObserver, add_written, evaluation_mode
 from deeplens_lightning.distributed import max_over_ranks, sum_over_ranks
 from deeplens_lightning.reporting.figures import figure_pixels, plot_firing_histogram, save_pixels
 from deeplens_lightning.reporting.loggers import log_image, log_scalars
-from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, write_json
+from deeplens_lightning.reporting.run_folder import append_jsonl, write_json
 
 
-class LatentStatistics(Callback):
+class LatentStatistics(SaeObserver):
     """Counts for each latent the number of rows on which it is above 0.
 
     It counts held-out rows during validation. During training it counts the rows of one batch every `every_n_steps`
@@ -31,7 +31,8 @@ class LatentStatistics(Callback):
     `latents/dense_fraction` (share that fired on more than `dense_above` of them) and `latents/rows` (number of rows
     counted); of the held-out rows where there are any, else of the training rows. Written in the run's folder:
     `latent_statistics/latest.json` with the counts of all latents, `latent_statistics/history.jsonl`, and a histogram
-    `latent_statistics/step_<step>.png`.
+    `latent_statistics/step_<step>.png`. With `sae`, names of metrics end with `/<sae>`, and the folder is
+    `latent_statistics-<sae>`.
 
     Args:
         every_n_steps: optimizer steps between two training batches that are counted; each costs one `encode`.
@@ -41,7 +42,7 @@ class LatentStatistics(Callback):
         sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: a value outside its range. At the start: another callback writes to the same folder.
     """
 
     def __init__(
@@ -56,20 +57,20 @@ class LatentStatistics(Callback):
             raise ValueError(f"max_rows={max_rows} must not be negative; 0 counts training rows alone")
         if not 0 < dense_above <= 1:
             raise ValueError(f"dense_above={dense_above} is a share of rows, above 0 and at most 1")
+        super().__init__("latent_statistics", sae)
         self.max_rows = max_rows
         self.dense_above = dense_above
-        self.sae = sae
-        self.written: list[Path] = []
         self._every = Every(every_n_steps)
         self._training = _Counter()
         self._heldout = _Counter()
         self._raw = RawRows()
         self._folder: Path | None = None
         self._reported = -1
+        self._sae = ""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._folder = run_folder(trainer) / "latent_statistics"
+        self._folder = self.find_place(trainer)
         self._raw, self._reported = RawRows(), -1
 
     @override
@@ -85,13 +86,7 @@ class LatentStatistics(Callback):
 
     @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         if not trainer.sanity_checking and self._heldout.rows < self.max_rows:
             self._count(self._heldout, trainer, pl_module, batch)
@@ -108,6 +103,7 @@ class LatentStatistics(Callback):
 
     def _count(self, counter: _Counter, trainer: Trainer, module: LightningModule, batch: Any) -> None:
         sae = require_sae(module, activation_data(trainer).hook_names, "LatentStatistics", self.sae)
+        self._sae = sae.name
         with evaluation_mode(module):
             counter.add(sae, self._raw.of(trainer, batch, sae.reads))
 
@@ -125,20 +121,20 @@ class LatentStatistics(Callback):
         assert self._folder is not None
         name, shown = next(iter(found.items()))
         frequencies = shown.counts / shown.rows
-        scalars = {
-            "latents/dead_fraction": int((shown.counts == 0).sum()) / len(shown.counts),
-            "latents/dense_fraction": int((frequencies > self.dense_above).sum()) / len(shown.counts),
-            "latents/rows": float(shown.rows),
+        figures = {
+            "dead_fraction": int((shown.counts == 0).sum()) / len(shown.counts),
+            "dense_fraction": int((frequencies > self.dense_above).sum()) / len(shown.counts),
+            "rows": float(shown.rows),
         }
+        scalars = {self.metric(f"latents/{metric}"): value for metric, value in figures.items()}
         data = {name: {"rows": total.rows, "counts": total.counts.tolist()} for name, total in found.items()}
-        write_json(self._folder / "latest.json", {"step": step, **data})
-        line = {metric.removeprefix("latents/"): value for metric, value in scalars.items()}
-        append_jsonl(self._folder / "history.jsonl", [{"step": step, "on": name, **line}])
+        write_json(self._folder / "latest.json", {"step": step, "sae": self._sae, **data})
+        append_jsonl(self._folder / "history.jsonl", [{"step": step, "on": name, **figures}])
         title = f"Firing frequencies at step {step}, {shown.rows} {name} rows"
         pixels = figure_pixels(plot_firing_histogram(frequencies, title))
         save_pixels(pixels, self._folder / f"step_{step:08d}.png")
         log_scalars(trainer.loggers, scalars, step)
-        log_image(trainer.loggers, "latents/firing_frequencies", pixels, step)
+        log_image(trainer.loggers, self.metric("latents/firing_frequencies"), pixels, step)
         trainer.callback_metrics.update({metric: torch.tensor(value) for metric, value in scalars.items()})
         add_written(self.written, self._folder)
 

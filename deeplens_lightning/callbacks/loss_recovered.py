@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from typing_extensions import override
@@ -23,6 +23,7 @@ from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
 from deeplens_lightning.callbacks.segments import Segments, from_blocks, from_token_ids
 from deeplens_lightning.callbacks.spliced_loss import AblatedLoss, measure
 from deeplens_lightning.callbacks.support import (
+    SaeObserver,
     add_written,
     check_widths,
     evaluation_mode,
@@ -36,11 +37,11 @@ from deeplens_lightning.model.pretrained import load_config, locate
 from deeplens_lightning.model.single_text import TextActivations
 from deeplens_lightning.model.wrappers import unwrapped
 from deeplens_lightning.reporting.loggers import log_scalars
-from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder
+from deeplens_lightning.reporting.run_folder import append_jsonl
 from deeplens_lightning.text.packing import Blocks
 
 
-class LossRecovered(Callback):
+class LossRecovered(SaeObserver):
     """Measures next-token loss with the reconstruction in place, at validation and at the end of a fit without it.
 
     Only the positions that the SAE trains on are replaced. Of these, a position is scored if its next token belongs to
@@ -48,7 +49,8 @@ class LossRecovered(Callback):
     the KL divergences from the clean prediction `val/kl` (to the one with the reconstruction) and `val/kl_zero` (to the
     one with zeros). `docs/pages/metrics.md` has the formulas. Also logged: `val/ce_recovered`, 1 for a
     perfect reconstruction and 0 for zeros, and `val/ce_recovered_mean`, the same against the mean. Written in the
-    run's folder: `loss_recovered.jsonl`.
+    run's folder: `loss_recovered.jsonl`. With `sae`, names of metrics end with `/<sae>`, and the file is
+    `loss_recovered-<sae>.jsonl`.
 
     Rank 0 loads the whole model, head included, at the first measurement, measures alone, and sends the values to the
     other ranks.
@@ -87,6 +89,7 @@ class LossRecovered(Callback):
             raise ValueError(f"rows={rows} and batch_size={batch_size} must be at least 1")
         if isinstance(texts, str):
             raise TypeError(f"texts must be a list of texts, got one string: write texts=[{texts[:20]!r}]")
+        super().__init__("loss_recovered", sae)
         check_device(device)
         self.rows = rows
         self.batch_size = batch_size
@@ -94,8 +97,6 @@ class LossRecovered(Callback):
         self.hf_model = hf_model
         self.device = device
         self.model_kwargs = model_kwargs
-        self.sae = sae
-        self.written: list[Path] = []
         self._path: Path | None = None
         self._model: PreTrainedModel | None = None
         self._batches: list[Segments] = []
@@ -104,7 +105,8 @@ class LossRecovered(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._path = run_folder(trainer) / "loss_recovered.jsonl"
+        place = self.find_place(trainer)
+        self._path = place.with_name(f"{place.name}.jsonl")
         self._measured = -1
 
     @override
@@ -159,7 +161,7 @@ class LossRecovered(Callback):
         assert self._path is not None
         append_jsonl(self._path, [{"step": trainer.global_step} | values])
         add_written(self.written, self._path)
-        return {f"val/{name}": value for name, value in values.items() if name != "tokens"}
+        return {self.metric(f"val/{name}"): value for name, value in values.items() if name != "tokens"}
 
     def _prepare(
         self, data: ActivationData, module: LightningModule, sae: SaeView

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from deeplens_lightning.sae import Dictionary
@@ -39,6 +38,7 @@ class SaeView:
 
     Attributes:
         module: the SAE.
+        name: its name among the SAEs of a grid; "" for a single SAE.
         reconstruction: raw rows to raw reconstructions; a Tensor, or a dict by hook point.
         reads: canonical names of the hook points that it encodes.
         writes: canonical names of the hook points that it reconstructs.
@@ -46,6 +46,7 @@ class SaeView:
     """
 
     module: Encodes
+    name: str
     reconstruction: Callable[[Any], Any]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
@@ -87,12 +88,12 @@ class SaeView:
 
 
 def find_sae(
-    module: LightningModule, names: Sequence[str], hook: str | None = None, sae: str | None = None
+    module: nn.Module, names: Sequence[str], hook: str | None = None, sae: str | None = None
 ) -> SaeView | None:
-    """Find the SAE of a LightningModule; None where it has no `encode` and `decode`.
+    """Find the SAE of a module; None where it has no `encode` and `decode`.
 
     Args:
-        module: the LightningModule that trains.
+        module: the LightningModule that trains, or an SAE.
         names: canonical names of the hook points that batches hold; empty where unknown.
         hook: the hook point that the module reads, if neither the module nor the batches determine it.
         sae: name of one SAE of a module that trains several (`dictionaries`); default the first.
@@ -101,30 +102,30 @@ def find_sae(
         ValueError: batches hold several hook points, and neither the module nor `hook` chooses one; or no SAE is
             called `sae`.
     """
-    chosen = _choose_dictionary(module, sae)
+    name, chosen = _choose_dictionary(module, sae)
     if isinstance(chosen, Dictionary):
         return SaeView(
             module=chosen,
+            name=name,
             reconstruction=chosen,  # not decode(encode(x)): a skip connection is only in the forward pass
             reads=tuple(name or choose_hook(names, hook) for name in chosen.read.hooks),
             writes=tuple(name or choose_hook(names, hook) for name in chosen.write.hooks),
-            device=module.device,
+            device=_device(module),
         )
     if not isinstance(chosen, Encodes):
         return None
     own, one = chosen, (choose_hook(names, hook),)
     return SaeView(
         module=own,
+        name=name,
         reconstruction=lambda x: own.decode(own.encode(x)),
         reads=one,
         writes=one,
-        device=module.device,
+        device=_device(module),
     )
 
 
-def require_sae(
-    module: LightningModule, names: Sequence[str], callback: str, sae: str | None = None
-) -> SaeView:
+def require_sae(module: nn.Module, names: Sequence[str], callback: str, sae: str | None = None) -> SaeView:
     """Find the SAE of a LightningModule, or raise an error that names the callback.
 
     Args:
@@ -146,15 +147,24 @@ def require_sae(
     return view
 
 
-def _choose_dictionary(module: LightningModule, sae: str | None) -> nn.Module:
-    if not isinstance(module, DictionaryTraining):
-        return module
-    several = module.dictionaries
+def _choose_dictionary(module: nn.Module, sae: str | None) -> tuple[str, nn.Module]:
+    """The SAE of that name, or the first one, with its name; a module of another kind itself, without a name."""
+    several: Mapping[str, nn.Module] = (
+        module.dictionaries if isinstance(module, DictionaryTraining) else {"": module}
+    )
     if sae is None:
-        return next(iter(several.values()))
+        return next(iter(several.items()))
+    if "" in several:
+        raise ValueError(
+            f"sae={sae!r} names an SAE of a grid, and {type(module).__name__} has one without a name: leave sae out"
+        )
     if sae not in several:
         raise ValueError(f"sae={sae!r} is not in training; there are {', '.join(map(repr, several))}")
-    return several[sae]
+    return sae, several[sae]
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def choose_hook(names: Sequence[str], hook: str | None) -> str:

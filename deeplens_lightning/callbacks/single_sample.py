@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import activation_data
+from deeplens_lightning.callbacks.context_search import NoContextsError, heldout_rows, search
 from deeplens_lightning.callbacks.sae_view import SaeView, find_sae
 from deeplens_lightning.callbacks.single_sample_reader import named_hook, points_to_read, reader_for
 from deeplens_lightning.callbacks.single_sample_records import (
@@ -30,6 +31,7 @@ from deeplens_lightning.callbacks.single_sample_records import (
 )
 from deeplens_lightning.callbacks.support import (
     Every,
+    SaeObserver,
     add_written,
     check_widths,
     evaluation_mode,
@@ -41,12 +43,12 @@ from deeplens_lightning.model.single_text import TextActivations, read_batch
 from deeplens_lightning.reporting.figures import save_pixels
 from deeplens_lightning.reporting.loggers import log_image, log_scalars, log_table
 from deeplens_lightning.reporting.readable_tokens import token_strings
-from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder
+from deeplens_lightning.reporting.run_folder import append_jsonl, write_json
 
 _PICTURE_LATENTS = 20
 
 
-class ExtractSingleSample(Callback):
+class ExtractSingleSample(SaeObserver):
     """Activations of single texts, token by token; also a callback that records them during training.
 
     Without a Trainer, use `get_mlp_acts`, `get_tokens` and `get_activations`; the model is loaded at the first call.
@@ -55,12 +57,14 @@ class ExtractSingleSample(Callback):
     end, and writes on rank 0 in the run's folder:
 
     - `single_samples/samples.jsonl`: one line for each token with `step, sample, position, token_id, token, norm,
-      error, relative_error, l0, latents, values`. Norms and errors are Euclidean, on raw activations;
+      error, relative_error, l0, latents, values`, and in a grid `sae`. Norms and errors are Euclidean, on raw activations;
       `relative_error` is error / norm.
-    - `single_samples/step_<step>_sample_<i>.png`: pictures.
+    - `single_samples/step_<step>_sample_<i>.png`: pictures;
+    - `single_samples/latents.json`: at the end, held-out text where latents of the last record are most active.
 
     Loggers get the means over tokens as scalars `single_sample/<i>/...`; those that show tables and pictures get these
-    too.
+    too. Texts of a second such callback are counted on. With `sae`, names of metrics end with `/<sae>`, and the folder
+    is `single_samples-<sae>`.
 
     Args:
         hf_model: hub id, local folder, GGUF file, `demo:lm` or a loaded model, which may be wrapped by
@@ -82,7 +86,7 @@ class ExtractSingleSample(Callback):
         load_own: in a Trainer whose data module has no model (cached shards), load the model that its rows came from.
         tokenizer: hub id, folder or a loaded tokenizer; default the model's own.
         model_kwargs: arguments for `from_pretrained`.
-        name: name of the folder for the files; two of these callbacks in one Trainer need different names.
+        name: name of the folder for the files; two of these callbacks for one SAE need different names.
         sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
@@ -115,6 +119,7 @@ class ExtractSingleSample(Callback):
             raise ValueError(f"max_length={max_length} keeps no token; it must be at least 1")
         if n_latents < 1:
             raise ValueError(f"n_latents={n_latents} must be at least 1")
+        super().__init__(name, sae)
         check_device(device)
         self.hf_model = hf_model
         self.layer = layer
@@ -125,9 +130,6 @@ class ExtractSingleSample(Callback):
         self.n_latents = n_latents
         self.load_own = load_own
         self.model_kwargs = model_kwargs
-        self.name = name
-        self.sae = sae
-        self.written: list[Path] = []
         self._tokenizer_source = tokenizer
         self._every = Every(every_n_steps)
         self._every_image = Every(image_every_n_steps or 10 * every_n_steps, "image_every_n_steps")
@@ -136,6 +138,8 @@ class ExtractSingleSample(Callback):
         self._sae: SaeView | None = None
         self._samples: list[Sample] = []
         self._folder: Path | None = None
+        self._first = 0  # number of the first text in the names of metrics
+        self._shown: set[int] = set()  # latents in the last record
         self._recorded: tuple[int, bool] = (-1, False)  # step of the last record, and whether it was drawn
 
     # ---- without a Trainer
@@ -185,7 +189,11 @@ class ExtractSingleSample(Callback):
         if stage == "fit":
             if not self.texts:
                 raise ValueError('ExtractSingleSample in a Trainer needs texts, e.g. texts=["The cat sat."]')
-            self._folder = run_folder(trainer) / self.name
+            self._folder = self.find_place(trainer)
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            before = callbacks[: callbacks.index(self)] if self in callbacks else []
+            same = [c for c in before if isinstance(c, ExtractSingleSample) and c.sae == self.sae]
+            self._first = sum(len(c.texts) for c in same)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -218,8 +226,10 @@ class ExtractSingleSample(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Record and draw at the end."""
+        """Record and draw at the end, and find contexts of the latents in this record."""
         self._record(trainer, pl_module, draw=True)
+        if trainer.is_global_zero and self._sae is not None and self._shown:
+            self._write_contexts(trainer, pl_module, self._sae)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -282,16 +292,17 @@ class ExtractSingleSample(Callback):
         if not trainer.is_global_zero or self._recorded in {(step, True), (step, draw)}:
             return
         written = self._recorded[0] == step
-        self._recorded = (step, draw)
+        self._recorded, self._shown = (step, draw), set()
         assert self._folder is not None
         for index, sample in enumerate(self._samples):
             record = self._measure(trainer, module, sample, _PICTURE_LATENTS if draw else 0)
+            self._shown |= set(record.latents[record.values > 0].tolist())
             if not written:
                 self._write(trainer, self._folder, index, sample, record)
             if draw:
                 pixels = sample_picture(sample, record, f"step {step}: {sample.text}")
                 save_pixels(pixels, self._folder / f"step_{step:08d}_sample_{index}.png")
-                log_image(trainer.loggers, f"single_sample/{index}/heatmap", pixels, step)
+                log_image(trainer.loggers, self._metric(index, "heatmap"), pixels, step)
         add_written(self.written, self._folder)
 
     def _measure(
@@ -309,8 +320,31 @@ class ExtractSingleSample(Callback):
     ) -> None:
         step = trainer.global_step
         lines = token_records(sample, record, step, index)
+        if self._sae is not None and self._sae.name:
+            lines = [line | {"sae": self._sae.name} for line in lines]
         append_jsonl(folder / "samples.jsonl", lines)
-        prefix = f"single_sample/{index}"
-        means = {f"{prefix}/{name}": mean for name, mean in record.means().items()}
+        means = {self._metric(index, name): mean for name, mean in record.means().items()}
         log_scalars(trainer.loggers, means, step)
-        log_table(trainer.loggers, f"{prefix}/tokens", TABLE_COLUMNS, table_rows(lines), step)
+        log_table(trainer.loggers, self._metric(index, "tokens"), TABLE_COLUMNS, table_rows(lines), step)
+
+    def _metric(self, index: int, name: str) -> str:
+        return self.metric(f"single_sample/{self._first + index}/{name}")
+
+    def _write_contexts(self, trainer: Trainer, module: LightningModule, sae: SaeView) -> None:
+        assert self._folder is not None
+        assert self._reader is not None
+        try:
+            with evaluation_mode(module):
+                found = search(
+                    sae,
+                    heldout_rows(trainer, sae.reads),
+                    sorted(self._shown),
+                    keep=8,
+                    before=24,
+                    after=8,
+                    tokenizer=self._reader.tokenizer,
+                )
+        except NoContextsError as error:
+            rank_zero_info(f"ExtractSingleSample has no contexts of its latents: {error}")
+            return
+        write_json(self._folder / "latents.json", found.as_json(trainer.global_step))

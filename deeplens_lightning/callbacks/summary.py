@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,33 @@ from deeplens_lightning.callbacks.final_weights import (
     read_checkpoint,
     saves_checkpoints,
 )
+from deeplens_lightning.callbacks.progress import FitProgressBar, with_own_line
 from deeplens_lightning.callbacks.summary_table import BestWeights, SavedWeights, Summary, summary_table
 from deeplens_lightning.callbacks.support import WritesFiles, batch_rows, from_rank_zero, log_every
+from deeplens_lightning.disk.records import Count, read_record, to_plain
 from deeplens_lightning.preemption import Preemption
 from deeplens_lightning.reporting.metric_names import by_other_names
-from deeplens_lightning.reporting.run_folder import append_jsonl, run_folder, write_json
+from deeplens_lightning.reporting.run_folder import append_jsonl, note_earlier_part, run_folder, write_json
 
 log = logging.getLogger(__name__)
+_ENTRY = "fit_summary"  # of a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Counted:
+    """What a fit has counted up to a checkpoint.
+
+    Attributes:
+        tokens: rows trained on, over all ranks.
+        seconds: time spent training.
+        since_step: step from which they are counted.
+        folder: folder of the run that saved the checkpoint.
+    """
+
+    tokens: Count
+    seconds: float
+    since_step: Count
+    folder: str
 
 
 class FitSummary(Callback):
@@ -42,16 +62,19 @@ class FitSummary(Callback):
     validated once more if it has trained since its last validation, or had none; one that was stopped is not, and the
     table then says which step its figures are of. Nothing is saved where the Trainer saves no checkpoints
     (`enable_checkpointing=False`, `fast_dev_run`), and the table says that the weights are not kept.
+    Lightning's progress bar gets a line of its own for figures (`FitProgressBar`).
 
-    Tokens are rows served to the SAE, over all ranks; tokens/s leaves start and validation out. In a grid each SAE has
-    its own row. During the fit `curves.jsonl` gets every logged scalar, with any logger and with none.
+    Tokens are rows trained on, over all ranks; tokens/s leaves start and validation out. Both go on after a resume; the
+    new folder of the run then names the earlier one in `resumed.json`, so that a report shows both. In a grid each SAE
+    has its own row. During the fit `curves.jsonl` gets every logged scalar, with any logger and with none.
     """
 
     def __init__(self) -> None:
         self._folder = Path()
-        self._tokens = 0
+        self._tokens = self._since_step = 0
         self._seconds = 0.0
         self._resumed_at: float | None = None
+        self._loaded: _Counted | None = None  # from the checkpoint that the fit continues from
         self._kept: KeptWeights | None = None  # None outside a fit that has begun to train
         self._first_step = self._first_batch = 0
         self._measured: Weights | None = None  # the weights of the last validation
@@ -65,35 +88,64 @@ class FitSummary(Callback):
         if stage != "fit" or self not in callbacks:
             return
         self._folder = run_folder(trainer)
-        self._tokens, self._seconds, self._resumed_at = 0, 0.0, None
+        self._tokens, self._seconds, self._resumed_at, self._loaded = 0, 0.0, None, None
         self._kept, self._measured, self._figures = None, None, {}
         # The last weights are saved, and validated, before other callbacks measure at the end or replace the weights by
         # an average. Lightning's SWA alone has no final weights before its own `on_train_end`. The table comes last.
         others = [c for c in callbacks if c not in (self._first, self._last)]
         others = [c for c in others if c is self or not isinstance(c, FitSummary)]
+        others = [with_own_line(c) for c in others]
+        for bar in others:
+            if isinstance(bar, FitProgressBar):
+                bar.setup(trainer, pl_module, stage)
         at = max([i + 1 for i, c in enumerate(others) if isinstance(c, StochasticWeightAveraging)], default=0)
         trainer.callbacks = [*others[:at], self._first, *others[at:], self._last]  # type: ignore[attr-defined]
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save what was counted. Not as `state_dict`: of that, Lightning refuses a second `FitSummary`."""
+        running = 0.0 if self._resumed_at is None else time.perf_counter() - self._resumed_at
+        checkpoint[_ENTRY] = to_plain(
+            _Counted(
+                tokens=self._tokens,
+                seconds=self._seconds + running,
+                since_step=self._since_step,
+                folder=str(self._folder.absolute()),
+            )
+        )
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if _ENTRY in checkpoint:
+            loaded = read_record(_Counted, checkpoint[_ENTRY], "the checkpoint's entry of FitSummary")
+            self._loaded, self._tokens, self._seconds = loaded, loaded.tokens, loaded.seconds
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._resumed_at = time.perf_counter()
         self._kept = KeptWeights(self._folder)
         self._first_step, self._first_batch = trainer.global_step, _batches(trainer)
+        loaded = self._loaded
+        self._since_step = trainer.global_step if loaded is None else loaded.since_step
+        if trainer.is_global_zero:
+            earlier = None if loaded is None else Path(loaded.folder)
+            note_earlier_part(self._folder, earlier, trainer.global_step)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
 
     @override
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._tokens += batch_rows(batch)
-
-    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._tokens += batch_rows(batch) * data_parallel_ranks(
+            trainer
+        )  # before a checkpoint of this step is saved
         if self._kept is not None:
             self._kept.note(trainer)
         every = log_every(trainer)
@@ -170,7 +222,6 @@ class FitSummary(Callback):
             trainer: the Trainer.
             stopped: the error or signal that ended the fit, if one did.
         """
-        tokens = self._tokens * data_parallel_ranks(trainer)
         data = activation_data(trainer)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if stopped is not None:  # an error in a validation may leave figures of a part of it
@@ -178,10 +229,11 @@ class FitSummary(Callback):
             metrics = trained | (self._figures[self._measured.step] if self._measured is not None else {})
         last = self._saved(trainer, self._kept.last if self._kept else None)
         return Summary(
-            tokens=tokens,
-            tokens_per_second=tokens / self._seconds if self._seconds > 0 else None,
+            tokens=self._tokens,
+            tokens_per_second=self._tokens / self._seconds if self._seconds > 0 else None,
             seconds=self._seconds,
             steps=trainer.global_step,
+            since_step=self._since_step,
             hooks=list(data.hook_names),
             metrics=metrics,
             val_rows=data.val_rows,

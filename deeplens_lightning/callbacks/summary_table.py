@@ -70,10 +70,12 @@ class Summary:
     """Figures of a fit that has ended; the fields of `summary.json`.
 
     Attributes:
-        tokens: rows served to the SAE, over all ranks.
+        tokens: rows trained on, over all ranks.
         tokens_per_second: over the time spent training, without start and validation; None where not measured.
         seconds: time spent training, without start and validation.
         steps: optimizer steps, those before a resume included.
+        since_step: step from which tokens and seconds are counted: 0, unless the fit continued from a checkpoint without
+            these numbers.
         hooks: canonical names of the hook points that batches hold.
         metrics: last value of every logged metric; the held-out figures are those of the last validation.
         val_rows: the data module's setting `val_rows`, the requested number of held-out rows; None if it has none.
@@ -88,6 +90,7 @@ class Summary:
     tokens_per_second: float | None
     seconds: float
     steps: int
+    since_step: int = 0
     hooks: list[str]
     metrics: dict[str, float]
     val_rows: int | None
@@ -108,7 +111,9 @@ def summary_table(summary: Summary) -> Table:
     if summary.hooks:
         table.add_row("hook points", ", ".join(summary.hooks))
     speed = summary.tokens_per_second
-    table.add_row("tokens", f"{summary.tokens:,} in {summary.steps:,} steps")
+    steps, since = summary.steps - summary.since_step, summary.since_step
+    rest = f" since step {since:,}; the checkpoint does not count those before" if since else ""
+    table.add_row("tokens", f"{summary.tokens:,} in {steps:,} steps{rest}")
     table.add_row("tokens/s", f"{speed:,.0f}" if speed else "not measured")
     for row in _metric_rows(summary):
         table.add_row(*row)

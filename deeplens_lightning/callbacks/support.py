@@ -1,4 +1,4 @@
-"""Helpers for callbacks: evaluation mode, raw rows of a batch, steps between two actions, lists of written files.
+"""Helpers for callbacks: evaluation mode, raw rows of a batch, intervals of steps, places of files and metrics.
 
 A callback that runs the SAE in the middle of training must not change the training: no gradient, no different
 train/eval flag, no number drawn from the global random generators, no hook left on a module.
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from deeplens_lightning.activation_data import ActivationData, activation_data
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.normalization import Scaling
+from deeplens_lightning.reporting.run_folder import run_folder
 
 T = TypeVar("T")
 
@@ -180,3 +181,48 @@ def add_written(written: list[Path], path: Path) -> None:
     """Append a path to the list of written files unless it is listed already."""
     if path not in written:
         written.append(path)
+
+
+def folder_name(sae: str) -> str:
+    """The name of an SAE of a grid as the name of a folder."""
+    return sae.replace("/", "_")
+
+
+class SaeObserver(Callback):
+    """Base of the callbacks that measure one SAE: where each writes, and the names of its metrics.
+
+    With `sae`, the name of the SAE is in both, so that several such callbacks measure the SAEs of a grid side by side.
+
+    Args:
+        place: name of its folder or file in the run's folder.
+        sae: name of one SAE of a module that trains several; None for the first.
+
+    Attributes:
+        place: the name, followed by `-<sae>` if `sae` is given.
+        sae: as given.
+        written: files and folders written, each once.
+    """
+
+    def __init__(self, place: str, sae: str | None) -> None:
+        self.place = place if sae is None else f"{place}-{folder_name(sae)}"
+        self.sae = sae
+        self.written: list[Path] = []
+
+    def metric(self, name: str) -> str:
+        """The name of a metric; `/<sae>` follows if `sae` was given, as in the metrics of a grid."""
+        return name if self.sae is None else f"{name}/{self.sae}"
+
+    def find_place(self, trainer: Trainer) -> Path:
+        """The path of `place` in the run's folder. A collective: every rank calls it.
+
+        Raises:
+            ValueError: another callback of the Trainer has the same place.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        same = [c for c in callbacks if isinstance(c, SaeObserver) and c.place == self.place]
+        if len(same) > 1:
+            raise ValueError(
+                f"{' and '.join(type(c).__name__ for c in same)} would both write to {self.place} in the run's folder: "
+                "give each the name of another SAE as sae=, or leave one of them out"
+            )
+        return run_folder(trainer) / self.place

@@ -19,7 +19,7 @@ from deeplens_lightning.activation_data import ActivationData
 from deeplens_lightning.callbacks.sae_view import SaeView
 from deeplens_lightning.callbacks.top_rows import TopRow
 from deeplens_lightning.model.frozen import FrozenModel
-from deeplens_lightning.reporting.readable_tokens import token_strings
+from deeplens_lightning.reporting.readable_tokens import token_strings, visible
 from deeplens_lightning.text.documents import document_hash
 from deeplens_lightning.text.packing import Packing
 from deeplens_lightning.text.sources import IndexedSource
@@ -47,6 +47,11 @@ class Context:
     peak: int
     document: int
     position: int
+
+    def __str__(self) -> str:
+        shown = [visible(token) for token in self.tokens]
+        shown[self.peak] = f"«{shown[self.peak]}»"
+        return "".join(shown)
 
     def as_json(self) -> dict[str, Any]:
         """The fields as a dict for `top_tokens/latents.json`, which the report reads."""
@@ -168,12 +173,14 @@ class ContextReader:
             values[peak] = value
         return Context(
             value=value,
-            tokens=self._texts(ids),
+            tokens=token_texts(self.tokenizer, ids),
             values=values,
             peak=peak,
             document=row.document_index,
             position=row.position,
         )
 
-    def _texts(self, ids: Sequence[int]) -> list[str]:
-        return [f"[{i}]" for i in ids] if self.tokenizer is None else token_strings(self.tokenizer, ids)
+
+def token_texts(tokenizer: PreTrainedTokenizerBase | None, ids: Sequence[int]) -> list[str]:
+    """The text of each token; without a tokenizer its id in brackets."""
+    return [f"[{i}]" for i in ids] if tokenizer is None else token_strings(tokenizer, ids)

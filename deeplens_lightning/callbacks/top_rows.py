@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,26 @@ class TopRows:
         self.fired = torch.zeros(n, dtype=torch.int64, device=latents.device)
         self.seen = 0
 
+    def state(self) -> dict[str, Any]:
+        """Numbers, and tensors on the CPU, for a checkpoint."""
+        return {
+            "latents": self.latents.cpu(),
+            "values": self.values.cpu(),
+            "provenance": self.provenance.cpu(),
+            "rows": {name: x.cpu() for name, x in self.rows.items()},
+            "fired": self.fired.cpu(),
+            "seen": self.seen,
+        }
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any], device: torch.device) -> TopRows:
+        """The rows of a `state`, on a device."""
+        top = cls(state["latents"].to(device), keep=state["values"].shape[1])
+        top.values, top.fired = state["values"].to(device), state["fired"].to(device)
+        top.provenance, top.seen = state["provenance"].to(device), state["seen"]
+        top.rows = {name: x.to(device) for name, x in state["rows"].items()}
+        return top
+
     def watched(self, parts: Iterable[Tensor]) -> Tensor:
         """Activations of the watched latents alone, `(rows, n)`, from latents `(m, d_sae)` of parts of the rows."""
         return torch.cat([part[:, self.latents] for part in parts])
@@ -76,7 +97,9 @@ class TopRows:
         """
         n, keep = self.values.shape
         self.seen += len(activations)
-        self.fired += (activations > 0).sum(0)
+        self.fired = self.fired + (activations > 0).sum(
+            0
+        )  # a new tensor: a checkpoint may be saved in a thread
         top, index = activations.float().topk(min(keep, len(activations)), dim=0)
         top, index = top.T, index.T  # (n, k)
         new = provenance.to(index.device, non_blocking=True)[index]  # (n, k, 4)

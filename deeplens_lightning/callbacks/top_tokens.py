@@ -6,33 +6,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from deeplens_lightning.activation_data import ActivationData, activation_data
+from deeplens_lightning.callbacks.context_search import (
+    FoundContexts,
+    LatentContexts,
+    NoContextsError,
+    choose_latents,
+    heldout_rows,
+    search,
+)
 from deeplens_lightning.callbacks.sae_view import SaeView, require_sae
-from deeplens_lightning.callbacks.support import Every, RawRows, add_written, evaluation_mode
+from deeplens_lightning.callbacks.support import Every, RawRows, SaeObserver, add_written, evaluation_mode
 from deeplens_lightning.callbacks.token_contexts import Context, ContextReader
 from deeplens_lightning.callbacks.top_rows import TopRow, TopRows
-from deeplens_lightning.reporting.loggers import log_table
+from deeplens_lightning.reporting.loggers import Cell, log_table
 from deeplens_lightning.reporting.readable_tokens import readable
-from deeplens_lightning.reporting.run_folder import run_folder, write_json
+from deeplens_lightning.reporting.run_folder import write_json
 
 _REFRESH_EVERY = 16  # encoded batches between two times that the kept rows are encoded again
 
 
-class TopActivatingTokens(Callback):
+class TopActivatingTokens(SaeObserver):
     """Keeps the rows on which chosen latents fire most strongly, and writes them with their text at the end.
 
-    In a fit one training batch every `every_n_steps` optimizer steps is encoded, in `trainer.validate` every batch of
-    held-out rows. At the end, the text around each kept row is found through the data module's provenance. Where the
-    data module has a model, every token of that text gets its own activation. Only rank 0 works, on the rows that it
-    served. Written in the run's folder: `top_tokens/latents.json`; a table goes to loggers that show tables.
+    One training batch every `every_n_steps` optimizer steps is encoded. At the end of the fit, the text around each
+    kept row is found through the data module's provenance. Where the data module has a model, every token of that text
+    gets its own activation. Only rank 0 works, on the rows that it served. A checkpoint has the kept rows, and a resumed
+    fit goes on with them. `trainer.validate` searches the held-out rows instead. Written in the run's folder:
+    `top_tokens/latents.json`, with `sae` `top_tokens-<sae>/latents.json`; a table goes to loggers that show tables.
 
     Args:
         latents: numbers of the latents to watch, or how many to choose at random.
@@ -44,8 +52,8 @@ class TopActivatingTokens(Callback):
         sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
-        ValueError: a value outside its range, or a latent that the SAE does not have. At the start: a data module
-            without provenance.
+        ValueError: a value outside its range, or a latent that the SAE does not have. At the start: a data
+            module without provenance, or another callback writes to the same folder.
         TypeError: at the start: the module has no `encode` or no `decode`.
     """
 
@@ -66,25 +74,26 @@ class TopActivatingTokens(Callback):
             )
         if before < 0 or after < 0:
             raise ValueError(f"before={before} and after={after} are numbers of tokens, not negative")
+        super().__init__("top_tokens", sae)
         self.latents = latents
         self.keep = keep
         self.before = before
         self.after = after
         self.seed = seed
-        self.sae = sae
-        self.written: list[Path] = []
         self._every = Every(every_n_steps)
         self._raw = RawRows()
         self._encoded = 0
         self._unknown = False  # whether the data module did not know a batch
         self._path: Path | None = None
         self._top: TopRows | None = None
+        self._loaded: dict[str, Any] | None = None  # from the checkpoint that the fit continues from
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage in ("fit", "validate"):
-            self._path = run_folder(trainer) / "top_tokens" / "latents.json"
+            self._path = self.find_place(trainer) / "latents.json"
             self._raw, self._top, self._encoded, self._unknown = RawRows(), None, 0, False
+            self._loaded = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,6 +104,34 @@ class TopActivatingTokens(Callback):
                 "TopActivatingTokens needs a data module that says where rows came from: use an "
                 "ActivationDataModule, or inherit from ActivationData and write provenance(batch)"
             )
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._top is not None:
+            state = {"asked": self._asked, "encoded": self._encoded, "top": self._top.state()}
+            checkpoint.setdefault("top_tokens", {})[self.place] = state
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._loaded = checkpoint.get("top_tokens", {}).get(self.place)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on with the rows of the checkpoint."""
+        if self._loaded is None:
+            return
+        if self._loaded["asked"] != self._asked:
+            rank_zero_info(
+                f"TopActivatingTokens starts anew at step {trainer.global_step}: the checkpoint has rows for other "
+                "latents, or another keep"
+            )
+            return
+        self._encoded = self._loaded["encoded"]
+        self._top = TopRows.restored(self._loaded["top"], pl_module.device)
 
     @override
     def on_train_batch_end(
@@ -143,7 +180,8 @@ class TopActivatingTokens(Callback):
             rows = self._raw.of(trainer, batch, sae.reads)
             if self._top is None:
                 one_row = sae.encode({name: x[:1] for name, x in rows.items()})
-                self._top = TopRows(self._choose(one_row), self.keep)
+                chosen = torch.tensor(choose_latents(self.latents, one_row.shape[1], self.seed))
+                self._top = TopRows(chosen.to(one_row.device, non_blocking=True), self.keep)
             self._top.add(rows, self._top.watched(sae.encode_parts(rows)), provenance)
             self._encoded += 1
             if self._encoded % _REFRESH_EVERY == 0:
@@ -163,7 +201,30 @@ class TopActivatingTokens(Callback):
             if rows and all(row.token_id < 0 for row in rows):
                 self._say_empty("the data have no token ids, as in shards that hold bare tensors")
                 return
-            self._write(trainer, sae, self._top, rows, self._path)
+            self._write(trainer, self._trained(trainer, sae, self._top, rows), self._path)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Search the held-out rows in `trainer.validate`; in a fit the training rows are searched."""
+        if trainer.state.fn != TrainerFn.VALIDATING or not trainer.is_global_zero or self._path is None:
+            return
+        sae = self._find_sae(trainer, pl_module)
+        try:
+            with evaluation_mode(pl_module):
+                found = search(
+                    sae,
+                    heldout_rows(trainer, sae.reads),
+                    self.latents,
+                    keep=self.keep,
+                    before=self.before,
+                    after=self.after,
+                    tokenizer=activation_data(trainer).tokenizer,
+                    seed=self.seed,
+                )
+        except NoContextsError as error:
+            self._say_empty(str(error))
+            return
+        self._write(trainer, found, self._path)
 
     def _provenance(self, trainer: Trainer, batch: Any) -> Tensor | None:
         """Provenance of a batch, int64 `(batch, 4)` as `TopRows.add` needs it; None, with a warning, if unknown."""
@@ -187,39 +248,42 @@ class TopActivatingTokens(Callback):
     def _find_sae(self, trainer: Trainer, module: LightningModule) -> SaeView:
         return require_sae(module, activation_data(trainer).hook_names, "TopActivatingTokens", self.sae)
 
-    def _choose(self, latents: Tensor) -> Tensor:
-        d_sae = latents.shape[1]
-        if isinstance(self.latents, int):
-            drawn = np.random.default_rng(self.seed).permutation(d_sae)[: self.latents]
-            return _on_device(sorted(drawn.tolist()), latents.device)
-        wrong = [i for i in self.latents if not 0 <= i < d_sae]
-        if wrong:
-            raise ValueError(f"latents={wrong} do not exist: this SAE has latents 0 to {d_sae - 1}")
-        return _on_device(self.latents, latents.device)
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """The settings that the kept rows depend on."""
+        latents = self.latents if isinstance(self.latents, int) else list(self.latents)
+        return {"latents": latents, "keep": self.keep, "seed": self.seed}
 
-    def _write(
-        self, trainer: Trainer, sae: SaeView, top: TopRows, rows: Sequence[TopRow], path: Path
-    ) -> None:
+    def _trained(self, trainer: Trainer, sae: SaeView, top: TopRows, rows: Sequence[TopRow]) -> FoundContexts:
+        """The kept training rows with their text."""
         contexts = ContextReader(activation_data(trainer), sae, self.before, self.after).read(rows)
-        entries = []
-        table: list[list[str | int | float | None]] = []
-        for i, latent in enumerate(top.latents.tolist()):
-            own = [context for row, context in zip(rows, contexts, strict=True) if row.latent == latent]
-            own.sort(key=lambda context: -context.value)
-            frequency = int(top.fired[i]) / top.seen
-            entries.append(
-                {"latent": latent, "frequency": frequency, "contexts": [context.as_json() for context in own]}
-            )
-            table += [[latent, frequency, context.value, _line(context)] for context in own]
-        found = {"step": trainer.global_step, "rows": top.seen, "reads": list(sae.reads), "latents": entries}
-        write_json(path, found)
+        of_latent: dict[int, list[Context]] = {latent: [] for latent in top.latents.tolist()}
+        for row, context in zip(rows, contexts, strict=True):
+            of_latent[row.latent].append(context)
+        return FoundContexts(
+            sae=sae.name,
+            reads=sae.reads,
+            rows=top.seen,
+            latents=[
+                LatentContexts(
+                    latent=latent,
+                    frequency=int(fired) / top.seen,
+                    contexts=sorted(own, key=lambda context: -context.value),
+                )
+                for (latent, own), fired in zip(of_latent.items(), top.fired, strict=True)
+            ],
+        )
+
+    def _write(self, trainer: Trainer, found: FoundContexts, path: Path) -> None:
+        write_json(path, found.as_json(trainer.global_step))
         add_written(self.written, path)
         columns = ["latent", "frequency", "activation", "context"]
-        log_table(trainer.loggers, "top_tokens", columns, table, trainer.global_step)
-
-
-def _on_device(numbers: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(list(numbers)).to(device, non_blocking=True)
+        table: list[list[Cell]] = [
+            [each.latent, each.frequency, context.value, _line(context)]
+            for each in found.latents
+            for context in each.contexts
+        ]
+        log_table(trainer.loggers, self.metric("top_tokens"), columns, table, trainer.global_step)
 
 
 def _line(context: Context) -> str:

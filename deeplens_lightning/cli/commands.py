@@ -123,6 +123,7 @@ FUNCTIONS = {
     "extract": "deeplens_lightning.cli.commands:extract",
     "verify": "deeplens_lightning.cli.commands:verify",
     "report": "deeplens_lightning.cli.commands:report",
+    "latents": "deeplens_lightning.cli.latents:latents",
     "doctor": "deeplens_lightning.cli.doctor.command:doctor",
 }
 """The function of every command in `cli.help.OWN_COMMANDS`, as `module:function`: only the one that runs is imported."""

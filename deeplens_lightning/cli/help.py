@@ -24,6 +24,7 @@ OWN_COMMANDS = {
     "extract": "write a model's activations to shards",
     "verify": "compare every shard of a cache with its checksum",
     "report": "write one HTML page about a finished run",
+    "latents": "print the text on which chosen latents of a finished run are most active",
     "doctor": "check this machine and its devices: about a minute of self-checks",
 }
 

@@ -232,18 +232,19 @@ def _values(words: Sequence[str], *options: str) -> list[str]:
 def _run_own(command: str, words: list[str]) -> None:
     """Parse and run one of `OWN_COMMANDS`; the imports are slow, so that they wait until here."""
     from deeplens_lightning.cli.commands import FUNCTIONS
-    from deeplens_lightning.cli.parser import CommandParser, option_types, with_values
+    from deeplens_lightning.cli.parser import CommandParser, option_types, with_lists, with_values
 
     parser = CommandParser(
         prog=f"deeplens-lightning {command}", description=OWN_COMMANDS[command], parser_mode="omegaconf+"
     )
     function = resolve_name(FUNCTIONS[command])
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
-    positional = command in ("inspect", "report", "verify")
+    positional = command in ("inspect", "latents", "report", "verify")
     parser.options = parser.add_function_arguments(function, as_positional=positional)
     if "data" in parser.options:
         parser.set_defaults({"data": GROUPS["data"].class_path})
-    given = parser.instantiate(parser.parse_args(with_values(words, option_types(function))))
+    types = option_types(function)
+    given = parser.instantiate(parser.parse_args(with_lists(with_values(words, types), types)))
     given.pop("config", None)
     function(**given.as_dict())
 

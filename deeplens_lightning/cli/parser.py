@@ -134,6 +134,24 @@ def _with_value(word: str, following: str, types: Mapping[str, Any]) -> str:
     return f"{word}=true"
 
 
+def with_lists(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """Join the values of options that are lists of numbers: `--ids 5 17` becomes `--ids=[5,17]`.
+
+    Args:
+        words: options of the command line.
+        types: the types of the options, from `option_types`.
+    """
+    lists = {f"--{name}" for name, kind in types.items() if kind == list[int] | None}
+    found: list[str] = []
+    for word in words:
+        name, _, values = found[-1].partition("=") if found else ("", "", "")
+        if name in lists and word.isdecimal() and (not values or values.endswith("]")):
+            found[-1] = f"{name}={values[:-1]},{word}]" if values else f"{name}=[{word}]"
+        else:
+            found.append(word)
+    return found
+
+
 def sentence(message: str, options: Sequence[str]) -> str:
     """Say in one sentence what is wrong with the command line.
 

@@ -19,13 +19,15 @@ from string import Template
 from typing import Any
 
 from deeplens_lightning.disk.files import write_whole
-from deeplens_lightning.reporting.run_data import RunData, find_run, names_of, read_run
+from deeplens_lightning.reporting.run_data import RunData, charts, find_run, is_constant, read_run
 
 _SCRIPTS = ("charts.js", "latents.js", "samples.js", "report.js")
 
 
 def write_report(run_dir: str | PathLike[str], out: str | PathLike[str] | None = None) -> Path:
-    """Write the page of a run: curves, summary, firing histogram, latents, and single samples over time.
+    """Write the page of a run: curves, summary, firing histograms, latents, and single samples over time.
+
+    A run that was resumed is shown from its first step, with the folders that it was resumed from.
 
     Args:
         run_dir: the run's folder (it holds `curves.jsonl` or `metrics.csv`), or a folder of runs, of which the newest
@@ -46,7 +48,7 @@ def write_report(run_dir: str | PathLike[str], out: str | PathLike[str] | None =
 
 def page(run: RunData) -> str:
     """The HTML page of a run."""
-    data = asdict(run) | {"charts": names_of(run.curves)}
+    data = asdict(run) | {"charts": _charts(run), "constant": _constant(run)}
     style = _asset("report.css")
     script = "(() => {\n'use strict';\n" + "\n".join(_asset(name) for name in _SCRIPTS) + "\n})();\n"
     policy = (
@@ -56,6 +58,26 @@ def page(run: RunData) -> str:
     return Template(_asset("report.html")).substitute(
         title=html.escape(run.name), policy=policy, style=style, script=script, data=embedded_json(data)
     )
+
+
+def _charts(run: RunData) -> list[dict[str, Any]]:
+    """What is drawn: title and curves; a single point is drawn only where no summary shows its value."""
+    return [
+        {"title": title, "series": [asdict(each) for each in series]}
+        for title, series in charts(run.curves).items()
+        if not all(is_constant(run.curves[each.name]) for each in series)
+        or (run.summary is None and any(len(run.curves[each.name]) == 1 for each in series))
+    ]
+
+
+def _constant(run: RunData) -> dict[str, float]:
+    """The values of curves that stay the same."""
+    drawn = {each["name"] for chart in _charts(run) for each in chart["series"]}
+    return {
+        name: points[-1][1]
+        for name, points in run.curves.items()
+        if name not in drawn and len(points) > 1 and not name.startswith("single_sample/")
+    }
 
 
 def embedded_json(value: Any) -> str:

@@ -8,16 +8,19 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deeplens_lightning.reporting.readable_tokens import visible
-from deeplens_lightning.reporting.run_folder import read_jsonl
+from deeplens_lightning.reporting.run_folder import parts_of, read_jsonl
 
 Curve = list[tuple[int, float]]
 """Points `(step, value)` of one scalar, by step."""
+Parts = list[tuple[Path, float]]
+"""The folders of a run, each with the last step of it that counts."""
 
 _EVENTS = "events.out.tfevents.*"
 _MAX_POINTS = 800  # of a curve
@@ -26,9 +29,16 @@ _RUN_FILES = (
     "curves.jsonl",
     "summary.json",
     "metrics.csv",
-    "top_tokens/latents.json",
-    "latent_statistics/latest.json",
 )
+_RUN_PATTERNS = (
+    "*/samples.jsonl",
+    "*/latents.json",
+    "latent_statistics*/latest.json",
+    "chosen_latents*/*.json",
+    _EVENTS,
+)
+_STAGES = ("train", "val", "test")
+_CONSTANT = 1e-3  # spread of a curve, as a share of its largest value, up to which it is not drawn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,18 +47,20 @@ class RunData:
 
     Attributes:
         name: the run's folder.
+        earlier: the folders from which the run was resumed, the first one first.
         summary: content of `summary.json`; None where there is none.
-        curves: logged scalars by name.
-        firing: `step`, and histograms of firing frequencies on `heldout` and `training` rows; None where not measured.
-        latents: content of `top_tokens/latents.json`; None where there is none.
+        curves: logged scalars by name, of all folders.
+        firing: for each SAE `sae`, `step`, and histograms of firing frequencies on `heldout` and `training` rows.
+        latents: `latent, frequency, contexts` of each latent, with the `sae, reads, rows, step` of its file.
         samples: single samples, one entry for each folder and text.
     """
 
     name: str
+    earlier: list[str]
     summary: dict[str, Any] | None
     curves: dict[str, Curve]
-    firing: dict[str, Any] | None
-    latents: dict[str, Any] | None
+    firing: list[dict[str, Any]]
+    latents: list[dict[str, Any]]
     samples: list[dict[str, Any]]
 
 
@@ -64,7 +76,8 @@ def find_run(folder: Path) -> Path:
         )
     if _is_run(folder):
         return folder
-    runs = [path for path in folder.rglob("*") if path.is_dir() and _is_run(path)]
+    found = {path for path in folder.rglob("*") if path.is_dir() and _is_run(path)}
+    runs = [path for path in found if found.isdisjoint(path.parents)]  # not the folders of a run
     if not runs:
         raise FileNotFoundError(
             f"{folder} holds nothing to report: neither it nor a folder inside it has {', '.join(_RUN_FILES)} or "
@@ -74,28 +87,32 @@ def find_run(folder: Path) -> Path:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read the files of a run.
+    """Read the files of a run, and those of the folders from which it was resumed.
 
     Args:
         folder: the run's folder, from `find_run`.
     """
+    parts = parts_of(folder)
     return RunData(
         name=visible(str(folder)),
+        earlier=[visible(str(part)) for part, _ in parts[:-1]],
         summary=_json(folder / "summary.json"),
-        curves=_curves(folder),
-        firing=_firing(_json(folder / "latent_statistics" / "latest.json")),
-        latents=_latents(_json(folder / "top_tokens" / "latents.json")),
-        samples=[
-            entry
-            for path in sorted(folder.glob("*/samples.jsonl"))
-            for entry in _samples(path.parent.name, path)
-        ],
+        curves=_curves(parts),
+        firing=_newest(parts, _firing),
+        latents=_newest(parts, _latents),
+        samples=list(_samples(parts)),
     )
 
 
+def _newest(parts: Parts, read: Callable[[Path], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What the last of the folders that has it holds."""
+    return next(filter(None, (read(part) for part, _ in reversed(parts))), [])
+
+
 def _is_run(folder: Path) -> bool:
-    patterns = ("*/samples.jsonl", _EVENTS)
-    return any((folder / name).is_file() for name in _RUN_FILES) or any(any(folder.glob(p)) for p in patterns)
+    if any((folder / name).is_file() for name in _RUN_FILES):
+        return True
+    return any(any(folder.glob(pattern)) for pattern in _RUN_PATTERNS)
 
 
 def _json(path: Path) -> dict[str, Any] | None:
@@ -105,17 +122,26 @@ def _json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _curves(folder: Path) -> dict[str, Curve]:
+def _curves(parts: Parts) -> dict[str, Curve]:
+    """Scalars by name, of all folders: those that a resumed run logged again replace the earlier ones."""
+    curves: dict[str, dict[int, float]] = {}
+    for folder, last in parts:
+        for name, points in _curves_in(folder).items():
+            kept = {step: value for step, value in points.items() if step <= last}
+            curves[name] = curves.get(name, {}) | kept
+    return {name: _thinned(sorted(points.items())) for name, points in curves.items() if points}
+
+
+def _curves_in(folder: Path) -> dict[str, dict[int, float]]:
     """Scalars by name: from `curves.jsonl`, else `metrics.csv`, else TensorBoard's files."""
     sources = (_from_jsonl(folder / "curves.jsonl"), _from_csv(folder / "metrics.csv"), _from_events(folder))
-    curves: dict[str, Curve] = {}
+    curves: dict[str, dict[int, float]] = {}
     for points in sources:
         found: dict[str, dict[int, float]] = {}
         for name, step, value in points:
             if math.isfinite(value):
                 found.setdefault(name, {})[step] = value  # of a step logged again after a resume, the last
-        for name, values in found.items():
-            curves.setdefault(name, _thinned(sorted(values.items())))
+        curves = found | curves
     return curves
 
 
@@ -155,15 +181,18 @@ def _thinned(points: Curve) -> Curve:
     return points[::-1][::every][::-1] if every > 1 else points
 
 
-def _firing(latest: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Histograms in place of one count for each latent."""
-    if latest is None:
-        return None
-    return {"step": latest["step"]} | {
-        name: _binned(latest[name]["counts"], latest[name]["rows"])
-        for name in ("heldout", "training")
-        if name in latest
-    }
+def _firing(folder: Path) -> list[dict[str, Any]]:
+    """Histograms in place of one count for each latent, for each SAE."""
+    found = []
+    for path in sorted(folder.glob("latent_statistics*/latest.json")):
+        latest = json.loads(path.read_text(encoding="utf-8"))
+        binned = {
+            name: _binned(latest[name]["counts"], latest[name]["rows"])
+            for name in ("heldout", "training")
+            if name in latest
+        }
+        found.append({"sae": visible(latest.get("sae", "")), "step": latest["step"]} | binned)
+    return found
 
 
 def _binned(counts: Sequence[int], rows: int, width: float = 0.1) -> dict[str, Any]:
@@ -189,26 +218,48 @@ def _binned(counts: Sequence[int], rows: int, width: float = 0.1) -> dict[str, A
     }
 
 
-def _latents(found: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Top contexts of latents with tokens that can be shown."""
-    if found is None:
-        return None
-    for entry in found["latents"]:
-        for context in entry["contexts"]:
-            context["tokens"] = [visible(token) for token in context["tokens"]]
-    return found
+def _latents(folder: Path) -> list[dict[str, Any]]:
+    """Contexts of latents: chosen ones first, those of single samples last; each latent of an SAE once."""
+    patterns = ("chosen_latents*/*.json", "top_tokens*/latents.json", "*/latents.json")
+    paths = dict.fromkeys(path for pattern in patterns for path in sorted(folder.glob(pattern)))
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for path in paths:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        of_file = {
+            "sae": visible(content.get("sae", "")),
+            "reads": [visible(hook) for hook in content["reads"]],
+            "rows": content["rows"],
+            "step": content["step"],
+        }
+        for entry in content["latents"]:
+            for context in entry["contexts"]:
+                context["tokens"] = [visible(token) for token in context["tokens"]]
+            found.setdefault((of_file["sae"], entry["latent"]), entry | of_file)
+    return list(found.values())
 
 
-def _samples(folder: str, path: Path) -> Iterator[dict[str, Any]]:
-    """One entry for each text of a `samples.jsonl`: its tokens, and its numbers at up to `_MAX_STEPS` steps."""
+def _samples(parts: Parts) -> Iterator[dict[str, Any]]:
+    """One entry for each folder of single samples and each of its texts."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for folder, last in parts:
+        for path in sorted(folder.glob("*/samples.jsonl")):
+            kept = [line for line in read_jsonl(path) if line["step"] <= last]
+            lines.setdefault(path.parent.name, []).extend(kept)
+    for name in sorted(lines):
+        yield from _texts(name, lines[name])
+
+
+def _texts(folder: str, lines: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """One entry for each text: its tokens, and its numbers at up to `_MAX_STEPS` steps."""
     texts: dict[int, dict[int, dict[int, dict[str, Any]]]] = {}
-    for line in read_jsonl(path):
+    for line in lines:
         texts.setdefault(line["sample"], {}).setdefault(line["step"], {})[line["position"]] = line
     for number, by_step in sorted(texts.items()):
         steps = _spread(sorted(by_step), _MAX_STEPS)
         first = by_step[steps[0]]
         yield {
             "name": f"{visible(folder)} {number}",
+            "sae": visible(first[min(first)].get("sae", "")),
             "tokens": [visible(first[i]["token"]) for i in sorted(first)],
             "looks": [{"step": step} | _columns(by_step[step]) for step in steps],
         }
@@ -228,6 +279,41 @@ def _spread(items: Sequence[int], limit: int) -> list[int]:
     return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
 
 
-def names_of(curves: Iterable[str]) -> list[str]:
-    """Names of curves without those of single samples, which have a section of their own."""
-    return [name for name in curves if not name.startswith("single_sample/")]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One curve of a chart.
+
+    Attributes:
+        name: the name under which it was logged.
+        stage: `train`, `val` or `test`; empty for other metrics.
+        sae: name of the SAE in a grid; empty for a single one.
+    """
+
+    name: str
+    stage: str
+    sae: str
+
+
+def charts(curves: Mapping[str, Curve]) -> dict[str, list[Series]]:
+    """The curves by quantity: train/fvu, val/fvu and val/fvu/<sae> of each SAE of a grid share one chart.
+
+    Those of single samples are left out; they have a section of their own.
+    """
+    saes = {match[1] for name in curves if (match := re.fullmatch("(?:train|val)/fvu/(.+)", name))}
+    found: dict[str, list[Series]] = {}
+    for name in curves:
+        if name.startswith("single_sample/"):
+            continue
+        sae = max((sae for sae in saes if name.endswith(f"/{sae}")), key=len, default="")
+        quantity = name.removesuffix(f"/{sae}") if sae else name
+        stage, _, rest = quantity.partition("/")
+        if stage not in _STAGES or not rest:
+            stage, rest = "", quantity
+        found.setdefault(rest, []).append(Series(name=name, stage=stage, sae=sae))
+    return found
+
+
+def is_constant(points: Curve) -> bool:
+    """Whether a curve stays within a thousandth of its largest value."""
+    values = [value for _, value in points]
+    return max(values) - min(values) <= _CONSTANT * max(map(abs, values))

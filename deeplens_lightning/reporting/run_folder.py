@@ -15,7 +15,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from deeplens_lightning.disk.files import append_to, make_folder, truncate, write_whole
+from deeplens_lightning.disk.files import append_to, make_folder, remove, truncate, write_whole
+
+RESUMED = "resumed.json"
+"""File that names the folder which a run continues from, and the step in the checkpoint."""
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -26,6 +29,45 @@ def run_folder(trainer: Trainer) -> Path:
     """
     folder = str(_folder(trainer)) if trainer.is_global_zero else ""
     return Path(trainer.strategy.broadcast(folder))
+
+
+def note_earlier_part(folder: Path, earlier: Path | None, step: int) -> None:
+    """Write to a run's folder which folder the run continues from, and delete such a note of another run.
+
+    Args:
+        folder: the run's folder.
+        earlier: the folder of the run that saved the checkpoint; None for a new run.
+        step: optimizer steps in the checkpoint.
+    """
+    note = folder / RESUMED
+    if earlier is None:
+        if note.is_file():
+            remove(note)
+    elif earlier != folder.absolute():
+        try:  # relative, so that the folders of a run can be moved together
+            place = os.path.relpath(earlier, folder.absolute())
+        except ValueError:  # on another drive of Windows
+            place = str(earlier)
+        write_json(note, {"from": place, "step": step})
+
+
+def parts_of(folder: Path) -> list[tuple[Path, float]]:
+    """The folders of a run, the first one first, each with the step after which the next one continues.
+
+    Args:
+        folder: the last folder of the run.
+
+    Returns:
+        Folders that exist, each once, with their last steps; infinity for `folder`.
+    """
+    parts: list[tuple[Path, float]] = [(folder, math.inf)]
+    while (note := parts[0][0] / RESUMED).is_file():
+        content = json.loads(note.read_text(encoding="utf-8"))
+        earlier = Path(os.path.normpath(parts[0][0] / content["from"]))
+        if not earlier.is_dir() or earlier in [part for part, _ in parts]:
+            break
+        parts.insert(0, (earlier, min(float(content["step"]), parts[0][1])))
+    return parts
 
 
 def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

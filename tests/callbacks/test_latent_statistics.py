@@ -36,7 +36,7 @@ def test_heldout_counts_equal_encoding_the_heldout_rows(fit: Callable[..., Any],
 def test_without_validation_training_rows_are_reported(fit: Callable[..., Any], tmp_path: Path) -> None:
     fit([LatentStatistics(every_n_steps=4)], limit_val_batches=0)
     latest = json.loads((tmp_path / "run" / "latent_statistics" / "latest.json").read_text())
-    assert set(latest) == {"step", "training"}
+    assert set(latest) == {"step", "sae", "training"}
     assert latest["training"]["rows"] == 6 * 64
 
 

@@ -339,3 +339,35 @@ def test_activations_can_be_read_after_training(fit: Callable[..., Any], lm_fold
     fit([callback])
     got = callback.get_mlp_acts(TEXT)
     assert _relative_error(got, _independently(lm_folder, TEXT, "h.1.mlp.act", False)) < 1e-5
+
+
+@pytest.mark.parametrize("normalize", ["none", "zscore"])
+def test_latents_of_the_last_record_have_contexts_in_held_out_text(
+    normalize: str, fit: Callable[..., Any], live: Callable[..., Any], tmp_path: Path
+) -> None:
+    dm = live(normalize=normalize)
+    run = fit([ExtractSingleSample(texts=[TEXT])], datamodule=dm)
+    folder = tmp_path / "run" / "single_samples"
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    named = {latent for line in lines if line["step"] == 24 for latent in line["latents"]}
+    found = json.loads((folder / "latents.json").read_text())
+    assert (found["step"], found["rows"], found["sae"]) == (24, 128, "")
+    assert [entry["latent"] for entry in found["latents"]] == sorted(named)
+    dm.setup("fit")
+    scaling = dm.scaling
+    rows = torch.cat([scaling.undo(batch) for batch in dm.val_dataloader()])
+    with torch.no_grad():
+        z = run.sae.eval().encode(rows)
+    for entry in found["latents"]:
+        top = float(z[:, entry["latent"]].max())
+        values = [context["value"] for context in entry["contexts"]]
+        assert values[:1] == pytest.approx([top] if top > 0 else [], rel=1e-3)
+
+
+def test_without_held_out_rows_it_says_that_latents_have_no_contexts(
+    fit: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        fit([ExtractSingleSample(texts=[TEXT])], limit_val_batches=0, max_epochs=1)
+    assert any("ExtractSingleSample has no contexts of its latents" in message for message in caplog.messages)
+    assert not (tmp_path / "run" / "single_samples" / "latents.json").exists()

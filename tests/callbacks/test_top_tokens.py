@@ -213,3 +213,19 @@ def test_a_fit_that_is_too_short_says_so(
         fit([callback])
     assert any("ended at step 24, before every_n_steps=1000" in message for message in caplog.messages)
     assert not (tmp_path / "run" / "top_tokens").exists()
+
+
+def test_validate_searches_the_held_out_rows(live: Callable[..., Any], tmp_path: Path) -> None:
+    dm = live()
+    sae = SparseAutoencoder(d_in=dm.d_in, d_sae=256, k=8)
+    top = TopActivatingTokens(latents=range(256), keep=2)
+    trainer(tmp_path / "run", None, [top]).validate(sae, dm, verbose=False)
+    found = _read(tmp_path)
+    dm.setup("validate")
+    with torch.no_grad():
+        z = sae.eval().encode(torch.cat(list(dm.val_dataloader())))
+    assert found["rows"] == len(z) == 128
+    for entry in found["latents"]:
+        top_value = float(z[:, entry["latent"]].max())
+        values = [context["value"] for context in entry["contexts"]]
+        assert values[:1] == pytest.approx([top_value] if top_value > 0 else [], rel=1e-3)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from deeplens_lightning.reporting.report import embedded_json, write_report
-from deeplens_lightning.reporting.run_data import read_run
-from deeplens_lightning.reporting.run_folder import append_jsonl, write_json
+from deeplens_lightning.reporting.run_data import charts, find_run, read_run
+from deeplens_lightning.reporting.run_folder import append_jsonl, note_earlier_part, parts_of, write_json
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'>"
 TOKENS = ["The", " cat", HOSTILE, "\u202eevil", "שלום", "😀", "\x00", "\n", "\u2028", "\ud800", " sat"]
@@ -100,11 +100,12 @@ def test_charts_are_drawn_latents_browsable_and_nothing_is_fetched(page: Any, ru
     sections = page.evaluate("[...document.querySelectorAll('section')].map(s => s.id)")
     assert sections == ["summary", "curves", "firing", "latents", "samples"]
     titles = page.evaluate("[...document.querySelectorAll('#curves .chart h3')].map(h => h.textContent)")
-    assert titles == ["loss", "fvu", "l0", "tokens_per_second"]
+    assert titles == ["loss", "fvu", "tokens_per_second"]
+    assert "Unchanged during the run: val/l0 8" in _text(page, "#curves")
     paths = page.evaluate(
         "[...document.querySelectorAll('#curves path.curve')].map(p => p.getAttribute('d'))"
     )
-    assert len(paths) == 5  # train/fvu and val/fvu share a chart
+    assert len(paths) == 4  # train/fvu and val/fvu share a chart
     assert all("NaN" not in d and len(d) > 10 for d in paths)
     boxes = "[...document.querySelectorAll('#curves svg')].map(s => s.getBoundingClientRect().height)"
     assert all(height > 100 for height in page.evaluate(boxes))
@@ -144,6 +145,110 @@ def test_the_summary_names_the_files_of_its_weights(page: Any, run_dir: Path) ->
     page.open(write_report(run_dir).as_uri())
     assert "weightsstep 590: <b>final.ckpt" in _text(page, "#summary")
     assert "figures" not in _text(page, "#summary")
+    assert page.complaints() == []
+
+
+def test_labels_of_an_axis_differ_and_nothing_is_drawn_where_nothing_changes(
+    page: Any, tmp_path: Path
+) -> None:
+    lines = [
+        {
+            "step": 100_000 + 5000 * i,
+            "train/l0": 32 + 0.1 * math.sin(i),
+            "train/k": 32.0,
+            "train/loss": 10.0 ** -(i / 5),
+            "tiny": 1e-6 * i,
+            "rows": 1e8 + 3e5 * i,
+        }
+        for i in range(1, 20)
+    ]
+    append_jsonl(tmp_path / "curves.jsonl", lines)
+    page.open(write_report(tmp_path).as_uri())
+    titles = page.evaluate("[...document.querySelectorAll('#curves .chart h3')].map(h => h.textContent)")
+    assert sorted(titles) == ["l0", "loss", "rows", "tiny"]
+    assert "Unchanged during the run: train/k 32" in _text(page, "#curves")
+    labels = (
+        "[...document.querySelectorAll('#curves svg')]"
+        ".map(s => [...s.querySelectorAll('text')].map(t => t.textContent))"
+    )
+    ends = "[...document.querySelectorAll('#curves svg')].map(s => s.querySelectorAll('line.axis').length)"
+    for texts, across in zip(page.evaluate(labels), page.evaluate(ends), strict=True):
+        for axis in (texts[:across], texts[across:]):
+            assert 2 <= len(axis) == len(set(axis)), axis
+    assert page.complaints() == []
+
+
+def test_training_and_validation_have_a_colour_each_in_every_chart(page: Any, run_dir: Path) -> None:
+    lines = [{"step": s, "val/cosine": 0.9 + s / 10_000, "val/rows": float(s)} for s in (300, 590)]
+    append_jsonl(run_dir / "curves.jsonl", lines)
+    page.open(write_report(run_dir).as_uri())
+    pairs = page.evaluate(
+        "[...document.querySelectorAll('#curves .legend span')].map(s => [s.textContent.split(' ')[0], s.className])"
+    )
+    assert {style for stage, style in pairs if stage == "train"} == {"s0"}
+    assert {style for stage, style in pairs if stage == "val"} == {"s1"}
+
+
+def test_files_are_listed_once_below_the_folder_of_the_run(page: Any, run_dir: Path) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    inside, outside = [f"{run_dir}/checkpoints/final.ckpt", f"{run_dir}/top_tokens"], "/elsewhere/a.txt"
+    write_json(run_dir / "summary.json", summary | {"written": [str(run_dir), *inside, outside]})
+    page.open(write_report(run_dir).as_uri())
+    rows = page.evaluate("[...document.querySelectorAll('#summary tr')].map(r => r.innerText)")
+    [written] = [row for row in rows if row.startswith("written")]
+    assert list(filter(None, written.replace("\t", "\n").splitlines()))[1:] == [
+        str(run_dir),
+        "checkpoints/final.ckpt",
+        "top_tokens",
+        outside,
+    ]
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_nothing_is_wider_than_the_window_and_words_are_whole(page: Any, run_dir: Path, width: int) -> None:
+    words = ["The", " inter", "pret", "ability", " of", " un", "believ", "ably", " long", " words"] * 6
+    lines = [
+        {"step": 5, "sample": 0, "position": i, "token_id": i, "token": t, "norm": 1.0}
+        for i, t in enumerate(words)
+    ]
+    append_jsonl(run_dir / "words" / "samples.jsonl", lines)
+    page.call(
+        "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+    )
+    try:
+        page.open(write_report(run_dir).as_uri())
+        page.evaluate(
+            "{ const s = document.querySelector('#samples select'); s.value = '2'; s.dispatchEvent(new Event('change')) }"
+        )
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        tops = page.evaluate(
+            "[...document.querySelectorAll('#samples .strip .token')].map(t => [t.textContent, "
+            "t.getClientRects().length, [...t.getClientRects()].at(-1).top])"
+        )
+    finally:
+        page.call("Emulation.clearDeviceMetricsOverride")
+    assert len(tops) == len(words)
+    for (_, _, above), (text, lines_of_token, below) in pairwise(tops):
+        if not text.startswith(" ") and text != "The":
+            assert (lines_of_token, above) == (1, below), text
+
+
+def test_a_latent_is_shown_with_the_sae_that_it_belongs_to(page: Any, run_dir: Path) -> None:
+    for sae, value in (("k=4", 2.0), ("k=8", 5.0)):
+        entry = {"latent": 3, "frequency": 0.1, "contexts": [_context(2, value)]}
+        content = {"step": 590, "rows": 50, "sae": sae, "reads": ["layers.1.mlp_act"], "latents": [entry]}
+        write_json(run_dir / f"top_tokens-{sae}" / "latents.json", content)
+    line = {"step": 5, "sample": 0, "position": 0, "token_id": 0, "token": "a", "norm": 1.0, "sae": "k=8"}
+    append_jsonl(run_dir / "single_samples-k=8" / "samples.jsonl", [line | {"latents": [3], "values": [1.0]}])
+    page.open(write_report(run_dir).as_uri())
+    page.evaluate(
+        "{ const s = document.querySelector('#samples select'); s.value = '2'; s.dispatchEvent(new Event('change')) }"
+    )
+    page.evaluate("document.querySelector('#samples td button').click()")
+    assert _text(page, "#latents .card h3") == "latent 3 of k=8"
+    assert "reads layers.1.mlp_act; above 0 on 10.0% of 50 rows at step 590" in _text(page, "#latents .card")
+    shown = "document.querySelectorAll('#latents .list button[aria-current=\"true\"]')"
+    assert page.evaluate(f"[...{shown}].map(b => b.textContent)") == ["k=8 · 35"]
     assert page.complaints() == []
 
 
@@ -257,3 +362,53 @@ def test_long_curves_are_thinned_and_keep_their_end(tmp_path: Path) -> None:
     assert len(curve) <= 800
     assert curve[-1] == (5000, 5000.0)
     assert {b[0] - a[0] for a, b in pairwise(curve)} == {7}
+
+
+def test_a_run_is_read_with_the_folders_from_which_it_was_resumed(page: Any, tmp_path: Path) -> None:
+    first, second, third = (tmp_path / f"version_{i}" for i in range(3))
+    append_jsonl(first / "curves.jsonl", [{"step": s, "a": 1.0} for s in range(1, 8)])
+    append_jsonl(second / "curves.jsonl", [{"step": s, "a": 2.0} for s in range(5, 12)])
+    append_jsonl(third / "curves.jsonl", [{"step": s, "a": 3.0} for s in range(11, 13)])
+    note_earlier_part(second, first, 4)
+    note_earlier_part(third, second, 10)
+    content = {
+        "step": 4,
+        "rows": 9,
+        "reads": ["h"],
+        "latents": [{"latent": 1, "frequency": 0.5, "contexts": []}],
+    }
+    write_json(second / "top_tokens" / "latents.json", content)
+    run = read_run(third)
+    assert run.curves["a"] == [(s, 1.0 if s <= 4 else 2.0 if s <= 10 else 3.0) for s in range(1, 13)]
+    assert [entry["latent"] for entry in run.latents] == [1]
+    page.open(write_report(third).as_uri())
+    assert _text(page, "#earlier") == f"continues {first}, {second}"
+    moved = tmp_path.parent / f"{tmp_path.name}-moved"
+    tmp_path.rename(moved)
+    assert [part.name for part, _ in parts_of(moved / "version_2")] == ["version_0", "version_1", "version_2"]
+    note_earlier_part(moved / "version_2", None, 0)
+    assert len(parts_of(moved / "version_2")) == 1
+
+
+def test_the_folders_of_a_run_are_not_runs(run_dir: Path) -> None:
+    line = {"step": 1, "sample": 0, "position": 0, "token_id": 0, "token": "a", "norm": 1.0}
+    append_jsonl(run_dir / "single_samples" / "single_samples" / "samples.jsonl", [line])
+    assert find_run(run_dir.parent) == run_dir
+
+
+def test_curves_of_a_quantity_share_a_chart_also_in_a_grid() -> None:
+    names = [
+        "train/fvu/k=4",
+        "val/fvu/k=4",
+        "val/fvu/lr=1e-3/2",
+        "latents/rows/k=4",
+        "latents/rows",
+        "train/loss",
+    ]
+    found = charts({name: [(1, 1.0)] for name in names})
+    shown = {title: [(each.stage, each.sae) for each in series] for title, series in found.items()}
+    assert shown == {
+        "fvu": [("train", "k=4"), ("val", "k=4"), ("val", "lr=1e-3/2")],
+        "latents/rows": [("", "k=4"), ("", "")],
+        "loss": [("train", "")],
+    }

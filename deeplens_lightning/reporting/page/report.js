@@ -24,62 +24,75 @@ function weightRows({ figures, last, best = [] }) {
   ];
 }
 
+// The first path in full, those inside it relative to it, then the others.
+function writtenPaths([folder, ...rest]) {
+  const inside = rest.filter((p) => p.startsWith(`${folder}/`));
+  return [folder, ...inside.map((p) => p.slice(folder.length + 1)), ...rest.filter((p) => !inside.includes(p))];
+}
+
 function summaryTable(summary) {
+  const since = summary.since_step ?? 0;
   const rows = [
     ...(summary.stopped ? [['stopped by', summary.stopped]] : []),
     ['hook points', summary.hooks.join(', ')],
-    ['tokens', format(summary.tokens)],
-    ['steps', format(summary.steps)],
+    ['tokens', `${format(summary.tokens)} in ${format(summary.steps - since)} steps${since ? ` since step ${format(since)}` : ''}`],
     ['tokens/s', format(summary.tokens_per_second)],
     ...Object.entries(summary.metrics).filter(([name]) => /^(val|latents)\//.test(name)).map(([name, v]) => [name, format(v)]),
     ...weightRows(summary),
-    ...summary.written.map((path) => ['written', path]),
+    ...(summary.written.length ? [['written', ...writtenPaths(summary.written)]] : []),
   ];
-  return element('table', {}, ...rows.map(([name, value]) => element('tr', {}, element('th', {}, name), element('td', {}, value))));
+  const cells = (values) => values.map((value) => element('div', {}, path(value)));
+  const table = rows.map(([name, ...values]) => element('tr', {}, element('th', {}, name), element('td', {}, ...cells(values))));
+  return element('div', { class: 'scroll' }, element('table', {}, ...table));
 }
 
-// Curves of one quantity share a chart: train/fvu, val/fvu, and val/fvu/<name> of each SAE of a grid.
-function chartGroups(names) {
-  const groups = new Map();
-  for (const name of names) {
-    const parts = name.split('/');
-    const key = ['train', 'val', 'test'].includes(parts[0]) && parts.length > 1 ? parts[1] : name;
-    groups.set(key, [...(groups.get(key) || []), name]);
-  }
+// In a grid each SAE has a colour and training is dashed; otherwise training and validation have a colour each.
+function curve({ name, stage, sae }, title) {
+  const colour = sae ? saes.indexOf(sae) % 6 : Math.max(0, ['train', 'val', 'test'].indexOf(stage));
+  return {
+    label: [stage, sae].filter(Boolean).join(' ') || (name === title ? '' : name),
+    style: `s${colour}${sae && stage === 'train' ? ' dashed' : ''}`,
+    points: run.curves[name],
+  };
+}
+
+function chartOrder(a, b) {
   const first = ['loss', 'fvu', 'l0', 'dead_fraction', 'ce_recovered', 'tokens_per_second'];
-  const rank = (key) => (first.includes(key) ? first.indexOf(key) : first.length);
-  return [...groups].sort((a, b) => rank(a[0]) - rank(b[0]));
+  const rank = ({ title }) => (first.includes(title) ? first.indexOf(title) : first.length);
+  return rank(a) - rank(b);
 }
 
-document.getElementById('name').textContent = run.name;
+document.getElementById('name').append(path(run.name));
+if (run.earlier.length) document.getElementById('earlier').append('continues ', path(run.earlier.join(', ')));
 main.replaceChildren();
 if (run.summary) section('summary', 'Summary', summaryTable(run.summary));
-// A single point makes no curve; its value is in the summary.
-const groups = chartGroups(run.charts).filter(([, names]) => !run.summary || names.some((n) => run.curves[n].length > 1));
-if (groups.length) {
-  const cards = groups.map(([title, names]) => lineChart(title, names.map((n) => [n, run.curves[n]])));
-  section('curves', 'Curves', element('div', { class: 'grid' }, ...cards));
+const saes = [...new Set(run.charts.flatMap((chart) => chart.series.map((each) => each.sae)))].filter(Boolean);
+const constant = Object.entries(run.constant).map(([name, value]) => `${name} ${format(value)}`);
+if (run.charts.length || constant.length) {
+  const cards = run.charts.sort(chartOrder).map(({ title, series }) => lineChart(title, series.map((each) => curve(each, title))));
+  const rest = constant.length ? [element('p', { class: 'quiet' }, `Unchanged during the run: ${constant.join(', ')}`)] : [];
+  section('curves', 'Curves', element('div', { class: 'grid' }, ...cards), ...rest);
 }
-if (run.firing) {
-  const cards = ['heldout', 'training'].filter((n) => run.firing[n]).map((name) => {
-    const f = run.firing[name];
+if (run.firing.length) {
+  const cards = run.firing.flatMap((of) => ['heldout', 'training'].filter((name) => of[name]).map((name) => {
+    const f = of[name];
     const facts = `${format(f.dead)} of ${format(f.latents)} never fired on ${format(f.rows)} rows; ${format(f.dense)} fire on more than a tenth.`;
-    const title = `${name === 'heldout' ? 'held-out' : 'training'} rows, step ${format(run.firing.step)}`;
+    const title = `${of.sae ? `${of.sae}: ` : ''}${name === 'heldout' ? 'held-out' : 'training'} rows, step ${format(of.step)}`;
     const label = 'log10 of the fraction of rows on which a latent fires';
     const card = f.bins.length ? histogram(title, f.bins, f.width, label) : element('div', { class: 'card' }, element('h3', {}, title));
     card.append(element('div', { class: 'quiet' }, facts));
     return card;
-  });
+  }));
   section('firing', 'Firing frequencies', element('div', { class: 'grid' }, ...cards));
 }
 let latents = null;
-if (run.latents && run.latents.latents.length) {
+if (run.latents.length) {
   latents = latentSection(run.latents);
   section('latents', 'Latents', latents.node);
 }
 if (run.samples.length) {
-  const jump = (latent) => {
-    latents.open(latent);
+  const jump = (latent, sae) => {
+    latents.open(latent, sae);
     document.getElementById('latents').scrollIntoView();
   };
   section('samples', 'Single samples', sampleSection(run.samples, latents, jump));

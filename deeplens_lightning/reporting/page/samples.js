@@ -17,8 +17,8 @@ function sampleSection(samples, latents, jump) {
     const cell = element('td', {});
     (numbers || []).forEach((number, i) => {
       const label = `${number}: ${format(values[i])}`;
-      const known = latents && latents.has(number);
-      cell.append(known ? element('button', { type: 'button', onclick: () => jump(number) }, label) : label, '  ');
+      const known = latents && latents.has(number, sample.sae);
+      cell.append(known ? element('button', { type: 'button', onclick: () => jump(number, sample.sae) }, label) : label, '  ');
     });
     return cell;
   }
@@ -37,15 +37,16 @@ function sampleSection(samples, latents, jump) {
     const numbers = sample.looks.flatMap((record) => record[measure.value] || []).filter((v) => v !== null);
     const top = Math.max(...numbers, 1e-12);
     step.textContent = `step ${format(now.step)}`;
-    strip.replaceChildren(...sample.tokens.map((text, i) => {
+    const nodes = sample.tokens.map((text, i) => {
       const value = values[i] ?? null;
       const node = shaded(text, value === null ? 0 : value / top, MEASURES[measure.value][1]);
       node.title = value === null ? 'unknown' : `${MEASURES[measure.value][0]} ${format(value)}`;
       if (i === token) node.classList.add('chosen');
       node.addEventListener('click', () => { token = i; draw(); });
       return node;
-    }));
-    const names = ['', 'token', ...Object.keys(MEASURES).filter((n) => now[n]).map((n) => MEASURES[n][0]), 'strongest latents'];
+    });
+    strip.replaceChildren(...inOneLine(sample.tokens, nodes));
+    const names = ['', 'token', ...Object.keys(MEASURES).filter((n) => now[n]).map((n) => MEASURES[n][0]), `strongest latents${sample.sae ? ` of ${sample.sae}` : ''}`];
     const quantities = Object.values(MEASURES).map((m) => m[0]);
     const head = element('tr', {}, ...names.map((n) => element('th', quantities.includes(n) ? { class: 'number' } : {}, n)));
     const order = [token, ...sample.tokens.keys()].filter((i, n, all) => all.indexOf(i) === n);
