@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deeplens_lightning.reporting.report import write_report
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -26,6 +28,11 @@ def test_the_readme_names_every_command_and_no_other() -> None:
     used = set(re.findall(r"deeplens-lightning (\w+)", README))
     assert used <= {*OWN_COMMANDS, *TRAINER_COMMANDS}
     assert set(OWN_COMMANDS) <= used
+
+
+def test_the_readme_writes_no_cache_of_unsaid_size() -> None:
+    for command in re.findall(r"deeplens-lightning extract [^`]*", README):
+        assert "--max_rows" in command
 
 
 def test_every_file_that_the_readme_names_exists() -> None:
@@ -51,6 +58,7 @@ def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
     assert out.returncode == 0, out.stderr[-2000:]
     assert list(tmp_path.rglob("*.ckpt"))
     assert "held-out FVU" in out.stdout
+    assert "val/fvu" in write_report(tmp_path).read_text()
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from lightning.pytorch.tuner import Tuner
 
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.sae.grid import SparseAutoencoderGrid
-from deeplens_lightning.sae.module import DictionaryTraining
 from deeplens_lightning.sae.schedule import lr_factor
+from deeplens_lightning.sae.training import DictionaryTraining
 from deeplens_lightning.shards import verify
 from tests.support.caches import read_back
 from tests.support.recorder import Recorder, assert_same

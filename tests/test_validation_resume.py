@@ -15,7 +15,7 @@ from deeplens_lightning.cli.newest_checkpoint import newest_checkpoint
 from deeplens_lightning.reporting.report import write_report
 from deeplens_lightning.reporting.run_data import find_run
 from deeplens_lightning.sae import SparseAutoencoder
-from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.training import DictionaryTraining
 from tests.support.training import data, sae, trainer
 from tests.test_trainer_resume import EVERY, SIZED, Run, assert_continues, processed
 

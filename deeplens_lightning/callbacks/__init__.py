@@ -4,7 +4,6 @@ from deeplens_lightning.callbacks.export_sae import ExportSAE
 from deeplens_lightning.callbacks.latent_prediction_writer import LatentPredictionWriter
 from deeplens_lightning.callbacks.latent_statistics import LatentStatistics
 from deeplens_lightning.callbacks.loss_recovered import LossRecovered
-from deeplens_lightning.callbacks.progress import FitProgressBar
 from deeplens_lightning.callbacks.single_sample import ExtractSingleSample
 from deeplens_lightning.callbacks.stream_statistics import StreamStatistics
 from deeplens_lightning.callbacks.summary import FitSummary
@@ -15,7 +14,6 @@ from deeplens_lightning.preemption import Preemption
 __all__ = [
     "ExportSAE",
     "ExtractSingleSample",
-    "FitProgressBar",
     "FitSummary",
     "LatentPredictionWriter",
     "LatentStatistics",

@@ -12,7 +12,7 @@ from typing_extensions import override
 from deeplens_lightning.callbacks.support import add_written, from_rank_zero
 from deeplens_lightning.reporting.run_folder import run_folder
 from deeplens_lightning.sae.interop.saelens import check_export
-from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.training import DictionaryTraining
 
 Format = Literal["saelens", "safetensors", "hub"]
 _LOADERS = {"saelens": "sae_lens.SAE.load_from_disk", "safetensors": "SparseAutoencoder.from_safetensors"}

@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from deeplens_lightning.callbacks.support import folder_name
 from deeplens_lightning.disk.files import create, remove
-from deeplens_lightning.sae.module import DictionaryTraining
 from deeplens_lightning.sae.prediction import SparseLatents
+from deeplens_lightning.sae.training import DictionaryTraining
 from deeplens_lightning.shards.folder import Folder
 from deeplens_lightning.shards.open_folder import open_folder
 from deeplens_lightning.types import PROVENANCE

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplens_lightning.sae import Dictionary
-from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.training import DictionaryTraining
 
 _ENTRIES = 2**25  # of dense latents at a time, 128 MB in float32: a batch of a wide SAE has gigabytes
 

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from deeplens_lightning.activation_data import activation_data
+from deeplens_lightning.activation_data import activation_data, callbacks_of
 from deeplens_lightning.callbacks.context_search import NoContextsError, heldout_rows, search
 from deeplens_lightning.callbacks.sae_view import SaeView, find_sae
 from deeplens_lightning.callbacks.single_sample_reader import named_hook, points_to_read, reader_for
@@ -57,10 +57,10 @@ class ExtractSingleSample(SaeObserver):
     end, and writes on rank 0 in the run's folder:
 
     - `single_samples/samples.jsonl`: one line for each token with `step, sample, position, token_id, token, norm,
-      error, relative_error, l0, latents, values`, and in a grid `sae`. Norms and errors are Euclidean, on raw activations;
+      error, relative_error, l0, latents, values`, and in a grid `sae`. Norms and errors are Euclidean, on raw rows;
       `relative_error` is error / norm.
     - `single_samples/step_<step>_sample_<i>.png`: pictures;
-    - `single_samples/latents.json`: at the end, held-out text where latents of the last record are most active.
+    - `single_samples/latents.json`: at the end, held-out text where the latents of the last record are active.
 
     Loggers get the means over tokens as scalars `single_sample/<i>/...`; those that show tables and pictures get these
     too. Texts of a second such callback are counted on. With `sae`, names of metrics end with `/<sae>`, and the folder
@@ -190,7 +190,7 @@ class ExtractSingleSample(SaeObserver):
             if not self.texts:
                 raise ValueError('ExtractSingleSample in a Trainer needs texts, e.g. texts=["The cat sat."]')
             self._folder = self.find_place(trainer)
-            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            callbacks = callbacks_of(trainer)
             before = callbacks[: callbacks.index(self)] if self in callbacks else []
             same = [c for c in before if isinstance(c, ExtractSingleSample) and c.sae == self.sae]
             self._first = sum(len(c.texts) for c in same)

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
-from deeplens_lightning.activation_data import ActivationData, activation_data
+from deeplens_lightning.activation_data import ActivationData, activation_data, callbacks_of
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.model.hook_points import HookPoint
 from deeplens_lightning.normalization import Scaling
@@ -218,7 +218,7 @@ class SaeObserver(Callback):
         Raises:
             ValueError: another callback of the Trainer has the same place.
         """
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(trainer)
         same = [c for c in callbacks if isinstance(c, SaeObserver) and c.place == self.place]
         if len(same) > 1:
             raise ValueError(

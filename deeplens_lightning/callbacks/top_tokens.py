@@ -1,4 +1,4 @@
-"""`TopActivatingTokens`: collect the text on which latents fire most strongly, in training or in a validation."""
+"""`TopActivatingTokens`: collect the text on which each latent fires most strongly, in training or in a validation."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class TopActivatingTokens(SaeObserver):
     Args:
         latents: numbers of the latents to watch, or how many to choose at random.
         keep: number of rows to keep for each latent, at least 1.
-        every_n_steps: optimizer steps between two training batches that are encoded; each costs one `encode`.
+        every_n_steps: optimizer steps between two batches that are encoded; each costs one `encode`.
         before: number of tokens to show before the row's own, at least 0.
         after: number of tokens to show after it, at least 0.
         seed: seed of the random choice of latents.
         sae: name of one SAE of a module that trains several, such as `k=32`; default the first.
 
     Raises:
-        ValueError: a value outside its range, or a latent that the SAE does not have. At the start: a data
+        ValueError: a value outside its range, or a latent that the SAE does not have. At the start of a fit: a data
             module without provenance, or another callback writes to the same folder.
-        TypeError: at the start: the module has no `encode` or no `decode`.
+        TypeError: at the start of a fit: the module has no `encode` or no `decode`.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class TopActivatingTokens(SaeObserver):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before the first batch that there is an SAE, and a data module with provenance."""
+        """Check before the first step that there is an SAE, and a data module with provenance."""
         self._find_sae(trainer, pl_module)
         if not isinstance(trainer.datamodule, ActivationData):  # type: ignore[attr-defined]
             raise ValueError(
@@ -137,40 +137,7 @@ class TopActivatingTokens(SaeObserver):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._every.due(trainer.global_step):
-            self._watch(trainer, pl_module, batch)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        short = f"the fit ended at step {trainer.global_step}, before every_n_steps={self._every.n}"
-        self._finish(trainer, pl_module, short)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self.on_fit_start(trainer, pl_module)
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._watch(trainer, pl_module, batch)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._finish(trainer, pl_module, "there are no held-out rows")
-
-    def _watch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Encode a batch on rank 0, and keep its rows on which the latents fire most strongly."""
-        if not trainer.is_global_zero:
+        if not self._every.due(trainer.global_step) or not trainer.is_global_zero:
             return
         provenance = self._provenance(trainer, batch)
         if provenance is None:
@@ -187,11 +154,12 @@ class TopActivatingTokens(SaeObserver):
             if self._encoded % _REFRESH_EVERY == 0:
                 self._top.refresh(sae.encode_parts)
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, short: str) -> None:
-        """Write what was kept on rank 0, or say why there is nothing: `short` where no batch was encoded."""
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or self._path is None:
             return
         if self._top is None:
+            short = f"the fit ended at step {trainer.global_step}, before every_n_steps={self._every.n}"
             self._say_empty("their provenance is unknown" if self._unknown else short)
             return
         sae = self._find_sae(trainer, pl_module)

@@ -22,7 +22,7 @@ from deeplens_lightning.options import BufferOptions, CacheOptions, ModelOptions
 from deeplens_lightning.reporting.run_data import find_run, read_run
 from deeplens_lightning.reporting.run_folder import write_json
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.training import DictionaryTraining
 
 CHOSEN = "chosen_latents"
 _GROUPS = {

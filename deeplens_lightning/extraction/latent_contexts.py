@@ -19,6 +19,7 @@ from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.model.pretrained import load_tokenizer
 from deeplens_lightning.sae import Dictionary
 from deeplens_lightning.shards.shard_stream import ShardStream
+from deeplens_lightning.stream.cached_hook_points import bare_hook
 from deeplens_lightning.stream.live_activations import LiveActivations
 
 ROWS = 200_000
@@ -108,7 +109,7 @@ def _ordered_rows(data: ActivationDataModule, most: int) -> Iterator[tuple[dict[
             batch_size=_READ,
             shuffle="none",
             split="all",
-            hook=opened.settings.bare_hook,
+            hook=bare_hook(opened.settings.given),
             only=opened.settings.only,
             checksums=options.checksums,
             cache_dir=options.dir,

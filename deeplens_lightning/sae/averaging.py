@@ -132,7 +132,7 @@ def _has_import(module: nn.Module) -> bool:
 
 def _follow_units(trainer: Trainer, pl_module: LightningModule) -> None:
     """Rescale averages that still hold imports, because none is updated yet, to the units that were measured."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         average = callback._average_model if isinstance(callback, WeightAveraging) else None
         if average is None or average.n_averaged:
             continue

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from deeplens_lightning.disk.records import RecordError, read_record, to_plain
+from deeplens_lightning.disk.torch_files import check_checkpoint_file
 from deeplens_lightning.sae.architectures import architecture_spec
 from deeplens_lightning.sae.dictionary import Dictionary
 from deeplens_lightning.sae.schedule import Optimization, default_lr
@@ -163,6 +164,7 @@ def one_of_grid(path: str | Path, name: str) -> BytesIO:
         FileNotFoundError: there is no such file.
         ValueError: the checkpoint holds a single SAE, or none with this name (the message lists the names).
     """
+    check_checkpoint_file(path)
     checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     settings = saved_settings(checkpoint)
     if list(settings) == [""]:

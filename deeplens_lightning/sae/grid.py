@@ -10,9 +10,9 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from deeplens_lightning.disk.records import to_plain
-from deeplens_lightning.sae.module import DictionaryTraining
 from deeplens_lightning.sae.portable import PortableDictionary
 from deeplens_lightning.sae.sweep import sweep_arguments, unknown_name
+from deeplens_lightning.sae.training import DictionaryTraining
 from deeplens_lightning.sae.tuning import refuse_learning_rate_finder
 
 

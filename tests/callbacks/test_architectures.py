@@ -122,7 +122,7 @@ def test_one_sae_of_a_grid_is_chosen_by_name(
     fit([ExtractSingleSample(texts=[TEXT], sae="k=8")], datamodule=datamodule, sae=make(datamodule.d_in))
     lines = [
         json.loads(line)
-        for line in (tmp_path / "run" / "single_samples" / "samples.jsonl").read_text().splitlines()
+        for line in (tmp_path / "run" / "single_samples-k=8" / "samples.jsonl").read_text().splitlines()
     ]
     assert max(line["l0"] for line in lines) == 8
     with pytest.raises(ValueError, match=r"sae='k=9' is not in training; there are 'k=4', 'k=8'"):

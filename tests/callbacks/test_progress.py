@@ -12,7 +12,8 @@ import pytest
 import rich
 from lightning.pytorch.callbacks import RichProgressBar
 
-from deeplens_lightning.callbacks import FitProgressBar, FitSummary, Throughput
+from deeplens_lightning.callbacks import FitSummary, Throughput
+from deeplens_lightning.callbacks.progress import FitProgressBar
 from tests.support.training import data, sae, trainer
 
 

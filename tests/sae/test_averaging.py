@@ -25,7 +25,7 @@ from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.model.frozen import FrozenModel
 from deeplens_lightning.sae import SparseAutoencoder
 from deeplens_lightning.sae.grid import SparseAutoencoderGrid
-from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.training import DictionaryTraining
 from deeplens_lightning.shards import verify
 from deeplens_lightning.stream.loader import ActivationLoader
 from deeplens_lightning.stream.validation_set import RowsLoader

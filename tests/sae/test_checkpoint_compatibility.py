@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from deeplens_lightning.sae import Dictionary, Optimization, SparseAutoencoder, SparseAutoencoderGrid
-from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.training import DictionaryTraining
 from tests.support.synthetic import Rows, codes, dictionary
 from tests.support.training import trainer
 

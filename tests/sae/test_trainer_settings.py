@@ -27,7 +27,7 @@ from deeplens_lightning.activation_data import data_parallel_ranks
 from deeplens_lightning.callbacks import StreamStatistics, Throughput
 from deeplens_lightning.datamodule import ActivationDataModule
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.training import DictionaryTraining
 from deeplens_lightning.stream.placement import placement
 from tests.support.training import trainer
 

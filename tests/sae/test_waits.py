@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from deeplens_lightning.normalization import Scaling
 from deeplens_lightning.sae import SparseAutoencoder, SparseAutoencoderGrid
-from deeplens_lightning.sae.module import DictionaryTraining
+from deeplens_lightning.sae.training import DictionaryTraining
 from tests.support.fake_accelerator import (
     WaitsError,
     fake_accelerator,
