@@ -9,7 +9,6 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -153,7 +152,7 @@ class ActivationDataModule(ActivationData, LightningDataModule):
     # ---- Lightning's hooks
 
     @property
-    def hparams_initial(self) -> AttributeDict:
+    def hparams_initial(self) -> Any:
         """What loggers show: the settings as "data", or "activation_data" beside a module with its own "data"."""
         return beside(super().hparams_initial, self.trainer)
 

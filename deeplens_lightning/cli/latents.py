@@ -60,7 +60,7 @@ def latents(
         before: number of tokens to show before the one on which the latent is active.
         after: number of tokens to show after it.
         shards: cache to search, written by extract; default the data of the run.
-        hf_model: the language model; default that of the run.
+        hf_model: the language model: hub id, folder, GGUF file, or demo:lm; default that of the run.
         dataset_name: other text to search: hub id, path or glob of txt, jsonl or parquet files, or demo:docs.
         text_column: column of the dataset with texts.
         device: cpu, cuda, cuda:1, mps, or auto.

@@ -53,7 +53,8 @@ def top_contexts(
         before: number of tokens to show before the one on which the latent is active, at least 0.
         after: number of tokens to show after it, at least 0.
         sae: name of one SAE of a grid; default the first.
-        tokenizer: turns token ids of shards into text; default that of the model whose name the cache records.
+        tokenizer: turns token ids of shards into text: hub id, folder or a loaded tokenizer; default that of the model
+            whose name the cache records.
 
     Returns:
         The contexts of each latent in its field `latents`, and the number of rows searched.

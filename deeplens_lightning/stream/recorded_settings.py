@@ -59,7 +59,7 @@ def beside(recorded: AttributeDict, trainer: Trainer | None) -> AttributeDict:
 
     Args:
         recorded: hyperparameters, with the settings as "data"; changed in place.
-        trainer: the Trainer, which knows the LightningModule; None without one.
+        trainer: the Trainer of the LightningModule; None without one.
 
     Returns:
         The same, with the settings as "activation_data" if the module has a hyperparameter "data": Lightning refuses a

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from deeplens_lightning.cli.commands import latents
+from deeplens_lightning.cli.latents import latents
 from deeplens_lightning.cli.main import main
-from deeplens_lightning.cli.parser import with_lists
+from deeplens_lightning.cli.parser import option_types, with_lists
 from deeplens_lightning.reporting.run_data import find_run, read_run
 from tests.support.texts import texts, write_jsonl
 
@@ -18,9 +18,9 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 def test_numbers_after_a_list_option_are_its_values() -> None:
     for words in (["RUN", "--ids", "5", "17"], ["--ids", "5", "17", "RUN"], ["--ids=[5,17]", "RUN"]):
-        joined = with_lists(words, latents)
+        joined = with_lists(words, option_types(latents))
         assert sorted(joined) == ["--ids=[5,17]", "RUN"]
-    assert with_lists(["--ids", "5", "--keep", "3"], latents) == ["--ids=[5]", "--keep", "3"]
+    assert with_lists(["--ids", "5", "--keep", "3"], option_types(latents)) == ["--ids=[5]", "--keep", "3"]
 
 
 def test_contexts_of_a_finished_run_are_printed_and_reported(

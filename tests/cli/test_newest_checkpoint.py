@@ -185,7 +185,12 @@ def test_newest_in_a_config_says_that_it_starts_from_the_beginning_and_then_cont
 ) -> None:
     runs = tmp_path / "runs"
     (tmp_path / "again.yaml").write_text(f"ckpt_path: newest:{runs}\n")
-    words = ["--config", str(tmp_path / "again.yaml"), "--trainer.limit_val_batches=0"]
+    words = [
+        "--config",
+        str(tmp_path / "again.yaml"),
+        "--trainer.limit_val_batches=0",
+        "--trainer.max_epochs=-1",
+    ]
     before = sys.argv
     with caplog.at_level("INFO"):
         quickstart("fit", small, *words)

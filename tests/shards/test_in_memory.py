@@ -45,7 +45,7 @@ def test_a_tensor_gives_the_batches_of_its_file(rows, shuffle, tmp_path):
 
 
 def test_layer_and_hook_name_the_rows_and_the_width_is_known_at_once():
-    assert ActivationDataModule(shards=ROWS).hook_names == ("activations",)
+    assert ActivationDataModule(shards=ROWS).hook_names == ()
     named = ActivationDataModule("gpt2", 5, "mlp_out", shards=ROWS)
     assert (named.hook_names, named.d_in, named.hf_model) == (("layers.5.mlp_out",), 12, "gpt2")
     assert named.hparams["data"]["shards"] == "tensor of shape (3000, 12)"

@@ -104,7 +104,7 @@ def test_repeated_rows_are_dropped_and_a_gap_is_refused(tmp_path):
             writer.append(
                 {k: v[part] for k, v in rows.items()}, provenance[part], source=first, first_row=first
             )
-        with pytest.raises(ShardError, match="rows 200 to 249 of rank 0 are missing"):
+        with pytest.raises(ShardError, match="rows 200 to 249 of rank 0 are not in the cache"):
             writer.append(
                 {k: v[250:300] for k, v in rows.items()}, provenance[250:300], source=0, first_row=250
             )
