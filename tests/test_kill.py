@@ -118,6 +118,7 @@ def test_a_killed_quickstart_ends_like_an_undisturbed_one(tmp_path: Path) -> Non
         assert end["global_step"] == 36
         end["callbacks"] = {key: x for key, x in end["callbacks"].items() if "ModelCheckpoint" not in key}
         end.pop("loops")  # these count how often something was started
+        del end["fit_summary"]["seconds"], end["fit_summary"]["folder"]  # each process has its own
     assert_equal(ends[1], ends[0])
     assert_same_metrics(killed, undisturbed)
     assert len(lines(killed)) > len(lines(undisturbed)), "no step was done again"
