@@ -110,7 +110,11 @@ class _ProxyHandler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        status, headers, content = self._forwarded(body)
+        try:
+            status, headers, content = self._forwarded(body)
+        except ConnectionError:  # the server has ended, and a client still asks
+            self.close_connection = True
+            return
         length = len(content) // 2 if fault == "short" else len(content)
         self.send_response(status)
         for name, value in headers:
