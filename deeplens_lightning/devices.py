@@ -100,7 +100,12 @@ def move_rows(x: Tensor, rows: Tensor, target: Tensor, places: Tensor) -> None:
         rows: numbers of rows of `x`, ascending, int64 `(m,)` on the CPU.
         target: `(k + 1, ...)`, in the dtype of `x`. The last row has no defined values afterwards.
         places: numbers of rows of `target`, int64 `(m,)` on the CPU; row `rows[i]` is copied to row `places[i]`.
+
+    Raises:
+        TypeError: the dtypes differ.
     """
+    if x.dtype != target.dtype:
+        raise TypeError(f"rows of {x.dtype} cannot be copied to rows of {target.dtype}")
     if x.device.type == target.device.type == "cpu":
         first, end = int(rows[0]), int(rows[-1]) + 1
         into = np.full(end - first, len(target) - 1)

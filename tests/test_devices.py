@@ -1,11 +1,11 @@
-"""Devices by name: one that is not there is named at once; a CUDA device has an index, as `set_device` requires."""
+"""Devices by name: one that is not there is named at once, CUDA has an index; rows are copied bit for bit."""
 
 import pytest
 import torch
 
 from deeplens_lightning import ActivationDataModule, ActivationExtractor, ExtractSingleSample, FromHuggingFace
 from deeplens_lightning.callbacks import LossRecovered
-from deeplens_lightning.devices import check_device, device_of, on_device
+from deeplens_lightning.devices import check_device, device_of, gather_rows, move_rows, on_device
 from deeplens_lightning.options import BufferOptions
 
 
@@ -63,3 +63,29 @@ def test_checking_a_device_does_not_initialise_cuda(monkeypatch):
     assert check_device("auto") == check_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="give one of cpu, cuda:0, cuda:1, auto"):
         check_device("cuda:2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.bool])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_rows_are_copied_bit_for_bit(dtype, contiguous):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 14, generator=generator).to(dtype)
+    x = x[:, :7] if contiguous is False else x[:, :7].contiguous()
+    rows = torch.randperm(200, generator=generator)[:50].sort().values
+    places = torch.randperm(80, generator=generator)[:50]
+    before = torch.randn(81, 7, generator=generator).to(dtype)
+    target, expected = before.clone(), before.clone()
+    move_rows(x, rows, target, places)
+    expected[places] = x[rows]
+    assert torch.equal(target[:-1], expected[:-1])
+    assert torch.equal(gather_rows(x, rows), x[rows])
+
+
+def test_rows_of_another_dtype_are_refused_and_not_reinterpreted():
+    with pytest.raises(TypeError, match=r"rows of torch.float16 cannot be copied to rows of torch.bfloat16"):
+        move_rows(
+            torch.zeros(4, 2, dtype=torch.float16),
+            torch.arange(2),
+            torch.zeros(5, 2, dtype=torch.bfloat16),
+            torch.arange(2),
+        )

@@ -7,6 +7,7 @@ of each latent, with the latent's activation on every token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -117,12 +118,12 @@ def _ordered_rows(data: ActivationDataModule, most: int) -> Iterator[tuple[dict[
             cache_bytes=options.bytes,
             timeout=options.timeout,
         )
-        for batch in stream.batches(stream.start(0), 0):
-            yield {name: x[:most] for name, x in batch.rows.items()}, batch.provenance[:most]
-            most -= len(batch.provenance)
-            if most <= 0:
-                break
-        stream.close()
+        with closing(stream):
+            for batch in stream.batches(stream.start(0), 0):
+                yield {name: x[:most] for name, x in batch.rows.items()}, batch.provenance[:most]
+                most -= len(batch.provenance)
+                if most <= 0:
+                    return
         return
     limits = data.serving.measured().max_norms
     for computed in opened.extraction(most):
