@@ -51,7 +51,7 @@ def latents(
     """Print the text on which chosen latents of a finished run are most active, and write it for the report.
 
     Args:
-        run_dir: folder of a run, or a folder of several runs: the newest is taken.
+        run_dir: folder of a run, or a folder of several runs: the newest fit is taken.
         ids: numbers of the latents, such as --ids 5 17.
         checkpoint: checkpoint of the run; default that of its last weights.
         sae: name of one SAE of a grid, such as k=32; default the first.
@@ -67,7 +67,7 @@ def latents(
     """
     if not ids:
         raise ValueError("name the latents: --ids 5 17")
-    folder = find_run(Path(run_dir))
+    folder = find_run(Path(run_dir), holds_weights)
     path = Path(checkpoint) if checkpoint is not None else _last_checkpoint(folder)
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     module = _module(path, saved.get("hyper_parameters", {})).to(device_of(device))
@@ -88,6 +88,11 @@ def latents(
         one = replace(found, latents=[each])
         write_json(place / f"{each.latent}.json", one.as_json(saved["global_step"]))
     print(f"\n{found.rows:,} rows searched; deeplens-lightning report {folder} shows these latents, too")
+
+
+def holds_weights(run: Path) -> bool:
+    """Whether a run's folder holds or names a checkpoint, as that of a fit does and that of a validation does not."""
+    return (run / "summary.json").is_file() or next(run.rglob("*.ckpt"), None) is not None
 
 
 def _last_checkpoint(folder: Path) -> Path:

@@ -64,8 +64,12 @@ class RunData:
     samples: list[dict[str, Any]]
 
 
-def find_run(folder: Path) -> Path:
+def find_run(folder: Path, prefer: Callable[[Path], bool] = lambda _: True) -> Path:
     """Find a run's folder: `folder` itself if it is one, else the newest run inside it.
+
+    Args:
+        folder: the folder of a run, or of several.
+        prefer: of several runs, the newest with this property is taken if there is one.
 
     Raises:
         FileNotFoundError: `folder` does not exist or holds no run; the message lists the files of a run.
@@ -83,7 +87,7 @@ def find_run(folder: Path) -> Path:
             f"{folder} holds nothing to report: neither it nor a folder inside it has {', '.join(_RUN_FILES)} or "
             "single samples; fit with the FitSummary callback or a CSVLogger"
         )
-    return max(runs, key=lambda path: (path.stat().st_mtime, str(path)))
+    return max(runs, key=lambda path: (prefer(path), path.stat().st_mtime, str(path)))
 
 
 def read_run(folder: Path) -> RunData:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from deeplens_lightning.cli.latents import latents
+from deeplens_lightning.cli.latents import holds_weights, latents
 from deeplens_lightning.cli.main import main
 from deeplens_lightning.cli.parser import option_types, with_lists
 from deeplens_lightning.reporting.run_data import find_run, read_run
@@ -64,3 +65,14 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(SystemExit, match="holds no checkpoint: give one with --checkpoint FILE"):
         main(["latents", str(tmp_path), "--ids", "5"])
+
+
+def test_the_newest_fit_is_taken_and_not_a_later_validation(tmp_path: Path) -> None:
+    for number, files in enumerate((["a.ckpt"], ["summary.json"], [])):
+        run = tmp_path / f"version_{number}"
+        run.mkdir()
+        for name in ["metrics.csv", *files]:
+            (run / name).touch()
+        os.utime(run, (number, number))
+    assert find_run(tmp_path).name == "version_2"
+    assert find_run(tmp_path, holds_weights).name == "version_1"
