@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 from uuid import uuid4
@@ -139,11 +140,12 @@ class LocalFolder:
             entries = list(os.scandir(self.path))
         except FileNotFoundError:
             return {}
-        return {
-            entry.name: entry.stat().st_size
-            for entry in sorted(entries, key=lambda entry: entry.name)
-            if not entry.name.startswith(".") and _is_file(entry)
-        }
+        sizes: dict[str, int] = {}
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if not entry.name.startswith(".") and _is_file(entry):
+                with suppress(FileNotFoundError):  # another rank has just deleted its incomplete shard
+                    sizes[entry.name] = entry.stat().st_size
+        return sizes
 
     def read(self, name: str) -> bytes:
         """The content of one small file.

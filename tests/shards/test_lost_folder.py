@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from deeplens_lightning.cli.newest_checkpoint import newest_checkpoint
 from deeplens_lightning.disk.files import watch
 from deeplens_lightning.extraction.predict import run
-from deeplens_lightning.shards import FolderLostError, ShardError, ShardWriter, verify
+from deeplens_lightning.shards import FolderLostError, ShardError, ShardWriter, folder, verify
 from deeplens_lightning.shards.names import MANIFEST, shard_name, sidecar_name
 from tests.support.caches import feed, make_rows, manifest, read_back, write_cache
 from tests.support.texts import texts
@@ -138,3 +139,18 @@ def test_a_training_whose_cache_is_gone_continues_from_its_checkpoint_without_it
     found = fit("anew", write=True)  # the other way that the sentence names, in the folder as it is now
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert verify(cache).problems == []
+
+
+def test_a_file_that_another_rank_deletes_while_the_folder_is_listed_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").write_text("four")
+    (tmp_path / "deleted").touch()
+
+    def is_file(entry: os.DirEntry[str]) -> bool:
+        if entry.name == "deleted":
+            Path(entry.path).unlink()
+        return True
+
+    monkeypatch.setattr(folder, "_is_file", is_file)
+    assert folder.LocalFolder(tmp_path).sizes() == {"kept": 4}
